@@ -1,0 +1,60 @@
+"""Bearer tokens for any OpenAI-compatible ASGI server."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .authentication import AuthMode, TokenUser
+    from .exceptions import ConfigurationError, FreeGPTAuthError, StoreError, StoreUnavailableError
+    from .middleware import BearerTokenMiddleware
+    from .settings import Settings
+    from .stores.base import UNRESOLVED, Survey, TokenStore, Verifier
+    from .stores.file import FileTokenStore
+    from .stores.memory import MemoryTokenStore
+    from .tokens import Token
+
+__all__ = [
+    "UNRESOLVED",
+    "AuthMode",
+    "BearerTokenMiddleware",
+    "ConfigurationError",
+    "FileTokenStore",
+    "FreeGPTAuthError",
+    "MemoryTokenStore",
+    "Settings",
+    "StoreError",
+    "StoreUnavailableError",
+    "Survey",
+    "Token",
+    "TokenStore",
+    "TokenUser",
+    "Verifier",
+]
+
+_HOMES = {
+    "UNRESOLVED": "stores.base",
+    "AuthMode": "authentication",
+    "BearerTokenMiddleware": "middleware",
+    "ConfigurationError": "exceptions",
+    "FileTokenStore": "stores.file",
+    "FreeGPTAuthError": "exceptions",
+    "MemoryTokenStore": "stores.memory",
+    "Settings": "settings",
+    "StoreError": "exceptions",
+    "StoreUnavailableError": "exceptions",
+    "Survey": "stores.base",
+    "Token": "tokens",
+    "TokenStore": "stores.base",
+    "TokenUser": "authentication",
+    "Verifier": "stores.base",
+}
+
+
+def __getattr__(name: str) -> object:
+    # On first use: the commands need neither starlette nor anyio, whose import takes several times what they do.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value

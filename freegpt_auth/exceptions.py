@@ -1,0 +1,79 @@
+"""Every error this library raises on purpose.
+
+::
+
+    FreeGPTAuthError
+    ├── ConfigurationError         the settings contradict each other or cannot be used
+    ├── MalformedCredentialsError  a request carries credentials that cannot be read one way only
+    └── StoreError                 the tokens cannot be read or changed
+        ├── TokenFileError         what is wrong with the token file, and where
+        ├── StoreBusyError         somebody else held the lock for too long
+        ├── StoreUnavailableError  whether a token is valid cannot be known now
+        ├── TokenNotFoundError     no token answers to a reference
+        └── AmbiguousTokenError    several tokens do
+
+Each message is one sentence for an operator: what is wrong, where, and what to do. No message ever holds a secret.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .tokens import Token
+
+
+class FreeGPTAuthError(Exception):
+    """The base of every error of this library."""
+
+
+class ConfigurationError(FreeGPTAuthError):
+    """The settings cannot be used; a server must not start on them."""
+
+
+class MalformedCredentialsError(FreeGPTAuthError):
+    """A request's credentials cannot be read one way only (RFC 6750, section 3.1: ``invalid_request``)."""
+
+
+class StoreError(FreeGPTAuthError):
+    """The tokens cannot be read or changed."""
+
+
+class TokenFileError(StoreError):
+    """The token file cannot be read, understood or written.
+
+    Attributes:
+        path: the token file.
+        problem: what is wrong with it, in words that follow the path.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class StoreBusyError(StoreError):
+    """Another process held the store's lock for longer than this one would wait."""
+
+
+class StoreUnavailableError(StoreError):
+    """Whether a token is valid cannot be known now; the request may be tried again later."""
+
+
+class TokenNotFoundError(StoreError):
+    """No token answers to the reference that was given."""
+
+
+class AmbiguousTokenError(StoreError):
+    """Several tokens answer to the reference that was given, so nothing was done.
+
+    Attributes:
+        matches: the tokens that answer to it.
+    """
+
+    def __init__(self, message: str, matches: Sequence[Token]) -> None:
+        super().__init__(message)
+        self.matches = tuple(matches)

@@ -1,0 +1,64 @@
+"""How tokens are shown: to a person, line by line as the user's guide has it, and as JSON. Pure."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from typing import TYPE_CHECKING
+
+from .tokens import printable
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from .tokens import Token
+    from .usage import Usage
+
+_SIGNS = {"active": "✓ Active", "revoked": "✗ Revoked", "expired": "✗ Expired"}
+
+
+def entry(number: int, token: Token, usage: Usage | None, now: datetime) -> str:
+    """Return the lines of one token, for a person."""
+    used = _last_used(token, usage)
+    return "\n".join(
+        (
+            f"{number}. {printable(token.prefix)}...",
+            f"   Name: {printable(token.name)}",
+            f"   Status: {_SIGNS[token.status(now)]}",
+            f"   Created: {local(token.created_at)}",
+            f"   Last used: {local(used) if used else 'Never'}",
+        )
+    )
+
+
+def record(token: Token, usage: Usage | None, now: datetime) -> dict[str, object]:
+    """Return one token as it stands in JSON."""
+    return {
+        "id": token.id,
+        "name": token.name,
+        "prefix": token.prefix,
+        "status": token.status(now),
+        "created_at": _iso(token.created_at),
+        "expires_at": _iso(token.expires_at),
+        "revoked_at": _iso(token.revoked_at),
+        "last_used_at": _iso(_last_used(token, usage)),
+        "use_count": usage.use_count if usage else 0,
+    }
+
+
+def title(token: Token) -> str:
+    """Return a token's prefix and name, for a sentence about it."""
+    return f"{printable(token.prefix)}... ({printable(token.name)})"
+
+
+def local(instant: datetime) -> str:
+    """Return an instant as a person at this machine reads it, without the offset; JSON has it."""
+    return instant.astimezone().replace(tzinfo=None).isoformat(timespec="seconds")
+
+
+def _iso(instant: datetime | None) -> str | None:
+    return None if instant is None else instant.astimezone(UTC).isoformat(timespec="seconds")
+
+
+def _last_used(token: Token, usage: Usage | None) -> datetime | None:
+    instants = [instant for instant in (token.last_used_at, usage and usage.last_used_at) if instant]
+    return max(instants, default=None)
