@@ -1,0 +1,238 @@
+"""What all tests share: a clean environment, both event loops, and real servers in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blockbuster import BlockBuster
+
+from freegpt_auth.tokens import digest_of, issue
+
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Every asynchronous test runs on both event loops."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _own_directory_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the tokens, keys or settings of the machine, or of another test."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("FREEGPT_", "OPENAI_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _blocking_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test fails if the library blocks the event loop. All it may do there is look at the token file.
+
+    Making a middleware or a store, and putting tokens into one from a test, is no request.
+    """
+    if request.node.get_closest_marker("anyio") is None:
+        yield
+        return
+    blockbuster = BlockBuster("freegpt_auth")
+    blockbuster.functions["os.stat"].can_block_in("freegpt_auth/stores/disk.py", "signature_at")
+    for function in blockbuster.functions.values():
+        function.can_block_in("freegpt_auth/middleware.py", "__init__")
+        function.can_block_in("freegpt_auth/stores/file.py", {"__init__", "add", "revoke", "delete"})
+    blockbuster.activate()
+    yield
+    blockbuster.deactivate()
+
+
+@dataclass
+class Answer:
+    """What an ASGI application sent, and what it was given."""
+
+    messages: list[Any] = field(default_factory=list)
+    scope: Scope | None = None
+
+    @property
+    def status(self) -> int:
+        """The status code of the response."""
+        return int(self.messages[0]["status"])
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the response."""
+        return {name.decode(): value.decode() for name, value in self.messages[0]["headers"]}
+
+    @property
+    def body(self) -> bytes:
+        """The whole body of the response."""
+        return b"".join(message.get("body", b"") for message in self.messages[1:])
+
+    @property
+    def error(self) -> Any:
+        """The error object in the body."""
+        return json.loads(self.body)["error"]
+
+
+@pytest.fixture
+def ask() -> Callable[..., Awaitable[Answer]]:
+    """Return a function that sends an ASGI application one request and returns its :class:`Answer`.
+
+    ``await ask(app, path="/v1/models", headers=[(b"authorization", b"Bearer …")], method="GET", type="http",
+    incoming=[…])``; *incoming* are the messages to receive, and any other keyword goes into the scope.
+    """
+
+    async def send_one(
+        app: App,
+        *,
+        path: str = "/v1/models",
+        headers: list[tuple[bytes, bytes]] | None = None,
+        incoming: list[Any] | None = None,
+        **scope_items: Any,
+    ) -> Answer:
+        kind = scope_items.setdefault("type", "http")
+        scope: Scope = {"path": path, "headers": headers or [], "client": ("127.0.0.1", 50000), **scope_items}
+        if kind == "http":
+            scope.setdefault("method", "GET")
+        first = {"type": "http.request", "body": b"", "more_body": False}
+        messages = list(incoming or [first if kind == "http" else {"type": f"{kind}.connect"}])
+        answer = Answer(scope=scope)
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            answer.messages.append(message)
+
+        await app(scope, receive, send)
+        return answer
+
+    return send_one
+
+
+@pytest.fixture
+def hello() -> App:
+    """Return an application that answers 200 and its caller: ``{"user": …, "identity": …, "scopes": […]}``."""
+
+    async def app(scope: Scope, _receive: Any, send: Any) -> None:
+        content = {
+            "user": scope["user"].display_name,
+            "identity": scope["user"].identity,
+            "scopes": scope["auth"].scopes,
+        }
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+
+    return app
+
+
+@pytest.fixture
+def keep() -> Callable[..., Any]:
+    """Return a function that puts a new token into a store and returns the token and its secret."""
+    from datetime import UTC, datetime
+
+    def add(store: Any, name: str = "a-token", expires_at: datetime | None = None) -> Any:
+        token, secret = issue(name, now=datetime.now(UTC), expires_at=expires_at)
+        store.add(digest_of(secret), token)
+        return token, secret
+
+    return add
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs ``python -m freegpt_auth`` in a process of its own."""
+
+    def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "freegpt_auth", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            **options,
+        )
+
+    return run
+
+
+@dataclass
+class Server:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def get(self, path: str = "/v1/models", token: str | None = None) -> int:
+        """Return the status code that a GET answers."""
+        request = urllib.request.Request(self.url + path)
+        if token is not None:
+            request.add_header("Authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+
+    def stop(self) -> str:
+        """Stop the server as an operator does, and return what it logged."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=20)
+        return self.log.read_text()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Return a function that starts a server on a free loopback port and waits until it answers.
+
+    ``serve("app:app", "--workers", "4")`` runs ``python -m uvicorn app:app --workers 4``;
+    ``serve(script=PATH)`` runs a script with ``--port``.
+    """
+    servers: list[Server] = []
+
+    def start(*arguments: str, script: Path | None = None, **environment: str) -> Server:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        program = [str(script)] if script else ["-m", "uvicorn", "--no-access-log"]
+        log = tmp_path / f"server-{port}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, *program, *arguments, "--host", "127.0.0.1", "--port", str(port)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+            )
+        server = Server(process, f"http://127.0.0.1:{port}", log)
+        servers.append(server)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                server.get("/")
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            else:
+                return server
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()
