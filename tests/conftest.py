@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,6 @@ def hello() -> App:
 @pytest.fixture
 def keep() -> Callable[..., Any]:
     """Return a function that puts a new token into a store and returns the token and its secret."""
-    from datetime import UTC, datetime
 
     def add(store: Any, name: str = "a-token", expires_at: datetime | None = None) -> Any:
         token, secret = issue(name, now=datetime.now(UTC), expires_at=expires_at)
