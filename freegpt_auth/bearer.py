@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from .exceptions import MalformedCredentialsError
-from .settings import VALUE_LIMIT
 
 SUBPROTOCOL = "openai-insecure-api-key."
 """What a browser puts before its secret, since it can set no header on a WebSocket."""
+
+VALUE_LIMIT = 4096
+"""Bytes of the longest credential that is looked at."""
 
 _CARRIERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 _SCHEME = b"bearer "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .bearer import VALUE_LIMIT
 from .exceptions import ConfigurationError
 from .tokens import digest_of
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = "api_tokens.json"
 """The token file when none is named: in the working directory."""
-
-VALUE_LIMIT = 4096
-"""Bytes of the longest credential that is looked at."""
 
 _WHITE_SPACE = " \t\r\n"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")

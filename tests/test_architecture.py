@@ -1,0 +1,77 @@
+"""The house rules that keep the library readable: who may import whom, and how large things grow."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGE = Path(__file__).parent.parent / "freegpt_auth"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in MODULES}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules of the package that a module imports, whenever it does."""
+    names = set()
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = (PACKAGE, *path.parent.relative_to(PACKAGE).parts)
+            base = ".".join(package[1 : len(package) + 1 - node.level])
+            names.add(f"{base}.{node.module}".strip(".") if node.module else base)
+    return names
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Yield every function of the package."""
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield path, node
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_no_module_is_longer_than_a_reader_can_hold(path: Path) -> None:
+    """A module has one concept and at most 250 lines."""
+    assert len(path.read_text().splitlines()) <= 250
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    """No function has over 40 lines, its docstring left out."""
+    for path, node in functions():
+        first = node.body[1:] if ast.get_docstring(node) else node.body
+        lines = node.end_lineno - first[0].lineno + 1 if first and node.end_lineno else 0
+        assert lines <= 40, f"{path.name}: {node.name}"
+
+
+@pytest.mark.parametrize("name", ["tokens", "bearer", "denials"])
+def test_the_pure_modules_depend_on_nothing(name: str) -> None:
+    """What a token, a request's credentials and a refusal are can be read without the rest of the library."""
+    assert imported(PACKAGE / f"{name}.py") <= {"exceptions", "tokens"} - {name}
+
+
+def test_the_middleware_is_the_top() -> None:
+    """Nothing but the package's front door imports the middleware: dependencies point downward only."""
+    importers = [path.name for path in MODULES if "middleware" in imported(path)]
+    assert importers == ["__init__.py"]
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    """Every variable that changes what a server accepts is read in one place."""
+    readers = {path.name for path in MODULES if "os.environ" in path.read_text() or "getenv" in path.read_text()}
+    assert readers == {"settings.py"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_module_can_be_imported_alone(path: Path) -> None:
+    """No import cycle: each module can be the first that a program imports."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    name = ".".join(part for part in parts if part != "__init__")
+    subprocess.run([sys.executable, "-c", f"import {name}"], check=True, timeout=30)
