@@ -139,9 +139,9 @@ def find(reference: str, digests: dict[bytes, Token]) -> list[Token]:
     if owner is not None:
         return [owner]
     reference = reference.rstrip(".…")
-    tokens = digests.values()
-    if len(reference) >= SECRET_LENGTH:
+    if not reference or len(reference) >= SECRET_LENGTH:
         return []
+    tokens = digests.values()
     exact = [token for token in tokens if reference in (token.id, token.prefix)]
     return exact or [token for token in tokens if token.prefix and reference.startswith(token.prefix)]
 

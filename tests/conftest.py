@@ -202,19 +202,20 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Return a function that starts a server on a free loopback port and waits until it answers.
 
     ``serve("app:app", "--workers", "4")`` runs ``python -m uvicorn app:app --workers 4``;
-    ``serve(script=PATH)`` runs a script with ``--port``.
+    ``serve(script=PATH)`` runs a script with ``--port``; ``serve("app:app", module="granian")`` another server.
     """
     servers: list[Server] = []
 
-    def start(*arguments: str, script: Path | None = None, **environment: str) -> Server:
+    def start(*arguments: str, module: str = "uvicorn", script: Path | None = None, **environment: str) -> Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        program = [str(script)] if script else ["-m", "uvicorn", "--no-access-log"]
+        program = [str(script)] if script else ["-m", module]
+        address = ["--bind", f"127.0.0.1:{port}"] if module == "hypercorn" else ["--host", "127.0.0.1", "--port", str(port)]
         log = tmp_path / f"server-{port}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, *program, *arguments, "--host", "127.0.0.1", "--port", str(port)],
+                [sys.executable, *program, *arguments, *address],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},

@@ -37,7 +37,7 @@ def functions() -> Iterator[tuple[Path, ast.FunctionDef | ast.AsyncFunctionDef]]
                 yield path, node
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_module_is_longer_than_a_reader_can_hold(path: Path) -> None:
     """A module has one concept and at most 250 lines."""
     assert len(path.read_text().splitlines()) <= 250
@@ -69,7 +69,7 @@ def test_only_the_settings_read_the_environment() -> None:
     assert readers == {"settings.py"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_module_can_be_imported_alone(path: Path) -> None:
     """No import cycle: each module can be the first that a program imports."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts

@@ -1,0 +1,163 @@
+"""Real servers, each with its own reading of HTTP: what a client sees on the wire is the same behind all of them."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from freegpt_auth import FileTokenStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+APPLICATION = """
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from freegpt_auth import BearerTokenMiddleware
+
+async def echo(request):
+    return PlainTextResponse(str(len(await request.body())))
+
+async def talk(websocket):
+    await websocket.accept()
+    await websocket.close()
+
+app = Starlette(routes=[Route("/echo", echo, methods=["GET", "POST"]), WebSocketRoute("/talk", talk)])
+app.add_middleware(BearerTokenMiddleware)
+"""
+SERVERS = {
+    "uvicorn-h11": ("uvicorn", "app:app", "--http", "h11", "--ws", "wsproto"),
+    "uvicorn-httptools": ("uvicorn", "app:app", "--http", "httptools", "--ws", "websockets"),
+    "hypercorn-asyncio": ("hypercorn", "app:app"),
+    "hypercorn-trio": ("hypercorn", "app:app", "--worker-class", "trio"),
+    "granian": ("granian", "--interface", "asgi", "app:app"),
+}
+UPGRADE = (
+    b"GET /talk HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+MEBIBYTE = b"x" * 2**20
+
+
+class Connection:
+    """A client that writes and reads bytes, so that nothing is mended on the way."""
+
+    def __init__(self, url: str) -> None:
+        address = urlsplit(url)
+        self.socket = socket.create_connection((address.hostname or "", address.port or 0), timeout=10)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self.socket.sendall(data)
+
+    def answer(self, *, bodiless: bool = False) -> tuple[int, dict[str, str], bytes]:
+        """Read one response: its status, headers and body."""
+        status = int(self.file.readline().split()[1])
+        headers: dict[str, str] = {}
+        while line := self.file.readline().strip():
+            name, _, value = line.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        body = b"" if bodiless else self.file.read(int(headers.get("content-length", "0")))
+        return status, headers, body
+
+    def close(self) -> None:
+        """Leave."""
+        self.file.close()
+        self.socket.close()
+
+
+@pytest.fixture
+def connect(
+    request: pytest.FixtureRequest, tmp_path: Path, serve: Callable[..., Any], keep: Callable[..., Any]
+) -> Callable[[], Connection]:
+    """Return a function that connects to a server of one kind."""
+    keep(FileTokenStore("api_tokens.json"))
+    (tmp_path / "app.py").write_text(APPLICATION)
+    module, *arguments = SERVERS[request.param]
+    server = serve(*arguments, module=module)
+    connections: list[Connection] = []
+
+    def new() -> Connection:
+        connections.append(Connection(server.url))
+        return connections[-1]
+
+    request.addfinalizer(lambda: [connection.close() for connection in connections])
+    return new
+
+
+@pytest.mark.parametrize("connect", SERVERS, indirect=True)
+def test_a_refusal_on_the_wire(connect: Callable[[], Connection]) -> None:
+    """Refusals, kept-alive connections, HEAD and uploads look alike behind every server."""
+    refused_connection_stays_usable(connect())
+    head_is_answered_without_a_body(connect())
+    upload_gets_its_answer(connect())
+
+
+# hypercorn says "go on" by itself, before any application is asked
+@pytest.mark.parametrize("connect", ["uvicorn-h11", "uvicorn-httptools", "granian"], indirect=True)
+def test_a_client_that_asks_first_is_not_told_to_go_on(connect: Callable[[], Connection]) -> None:
+    """A client that asks first whether to upload is told no, and never "100 Continue"."""
+    connection = connect()
+    connection.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 16777216\r\n\r\n")
+    assert connection.answer()[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("connect", "status"),
+    [
+        ("uvicorn-h11", 401),
+        ("uvicorn-httptools", 401),
+        ("hypercorn-asyncio", 401),
+        ("hypercorn-trio", 401),
+        ("granian", 403),  # it knows no websocket.http.response, and a close before the upgrade is its 403
+    ],
+    indirect=["connect"],
+)
+def test_a_websocket_is_refused_before_the_upgrade(connect: Callable[[], Connection], status: int) -> None:
+    """A WebSocket without a token gets an HTTP status in place of the upgrade."""
+    connection = connect()
+    connection.send(UPGRADE + b"\r\n")
+    assert connection.answer()[0] == status
+
+
+def refused_connection_stays_usable(connection: Connection) -> None:
+    """Two refusals on one connection, the second after a small body."""
+    connection.send(b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n")
+    status, headers, body = connection.answer()
+    assert status == 401
+    assert headers["www-authenticate"] == 'Bearer realm="freegpt_auth"'
+    assert headers["cache-control"] == "no-store"
+    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    connection.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 2\r\n\r\nhi")
+    status, headers, body = connection.answer()
+    assert status == 401
+    assert headers["www-authenticate"] == 'Bearer realm="freegpt_auth", error="invalid_token"'
+    assert b"Invalid API key provided" in body
+
+
+def head_is_answered_without_a_body(connection: Connection) -> None:
+    """HEAD gets the headers, and the next response is not mistaken for a body."""
+    connection.send(b"HEAD /echo HTTP/1.1\r\nHost: x\r\n\r\n")
+    status, headers, _ = connection.answer(bodiless=True)
+    assert status == 401
+    assert headers["content-type"] == "application/json"
+    connection.send(b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert connection.answer()[0] == 401
+
+
+def upload_gets_its_answer(connection: Connection) -> None:
+    """A client that uploads 16 MiB with a bad token reads the refusal, not a reset connection."""
+    connection.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 16777216\r\n\r\n")
+    connection.send(MEBIBYTE)
+    status, _, body = connection.answer()
+    assert status == 401
+    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    for _ in range(15):
+        connection.send(MEBIBYTE)
