@@ -1,0 +1,224 @@
+"""The README is a program: every block in it runs, in the order in which a reader meets it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import pytest
+
+from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Token
+from freegpt_auth.tokens import digest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+PROJECT = Path(__file__).parent.parent
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """One fenced block."""
+
+    heading: str
+    language: str
+    code: str
+
+
+def blocks() -> list[Block]:
+    """Return every block of the README with the heading it stands under."""
+    text = (PROJECT / "README.md").read_text()
+    found = []
+    for match in FENCE.finditer(text):
+        headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text[: match.start()]), re.MULTILINE)
+        found.append(Block(headings[-1], match[1], match[2]))
+    return found
+
+
+BLOCKS = blocks()
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+SHELL = [block for block in BLOCKS if block.language == "sh"]
+OWN_TESTS = {"Run it", "Test it", "Send the token", "Add it to your server"}
+
+
+def named(heading: str, language: str = "sh") -> str:
+    """Return the one block of a language under a heading."""
+    (code,) = [block.code for block in BLOCKS if (block.heading, block.language) == (heading, language)]
+    return code
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs shell code in which ``python`` is this Python."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "python").symlink_to(sys.executable)
+
+    def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = f"{programs}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "PYTHONEXECUTABLE": sys.executable, **environment}
+        return subprocess.run(
+            ["sh", "-c", code], capture_output=True, text=True, timeout=60, check=False, env=environment
+        )
+
+    return run
+
+
+def test_the_first_code_stands_within_twenty_lines() -> None:
+    """A reader sees what to write before scrolling."""
+    assert "```python" in (PROJECT / "README.md").read_text().splitlines()[:20]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("block", range(len(PYTHON)), ids=lambda place: f"{place + 1} {PYTHON[place].heading}")
+async def test_every_python_block_is_a_protected_application(
+    block: int, ask: Callable[..., Awaitable[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each Python block, pasted as it is, gives an app that refuses a request without a token."""
+    monkeypatch.setenv("FREEGPT_API_KEY", "a-key")
+    names: dict[str, Any] = {}
+    exec(PYTHON[block].code, names)
+    scope = {"path": "/whoami", "http_version": "1.1", "query_string": b"", "server": ("x", 80), "scheme": "http"}
+    assert (await ask(names["app"], **scope)).status == 401
+    assert (await ask(names["app"], headers=[(b"x-api-key", b"a-key")], **scope)).status in (200, 204, 404)
+
+
+def test_every_shell_block_is_run_here() -> None:
+    """No command in the README goes untested when somebody adds one."""
+    assert {block.heading for block in SHELL} - OWN_TESTS == {
+        "freegpt_auth",
+        "The three modes",
+        "The commands",
+        "From a file of plain tokens",
+    }
+
+
+def test_the_command_beside_the_first_code(shell: Callable[..., Any]) -> None:
+    """The command that the promise names creates a token and prints it."""
+    assert re.fullmatch(r"sk-\w{49}\n", shell(named("freegpt_auth")).stdout)
+
+
+def test_the_commands_and_the_list_they_show(shell: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The four commands do what the README says, and list prints the very text that stands there."""
+    monkeypatch.setenv("TZ", "UTC")
+    created = datetime(2025, 11, 26, 10, 30, tzinfo=UTC)
+    store = FileTokenStore("api_tokens.json")
+    first = Token(id="1", name="my-application", prefix="sk-a1b2c3d4e5f", created_at=created)
+    first = msgspec.structs.replace(first, last_used_at=created + timedelta(hours=1, minutes=15, seconds=23))
+    store.add(digest_of("one"), first)
+    second = datetime(2025, 11, 25, 15, 20, tzinfo=UTC)
+    store.add(digest_of("two"), Token(id="2", name="mobile-app", prefix="sk-x9y8z7w6v5u", created_at=second))
+    assert shell("python -m freegpt_auth list").stdout == named("The commands", "text")
+
+    script, capture = [block.code for block in SHELL if block.heading == "The commands"]
+    finished = shell(f"set -e\n{script}")
+    assert finished.returncode == 0, finished.stderr
+    assert "Revoked token sk-a1b2c3d4e5f... (my-application)" in finished.stderr
+    assert "Deleted token sk-a1b2c3d4e5f... (my-application)" in finished.stderr
+    assert re.fullmatch(r"sk-\w{49}\n", shell(f"{capture}\necho $TOKEN").stdout)
+
+
+def test_turning_authentication_off(shell: Callable[..., Any], keep: Callable[..., Any]) -> None:
+    """The commands move the token file away, and nothing is left that would ask for a token at the next start."""
+    keep(FileTokenStore("api_tokens.json"))
+    finished = shell(named("The three modes"), FREEGPT_API_KEY="x")
+    assert finished.returncode == 0, finished.stderr
+    assert Path("api_tokens.json.backup").exists()
+    assert FileTokenStore("api_tokens.json").survey().configured is False
+
+
+def test_sending_the_token(shell: Callable[..., Any], serve: Callable[..., Any], keep: Callable[..., Any]) -> None:
+    """The curl command is answered 200 by the example, which greets back, and 401 without the token."""
+    _, secret = keep(FileTokenStore("api_tokens.json"))
+    server = serve(script=PROJECT / "examples" / "chat_server.py")
+    command = named("Send the token").replace("http://localhost:8000", server.url)
+    assert '"chat.completion"' in shell(command, TOKEN=secret).stdout
+    assert "Invalid API key provided" in shell(command, TOKEN="wrong").stdout
+
+
+def test_a_server_that_takes_a_middleware_by_name() -> None:
+    """The name given to vLLM is that of a class which is complete with nothing but an application.
+
+    vLLM imports the name's module, takes the attribute, and adds a class by ``app.add_middleware(class)``.
+    """
+    name = named("Add it to your server").split("--middleware ")[1].strip()
+    code = (
+        "import importlib, inspect, fastapi\n"
+        f"module, _, attribute = {name!r}.rpartition('.')\n"
+        "found = getattr(importlib.import_module(module), attribute)\n"
+        "assert inspect.isclass(found)\n"
+        "app = fastapi.FastAPI()\n"
+        "app.add_middleware(found)\n"
+        "app.build_middleware_stack()\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_from_a_file_of_plain_tokens(shell: Callable[..., Any]) -> None:
+    """The ancestor's file is converted by the command, its tokens go on working, and no plain token is left."""
+    entry = {"name": "old", "created_at": "2025-11-26T10:30:00", "last_used": None, "active": True}
+    Path("old_tokens.json").write_bytes(msgspec.json.encode({"sk-from-before-0123456789": entry}))
+    finished = shell(named("From a file of plain tokens"))
+    assert finished.returncode == 0, finished.stderr
+    store = FileTokenStore("old_tokens.json")
+    assert [token.name for token in store.tokens().values()] == ["old", "the-first-new-one"]
+    assert store.resolve(digest_of("sk-from-before-0123456789")) is not None
+    assert b"sk-from-before-0123456789" not in Path("old_tokens.json").read_bytes()
+
+
+def test_run_it(tmp_path: Path) -> None:
+    """The command under "Run it" installs into an empty environment, serves, and names a curl command that works."""
+    checkout = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "api_tokens*", "dist", "build")
+    shutil.copytree(PROJECT, checkout, ignore=ignored)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COVERAGE"))}
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            ["sh", "-c", f"exec {named('Run it').strip()} --port 0"],
+            cwd=checkout,
+            stdout=output,
+            stderr=output,
+            env=environment,
+        )
+    try:
+        wait_for("Uvicorn running on", log, server)
+        command = re.search(r"^(curl .*?)\n\n", log.read_text(), re.MULTILINE | re.DOTALL)
+        address = re.search(r"running on (http://[\d.:]+)", log.read_text())
+        assert command is not None
+        assert address is not None
+        pasted = command[1].replace("http://127.0.0.1:8000", address[1])
+        answer = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, timeout=30, check=False)
+        assert answer.stdout.startswith("HTTP/1.1 200 OK"), answer
+        without = "\n".join(line for line in pasted.splitlines() if "Authorization" not in line)
+        answer = subprocess.run(["sh", "-c", without], capture_output=True, text=True, timeout=30, check=False)
+        assert answer.stdout.startswith("HTTP/1.1 401 "), answer
+        assert "You didn't provide an API key" in answer.stdout
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process has said something."""
+    deadline = time.monotonic() + 180
+    while words not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def test_the_middleware_is_what_the_readme_names() -> None:
+    """Every argument that the settings table names is one that the middleware takes."""
+    table = re.findall(r"^\| `FREEGPT_AUTH_\w+` \| `(\w+)` \|", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    annotations = BearerTokenMiddleware.__init__.__annotations__
+    assert set(table) == {"store", "public_paths", "required", "usage"} < set(annotations)
