@@ -121,11 +121,10 @@ class Authenticator:
         self._key_digest = key.digest if key else None
         self._environment = Caller(TokenUser(_ENVIRONMENT, _ENVIRONMENT), AuthCredentials(["authenticated"]))
         self._callers: dict[bytes, Caller] = {}
+        self.mode: AuthMode = AuthMode.OPEN if key is None else AuthMode.ENVIRONMENT
         survey = verifier.survey()
         if survey.configured:
             self.mode = AuthMode.TOKEN_FILE
-        else:
-            self.mode = AuthMode.OPEN if key is None else AuthMode.ENVIRONMENT
         if required and self.mode is AuthMode.OPEN:
             raise ConfigurationError(
                 f"authentication is required, but no environment key is set and {survey.source} holds no tokens: "

@@ -51,8 +51,8 @@ class TokenFileError(StoreError):
 
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
-        self.path = path
-        self.problem = problem
+        self.path: str = path
+        self.problem: str = problem
 
 
 class StoreBusyError(StoreError):
@@ -76,4 +76,4 @@ class AmbiguousTokenError(StoreError):
 
     def __init__(self, message: str, matches: Sequence[Token]) -> None:
         super().__init__(message)
-        self.matches = tuple(matches)
+        self.matches: tuple[Token, ...] = tuple(matches)

@@ -70,7 +70,7 @@ class UsageRecorder:
     """
 
     def __init__(self, path: str, *, interval: float = FLUSH_INTERVAL) -> None:
-        self.path = os.path.abspath(path)
+        self.path: str = os.path.abspath(path)
         self._interval = interval
         self._told: str | None = None
         self.forget()

@@ -62,7 +62,7 @@ class FileTokenStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)  # a server may change its directory later
+        self.path: str = os.path.abspath(path)  # a server may change its directory later
         self._snapshot = _Snapshot({}, signature=None)
         self._looked_at = float("-inf")
         self._configured = False

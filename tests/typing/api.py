@@ -75,7 +75,7 @@ if answer is not UNRESOLVED and answer is not None:
     assert_type(answer.name, str)
     assert_type(answer.revoked_at, datetime | None)
 assert_type(Settings.from_env(required=True).required, bool)
-assert_type(AuthMode.OPEN.value, str)
+mode: AuthMode = AuthMode("open")
 errors: list[type[FreeGPTAuthError]] = [ConfigurationError, StoreError, StoreUnavailableError]
 
 
