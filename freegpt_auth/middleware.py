@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from os import PathLike
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import anyio
 from anyio import to_thread
@@ -15,14 +15,14 @@ from . import denials
 from .authentication import ANONYMOUS, Authenticator, AuthMode, Caller, Refusal
 from .bearer import presented, without_secret
 from .exceptions import MalformedCredentialsError
-from .settings import Settings
+from .settings import FLUSH_INTERVAL, Settings
 from .stores import open_store
 from .stores.base import UNRESOLVED, Unresolved
 from .tokens import printable
 from .usage import UsageRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,7 +35,6 @@ BODY_TIMEOUT = 5.0
 """Seconds for which they are."""
 
 _logger = logging.getLogger("freegpt_auth")
-_T = TypeVar("_T")
 
 
 class _Lane(NamedTuple):
@@ -68,6 +67,7 @@ class BearerTokenMiddleware:
         required: raise instead of starting in open mode. Default: ``FREEGPT_AUTH_REQUIRED``, else no.
         usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the token file;
             with a verifier of one's own: off.
+        usage_interval: seconds between two writes of usage: what a killed process can lose.
 
     Raises:
         ConfigurationError: the settings cannot be used; a server must not start on them.
@@ -81,18 +81,25 @@ class BearerTokenMiddleware:
         public_paths: Iterable[str] | None = None,
         required: bool | None = None,
         usage: str | PathLike[str] | None = None,
+        usage_interval: float = FLUSH_INTERVAL,
     ) -> None:
         self.app = app
+        location: str | PathLike[str] | None = None
+        verifier: Verifier | None = None
         if store is None or isinstance(store, (str, PathLike)):
-            settings = Settings.from_env(store=store, public_paths=public_paths, required=required, usage=usage)
-            verifier: Verifier = open_store(settings.store)
+            location = store
         else:
-            usage = "off" if usage is None else usage
-            settings = Settings.from_env(public_paths=public_paths, required=required, usage=usage)
             verifier = store
+            usage = "off" if usage is None else usage
+        settings = Settings.from_env(
+            store=location, public_paths=public_paths, required=required, usage=usage, usage_interval=usage_interval
+        )
+        verifier = open_store(settings.store) if verifier is None else verifier
         self._public_paths = settings.public_paths
         self._authenticator = Authenticator(verifier, settings.key, required=settings.required)
-        self._usage = UsageRecorder(settings.usage) if settings.usage is not None else None
+        self._usage: UsageRecorder | None = None
+        if settings.usage is not None:
+            self._usage = UsageRecorder(settings.usage, interval=settings.usage_interval)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a refusal, or let the application answer."""
@@ -103,7 +110,9 @@ class BearerTokenMiddleware:
         if kind not in ("http", "websocket"):
             # A type not known is a type not guarded.
             raise NotImplementedError(f"freegpt_auth does not know how to guard a scope of type {kind!r}")
-        decision = await self._decide(scope)
+        decision = self._peek(scope)
+        if decision is UNRESOLVED:
+            decision = await self._in_turn(scope)
         if isinstance(decision, Refusal):
             if not _is_preflight(scope):
                 await _refuse(scope, receive, send, decision)
@@ -117,22 +126,39 @@ class BearerTokenMiddleware:
         scope["auth"] = decision.auth
         await self.app(scope, receive, send)
 
-    async def _decide(self, scope: Scope) -> Caller | Refusal:
+    def _peek(self, scope: Scope) -> Caller | Refusal | Literal[Unresolved.UNRESOLVED]:
+        """Decide from memory: on the event loop, for every request."""
         authenticator = self._authenticator
         if self._public_paths and _route_path(scope) in self._public_paths:
             return ANONYMOUS
-        if authenticator.mode is AuthMode.OPEN and await _answer(authenticator.peek_open, authenticator.resolve_open):
+        if authenticator.mode is AuthMode.OPEN:
+            passes = authenticator.peek_open()
+            if passes is UNRESOLVED:
+                return UNRESOLVED
+            if passes:
+                return ANONYMOUS
+        secrets = _secrets(scope)
+        return secrets if isinstance(secrets, Refusal) else authenticator.peek(secrets)
+
+    def _resolve(self, scope: Scope) -> Caller | Refusal:
+        """Decide from the store: in a thread, where memory cannot."""
+        authenticator = self._authenticator
+        if authenticator.resolve_open():
             return ANONYMOUS
-        try:
-            secrets = presented(scope)
-        except MalformedCredentialsError:
-            return Refusal("malformed")
-        if not secrets:
-            return Refusal("missing")
-        decision = authenticator.peek(secrets)
-        if decision is UNRESOLVED:
-            return await _answer(lambda: authenticator.peek(secrets), lambda: authenticator.resolve(secrets))
-        return decision
+        secrets = _secrets(scope)
+        return secrets if isinstance(secrets, Refusal) else authenticator.resolve(secrets)
+
+    async def _in_turn(self, scope: Scope) -> Caller | Refusal:
+        """Decide from the store, if memory still cannot when it is this request's turn."""
+        lane = _lanes.get(None)
+        if lane is None:
+            lane = _Lane(anyio.Semaphore(_LANE_WIDTH), anyio.CapacityLimiter(_LANE_WIDTH))
+            _lanes.set(lane)
+        async with lane.gate:
+            decision = self._peek(scope)  # those before us in the queue may have read the store
+            if decision is not UNRESOLVED:
+                return decision
+            return await to_thread.run_sync(self._resolve, scope, limiter=lane.threads)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def flush_and_send(message: Message) -> None:
@@ -144,20 +170,11 @@ class BearerTokenMiddleware:
         await self.app(scope, receive, flush_and_send)
 
 
-async def _answer(peek: Callable[[], _T | Literal[Unresolved.UNRESOLVED]], resolve: Callable[[], _T]) -> _T:
-    """Ask memory, and if memory cannot tell, the store, in a thread."""
-    answer = peek()
-    if not isinstance(answer, Unresolved):
-        return answer
-    lane = _lanes.get(None)
-    if lane is None:
-        lane = _Lane(anyio.Semaphore(_LANE_WIDTH), anyio.CapacityLimiter(_LANE_WIDTH))
-        _lanes.set(lane)
-    async with lane.gate:
-        answer = peek()  # again: those before us in the queue may have read the store
-        if not isinstance(answer, Unresolved):
-            return answer
-        return await to_thread.run_sync(resolve, limiter=lane.threads)
+def _secrets(scope: Scope) -> list[bytes] | Refusal:
+    try:
+        return presented(scope) or Refusal("missing")
+    except MalformedCredentialsError:
+        return Refusal("malformed")
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:

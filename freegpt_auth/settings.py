@@ -14,6 +14,9 @@ from .tokens import digest_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+FLUSH_INTERVAL = 2.0
+"""Seconds between two writes of usage."""
+
 DEFAULT_STORE = "api_tokens.json"
 """The token file when none is named: in the working directory."""
 
@@ -44,6 +47,7 @@ class Settings:
         public_paths: exact paths that need no token.
         required: refuse to start in open mode.
         usage: path of the usage database; ``None`` to record nothing.
+        usage_interval: seconds between two writes to it.
     """
 
     store: str = DEFAULT_STORE
@@ -51,6 +55,7 @@ class Settings:
     public_paths: frozenset[str] = frozenset()
     required: bool = False
     usage: str | None = None
+    usage_interval: float = FLUSH_INTERVAL
 
     @classmethod
     def from_env(
@@ -60,6 +65,7 @@ class Settings:
         public_paths: Iterable[str] | None = None,
         required: bool | None = None,
         usage: str | os.PathLike[str] | None = None,
+        usage_interval: float = FLUSH_INTERVAL,
         environ: Mapping[str, str] | None = None,
     ) -> Settings:
         """Read the settings. An argument that is given wins over its variable.
@@ -69,12 +75,15 @@ class Settings:
             public_paths: ``FREEGPT_AUTH_PUBLIC_PATHS``, separated by commas there; by default none.
             required: ``FREEGPT_AUTH_REQUIRED``; by default no.
             usage: ``FREEGPT_AUTH_USAGE``, or ``off``; by default beside the token file.
+            usage_interval: seconds between two writes of usage: what a killed process can lose.
             environ: the environment; by default ``os.environ``.
 
         Raises:
             ConfigurationError: a value cannot be used; the message names the variable or the argument.
         """
         env = os.environ if environ is None else environ
+        if not usage_interval > 0:
+            raise ConfigurationError(f"usage_interval is {usage_interval}; give it a number of seconds above 0")
         location = store_location(store, env)
         if public_paths is None:
             public_paths = filter(None, (path.strip() for path in env.get("FREEGPT_AUTH_PUBLIC_PATHS", "").split(",")))
@@ -84,6 +93,7 @@ class Settings:
             public_paths=_checked_paths(public_paths),
             required=_flag(env, "FREEGPT_AUTH_REQUIRED") if required is None else required,
             usage=usage_location(location, usage, env),
+            usage_interval=usage_interval,
         )
 
 

@@ -26,9 +26,6 @@ from .stores import disk
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-FLUSH_INTERVAL = 2.0
-"""Seconds between two writes: what a killed process can lose."""
-
 SHUTDOWN_TIMEOUT = 5.0
 """Seconds that a stopping server waits at most for its last write."""
 
@@ -66,10 +63,10 @@ class UsageRecorder:
 
     Args:
         path: the database; made when the first use is written.
-        interval: seconds between two writes.
+        interval: seconds between two writes: what a killed process can lose.
     """
 
-    def __init__(self, path: str, *, interval: float = FLUSH_INTERVAL) -> None:
+    def __init__(self, path: str, *, interval: float) -> None:
         self.path: str = os.path.abspath(path)
         self._interval = interval
         self._told: str | None = None

@@ -43,8 +43,9 @@ class Survey(NamedTuple):
 class Verifier(Protocol):
     """What the middleware needs of a token source. These three methods are enough to plug in one's own.
 
-    A token is answered whether or not it is revoked or expired; the caller looks at that. The same token must be the
-    same object from call to call for as long as nothing about it has changed.
+    A token is answered whether or not it is revoked or expired; the caller looks at that. While nothing in the store
+    changes, a token should be the same object from call to call: what the application is told of it is made once for
+    each object.
     """
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:

@@ -74,7 +74,8 @@ class FileTokenStore:
         """Answer from the snapshot, if the file is as it was; see :class:`~freegpt_auth.stores.base.Verifier`."""
         if time.monotonic() - self._looked_at >= FRESHNESS and not self._is_unchanged():
             return UNRESOLVED
-        return self._answer(digest)
+        token = self._snapshot.tokens.get(digest)
+        return self._answer(digest) if token is None else token
 
     def resolve(self, digest: bytes) -> Token | None:
         """Answer from the file, read again if it changed; several threads wait for one reading."""
