@@ -85,6 +85,9 @@ class Caller(NamedTuple):
     expires: float = float("inf")
 
 
+Reason = Literal["missing", "malformed", "unknown", "revoked", "expired", "unavailable"]
+
+
 class Refusal(NamedTuple):
     """Why a request is refused: for the log, never for the client.
 
@@ -93,7 +96,7 @@ class Refusal(NamedTuple):
         token_id: the token that was presented, where it is known.
     """
 
-    reason: Literal["missing", "malformed", "unknown", "revoked", "expired", "unavailable"]
+    reason: Reason
     token_id: str | None = None
 
 
@@ -164,6 +167,8 @@ class Authenticator:
     ) -> Caller | Refusal | Literal[Unresolved.UNRESOLVED]:
         decision: Refusal | Literal[Unresolved.UNRESOLVED] = _UNKNOWN
         for secret in secrets:
+            if not secret:
+                continue
             digest = sha256(secret).digest()
             # In constant time: a key that a person chose could be guessed offline from the start of its digest.
             if self._key_digest is not None and compare_digest(digest, self._key_digest):
@@ -171,7 +176,7 @@ class Authenticator:
             try:
                 token = look_up(digest)
             except StoreUnavailableError:
-                decision = _UNAVAILABLE
+                decision = _weightier(decision, _UNAVAILABLE)
                 continue
             if token is None:
                 continue
@@ -181,12 +186,10 @@ class Authenticator:
             caller = self._callers.get(digest)
             if caller is None or caller.token is not token:
                 caller = self._introduce(digest, token)
-            if token.revoked_at is not None:
-                decision = Refusal("revoked", token.id)
-            elif caller.expires <= time.time():
-                decision = Refusal("expired", token.id)
-            else:
+            if token.revoked_at is None and caller.expires > time.time():
                 return caller
+            reason: Reason = "expired" if token.revoked_at is None else "revoked"
+            decision = _weightier(decision, Refusal(reason, token.id))
         return decision
 
     def _introduce(self, digest: bytes, token: Token) -> Caller:
@@ -201,6 +204,13 @@ class Authenticator:
             self._callers.clear()
         self._callers[digest] = caller
         return caller
+
+
+def _weightier(
+    decision: Refusal | Literal[Unresolved.UNRESOLVED], other: Refusal
+) -> Refusal | Literal[Unresolved.UNRESOLVED]:
+    """Return what decides about a request that presents several secrets: that one of them cannot be known comes first."""
+    return decision if decision is UNRESOLVED or decision is _UNAVAILABLE else other
 
 
 def _announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> None:

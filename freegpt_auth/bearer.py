@@ -54,7 +54,7 @@ def without_secret(scope: Any) -> Any:
     name = b"sec-websocket-protocol"
     headers = [(key, value) for key, value in scope["headers"] if key != name]
     if kept:
-        headers.append((name, ", ".join(kept).encode("latin-1")))
+        headers.append((name, ", ".join(kept).encode("latin-1", "replace")))
     return {**scope, "subprotocols": kept, "headers": headers}
 
 
@@ -68,4 +68,5 @@ def _subprotocol_secrets(scope: Any) -> list[bytes]:
     values = [p[len(SUBPROTOCOL) :] for p in scope.get("subprotocols", ()) if p.startswith(SUBPROTOCOL)]
     if len(values) > 1:
         raise MalformedCredentialsError(f"the subprotocol {SUBPROTOCOL}… is sent more than once")
-    return [value.encode("latin-1") if len(value) <= VALUE_LIMIT else b"" for value in values if value]
+    # A header holds bytes; what a server made of those outside ASCII is not to be guessed.
+    return [value.encode() if value.isascii() and len(value) <= VALUE_LIMIT else b"" for value in values if value]

@@ -181,12 +181,12 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) 
     path, client = scope["path"], (scope.get("client") or ("unknown",))[0]
     _logger.info(
         "refused %s %s: %s",
-        client,
+        printable(str(client)),
         printable(path),
         refusal.reason if refusal.token_id is None else f"{refusal.reason} ({refusal.token_id})",
         extra={"client": client, "path": path, "reason": refusal.reason, "token_id": refusal.token_id},
     )
-    denial = denials.denial(path, refusal.reason)
+    denial = denials.denial(_route_path(scope), refusal.reason)
     if scope["type"] == "http":
         await _deny_http(scope, receive, send, denial)
     else:

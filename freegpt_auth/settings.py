@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ class EnvironmentKey:
         source: the variable it came from.
     """
 
-    digest: bytes
+    digest: bytes = field(repr=False)
     source: str
 
 
@@ -82,7 +83,7 @@ class Settings:
             ConfigurationError: a value cannot be used; the message names the variable or the argument.
         """
         env = os.environ if environ is None else environ
-        if not usage_interval > 0:
+        if not 0 < usage_interval <= threading.TIMEOUT_MAX:
             raise ConfigurationError(f"usage_interval is {usage_interval}; give it a number of seconds above 0")
         location = store_location(store, env)
         if public_paths is None:

@@ -143,7 +143,9 @@ def find(reference: str, digests: dict[bytes, Token]) -> list[Token]:
         return []
     tokens = digests.values()
     exact = [token for token in tokens if reference in (token.id, token.prefix)]
-    return exact or [token for token in tokens if token.prefix and reference.startswith(token.prefix)]
+    return exact or [
+        token for token in tokens if len(token.prefix) == PREFIX_LENGTH and reference.startswith(token.prefix)
+    ]
 
 
 def _checksum(text: str) -> str:

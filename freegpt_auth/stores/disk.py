@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import stat
@@ -32,6 +33,8 @@ _PROBLEMS = {
     errno.ENOTDIR: "a part of its path is not a directory",
     errno.EISDIR: "it is a directory, not a file",
 }
+
+_ATTEMPTS = 5  # a writer can replace the file while it is read, but not five times in a row
 
 Signature = tuple[int, ...]
 """What tells one state of a file from another: compared for equality only, since a restored file can be older."""
@@ -62,6 +65,18 @@ def read_file(path: str) -> tuple[os.stat_result, bytes]:
         FileNotFoundError: nothing is at *path*, not even a dangling link; or what is there was deleted elsewhere.
         TokenFileError: it cannot be read, is no regular file, is too large, or changed meanwhile.
     """
+    for _ in range(_ATTEMPTS - 1):
+        before = signature_at(path)
+        try:
+            return _read_once(path)
+        except (FileNotFoundError, TokenFileError):
+            # A writer that replaces the file in this very moment makes it neither missing nor broken.
+            if signature_at(path) == before:
+                break
+    return _read_once(path)
+
+
+def _read_once(path: str) -> tuple[os.stat_result, bytes]:
     try:
         # Not blocking: a FIFO in the file's place would otherwise hold the opening thread for ever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -69,16 +84,20 @@ def read_file(path: str) -> tuple[os.stat_result, bytes]:
         if error.errno == errno.ENOENT and not os.path.lexists(path):
             raise FileNotFoundError(errno.ENOENT, "is gone", path) from None
         raise TokenFileError(path, explain(error)) from None
-    with os.fdopen(fd, "rb", buffering=0) as file:
+    try:
         status = os.fstat(fd)
-        _check_readable(path, status)
-        try:
+        _check_readable(path, status)  # before fdopen, which raises on a directory and then leaves it open
+        with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
             content = file.readall()
-        except OSError as error:
-            raise TokenFileError(path, explain(error)) from None
         if signature_of(os.fstat(fd)) != signature_of(status):
             raise TokenFileError(path, "it changed while it was read")
-        return status, content
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise TokenFileError(path, explain(error)) from None
+    finally:
+        os.close(fd)
+    return status, content
 
 
 def _check_readable(path: str, status: os.stat_result) -> None:
@@ -103,9 +122,14 @@ def replace_file(path: str, content: bytes) -> None:
     _remove_leftovers(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        _write_new(temporary, content, _owner_to_keep(target))
-        temporary.replace(target)
-        _sync_directory(target.parent)
+        # Opened first: a folder that may be written but not listed is refused before anything has changed.
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _write_new(temporary, content, _owner_to_keep(target))
+            temporary.replace(target)
+            _sync_folder(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -115,6 +139,7 @@ def replace_file(path: str, content: bytes) -> None:
 def _write_new(path: Path, content: bytes, owner: tuple[int, int] | None) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
+        os.fchmod(fd, 0o600)  # whatever the umask
         if owner is not None:
             os.fchown(fd, *owner)
         file.write(content)
@@ -133,17 +158,25 @@ def _owner_to_keep(target: Path) -> tuple[int, int] | None:
     return status.st_uid, status.st_gid
 
 
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _give_to_owner(lock_file: str, target: Path) -> None:
+    """Let the file's owner take the lock too, when root was the first to."""
+    with contextlib.suppress(OSError):  # what is wrong with the file itself is said when it is read
+        owner = _owner_to_keep(target)
+        if owner is not None:
+            os.chown(lock_file, *owner, follow_symlinks=False)
+
+
+def _sync_folder(folder: int) -> None:
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
+            raise
 
 
 def _remove_leftovers(target: Path) -> None:
     """Remove what a killed writer left behind; nobody else can be writing while the caller holds the lock."""
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             leftover.unlink()
 
@@ -169,6 +202,7 @@ def locked(path: str, seconds: float) -> Generator[None]:
     except (OSError, NotImplementedError) as error:
         raise TokenFileError(path, f"cannot lock {path}.lock: {explain(error)}") from None
     try:
+        _give_to_owner(f"{path}.lock", Path(path))
         yield
     finally:
         lock.release()

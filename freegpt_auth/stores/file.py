@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from ..exceptions import StoreError, StoreUnavailableError, TokenFileError, TokenNotFoundError
+from ..exceptions import StoreError, StoreUnavailableError, TokenFileError
 from . import disk, tokenfile
 from .base import UNRESOLVED, Survey, Unresolved
 from .memory import count_active
@@ -105,7 +105,7 @@ class FileTokenStore:
         """Refuse the token from now on, in every process of this host."""
 
         def enter(document: tokenfile.Document) -> Token:
-            token = self._find(document, token_id)
+            token = document.find(token_id)
             if token.revoked_at is None:
                 document.revoke(token_id, at)
                 token = msgspec.structs.replace(token, revoked_at=at)
@@ -117,7 +117,7 @@ class FileTokenStore:
         """Remove the token, in every process of this host. The file stays, and keeps authentication on."""
 
         def remove(document: tokenfile.Document) -> Token:
-            token = self._find(document, token_id)
+            token = document.find(token_id)
             document.remove(token_id)
             return token
 
@@ -126,9 +126,10 @@ class FileTokenStore:
     # --- reading: what servers do
 
     def _answer(self, digest: bytes) -> Token | None:
-        token = self._snapshot.tokens.get(digest)
-        if token is None and self._snapshot.problem is not None:
-            raise StoreUnavailableError(self._snapshot.problem)
+        snapshot = self._snapshot  # once: another thread may replace it
+        token = snapshot.tokens.get(digest)
+        if token is None and snapshot.problem is not None:
+            raise StoreUnavailableError(snapshot.problem)
         return token
 
     def _is_unchanged(self) -> bool:
@@ -205,7 +206,9 @@ class FileTokenStore:
     def _read(self) -> tokenfile.Document:
         try:
             _, content = disk.read_file(self.path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if disk.signature_at(self.path) != disk.MISSING:  # never start afresh over a file that was not read
+                raise TokenFileError(self.path, f"it {error.strerror}") from None
             return tokenfile.Document(None)
         try:
             return tokenfile.Document(content)
@@ -218,17 +221,17 @@ class FileTokenStore:
         with disk.locked(target, LOCK_TIMEOUT):
             document = self._read()
             result = change(document)
-            disk.replace_file(target, document.encode())
+            try:
+                content = document.encode()
+                tokenfile.read(content)  # what could not be read again must not be written
+            except (ValueError, RecursionError) as error:
+                raise StoreError(
+                    f"{self.path}: nothing was changed, since the change cannot be kept: {error}"
+                ) from None
+            disk.replace_file(target, content)
         # A process that looked at the file just before may rely on that for FRESHNESS.
         time.sleep(2 * FRESHNESS)
         return result
-
-    @staticmethod
-    def _find(document: tokenfile.Document, token_id: str) -> Token:
-        for token in document.tokens.values():
-            if token.id == token_id:
-                return token
-        raise TokenNotFoundError(f"there is no token with the id {token_id}")
 
 
 _stores: weakref.WeakSet[FileTokenStore] = weakref.WeakSet()

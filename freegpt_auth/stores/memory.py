@@ -35,7 +35,7 @@ class MemoryTokenStore:
 
     def survey(self) -> Survey:
         """Count the active tokens."""
-        return Survey(configured=True, active=count_active(self._tokens), source="memory")
+        return Survey(configured=True, active=count_active(dict(self._tokens)), source="memory")
 
     def tokens(self) -> Mapping[bytes, Token]:
         """Return a copy of the table, oldest first."""

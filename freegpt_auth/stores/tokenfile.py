@@ -17,15 +17,17 @@ The format of this project's ancestor is read as well: ``{"<plain token>": {"nam
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime  # noqa: TC003  msgspec reads the annotations when it runs
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from ..exceptions import TokenNotFoundError
 from ..tokens import Token, digest_of, prefix_of, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Generator, Iterable
 
 VERSION = 1
 _HEAD = b'{"version": 1, "tokens": [\n'
@@ -76,13 +78,19 @@ def read(content: bytes) -> Contents:
     Raises:
         ValueError: they are no token file; the message says what is wrong and where.
     """
-    try:
+    with _plain_errors():
         if content.startswith(_HEAD) and content.endswith(_FOOT):
-            try:
+            # Another layout, or an error whose place only the whole file shows, goes on below.
+            with contextlib.suppress(msgspec.MsgspecError):
                 return Contents(_index(map(_decode_line, _lines(content))))
-            except msgspec.MsgspecError:
-                pass  # another layout, or an error whose place only the whole file shows
         return _read_whole(content)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Generator[None]:
+    """Make one kind of error of all that bad JSON raises."""
+    try:
+        yield
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
@@ -144,8 +152,11 @@ def _from_ancestor(document: dict[str, Any]) -> Iterable[_StoredToken]:
         if not secret:
             raise ValueError(f"entry {place + 1} of a file of plain tokens is an empty token")
         digest = digest_of(secret)
-        created_at = record.created_at.astimezone()
-        last_used_at = record.last_used and record.last_used.astimezone()
+        try:
+            created_at = record.created_at.astimezone()
+            last_used_at = record.last_used and record.last_used.astimezone()
+        except OverflowError:
+            raise ValueError(f"a date is out of range, in entry {place + 1} of a file of plain tokens") from None
         yield _StoredToken(
             id=digest.hex()[:12],  # the same at every reading
             name=record.name,
@@ -171,12 +182,24 @@ class Document:
         if contents.ancestral:
             self._envelope["tokens"] = [_row(digest, token) for digest, token in contents.tokens.items()]
         elif content is not None:
-            self._envelope.update(_decode_any(content))
+            with _plain_errors():
+                self._envelope.update(_decode_any(content))  # this also reads the fields that read() skips
 
     @property
     def tokens(self) -> dict[bytes, Token]:
         """Every token by its digest, as the file said when it was read."""
         return self._tokens
+
+    def find(self, token_id: str) -> Token:
+        """Return the token with this id.
+
+        Raises:
+            TokenNotFoundError: there is none.
+        """
+        for token in self._tokens.values():
+            if token.id == token_id:
+                return token
+        raise TokenNotFoundError(f"there is no token with the id {token_id}")
 
     def append(self, digest: bytes, token: Token) -> None:
         """Add a record at the end."""

@@ -1,0 +1,136 @@
+"""A small chat-completions server behind bearer tokens: it answers each request with the caller's own words.
+
+Run it with ``python examples/chat_server.py``. It reads ``.env`` and ``api_tokens.json`` in the working directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from dotenv import load_dotenv
+from starlette.applications import Starlette
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from freegpt_auth import BearerTokenMiddleware
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.requests import Request
+
+MODEL = "freegpt-4"
+
+
+async def health(_request: Request) -> Response:
+    """Tell a load balancer that the server is up."""
+    return _json({"status": "ok"})
+
+
+async def models(_request: Request) -> Response:
+    """List the one model there is."""
+    return _json({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "freegpt"}]})
+
+
+async def chat_completions(request: Request) -> Response:
+    """Repeat the last message of the user, at once or word by word."""
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        return _error(400, "The body of the request is not valid JSON.")
+    match body:
+        case {"model": str(model), "messages": [*messages]}:
+            said = _last_user_message(messages)
+        case _:
+            return _error(400, "The body must be a JSON object with a model and a list of messages.")
+    if model != MODEL:
+        return _error(404, f"The model {model!r} does not exist. Use {MODEL!r}.", "model_not_found")
+    if said is None:
+        return _error(400, "The messages must hold one whose role is user and whose content is text.")
+    reply = f"You said: {said}"
+    # json.dumps escapes what UTF-8 cannot hold, so every reply has a digest; the same reply has the same id.
+    digest = hashlib.sha256(json.dumps(reply).encode()).hexdigest()
+    common = {"id": f"chatcmpl-{digest[:24]}", "created": int(time.time()), "model": MODEL}
+    if body.get("stream") is True:
+        return StreamingResponse(_events(common, reply), media_type="text/event-stream")
+    message = {"role": "assistant", "content": reply}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return _json({**common, "object": "chat.completion", "choices": [choice]})
+
+
+async def realtime(websocket: WebSocket) -> None:
+    """Send every message back."""
+    await websocket.accept("realtime" if "realtime" in websocket.scope["subprotocols"] else None)
+    with suppress(WebSocketDisconnect):  # the client left while its message was on the way back
+        while (message := await websocket.receive())["type"] == "websocket.receive":
+            await websocket.send({**message, "type": "websocket.send"})
+
+
+def _last_user_message(messages: list[Any]) -> str | None:
+    for message in reversed(messages):
+        match message:
+            case {"role": "user", "content": str(text)}:
+                return text
+            case {"role": "user", "content": [*parts]}:
+                return " ".join(part["text"] for part in parts if _is_text(part))
+    return None
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
+
+
+async def _events(common: dict[str, Any], reply: str) -> AsyncIterator[str]:
+    first, *others = reply.split(" ")
+    contents = [first, *(f" {word}" for word in others)]
+    deltas = [{"role": "assistant", "content": ""}, *({"content": content} for content in contents), {}]
+    for delta in deltas:
+        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
+        yield f"data: {json.dumps({**common, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def _json(content: object, status: int = 200) -> Response:
+    # Not JSONResponse: a client can send half a surrogate pair, and UTF-8 cannot hold that unescaped.
+    return Response(json.dumps(content), status, media_type="application/json")
+
+
+def _error(status: int, message: str, code: str | None = None) -> Response:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return _json({"error": error}, status)
+
+
+load_dotenv(".env")
+
+app = Starlette(
+    routes=[
+        Route("/health", health),
+        Route("/v1/models", models),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        WebSocketRoute("/v1/realtime", realtime),
+    ]
+)
+app.add_middleware(BearerTokenMiddleware, public_paths=["/health"])
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(description="A chat-completions server that repeats what it is told.")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", default=8000, type=int, help="default: %(default)s")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    # Starlette makes its middleware when the lifespan starts; "on" stops the server if the settings cannot be used.
+    uvicorn.run(app, host=options.host, port=options.port, lifespan="on")
+
+
+if __name__ == "__main__":
+    main()
