@@ -35,22 +35,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows no check mark still gets a list
-    options = _parser().parse_args(arguments)
+    if sys.stdout is None:
+        return _fail("cannot write the output: stdout is closed")
     try:
+        options = _parser().parse_args(arguments)
         location = store_location(options.store)
         status: int = options.run(open_store(location), location, options)
         sys.stdout.flush()
     except FreeGPTAuthError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # The reader has gone, as in `list | head -1`; nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # the reader has gone, as in `list | head -1`
         return 1
     except OSError as error:
+        _discard_output()
         return _fail(f"cannot write the output: {error.strerror}")
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _discard_output() -> None:
+    """Let nothing more be written, not even by the interpreter at exit, which would fail again and end with 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
@@ -59,8 +66,15 @@ def _fail(message: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and repeats no secret that was typed in a wrong place."""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
+        shown = re.sub(r"sk-\w+", "sk-…", printable(message))
+        self.exit(2, f"{self.prog}: {shown}; see {self.prog} --help\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # while there is somebody to say that it failed
+        super().exit(status, message)
 
 
 class _Version(argparse.Action):

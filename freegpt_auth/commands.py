@@ -40,8 +40,8 @@ def create(store: TokenStore, location: str, options: argparse.Namespace) -> int
 
 def list_tokens(store: TokenStore, location: str, options: argparse.Namespace) -> int:
     """Print every token, oldest first."""
-    now, usage = now_in_utc(), _usage(location)
     tokens = list(store.tokens().values())
+    now, usage = now_in_utc(), _usage(location)
     if options.json:
         print(json.dumps([record(token, usage.get(token.id), now) for token in tokens], indent=2))
     elif not tokens:
@@ -79,7 +79,7 @@ def delete(store: TokenStore, location: str, options: argparse.Namespace) -> int
 def _referred(store: TokenStore, location: str, reference: str) -> Token:
     """Return the one token that *reference* means."""
     if reference == "-":
-        reference = sys.stdin.readline().strip()
+        reference = _typed()
     matches = find(reference, dict(store.tokens()))
     if not matches:
         # The reference may be a secret, and is not repeated.
@@ -93,6 +93,13 @@ def _referred(store: TokenStore, location: str, reference: str) -> Token:
             f"{len(matches)} tokens match and nothing was done; give one of these ids:{lines}", matches
         )
     return matches[0]
+
+
+def _typed() -> str:
+    try:
+        return sys.stdin.readline().strip() if sys.stdin else ""
+    except UnicodeDecodeError:
+        return ""
 
 
 def _usage(location: str) -> Mapping[str, Usage]:
@@ -115,4 +122,5 @@ def now_in_utc() -> datetime:
 
 def say(message: str) -> None:
     """Tell the operator something that is no data."""
-    print(message, file=sys.stderr)
+    if sys.stderr is not None:  # closed: print() would write to stdout instead
+        print(message, file=sys.stderr)

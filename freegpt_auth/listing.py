@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .tokens import printable
 
 if TYPE_CHECKING:
-    from datetime import datetime
+    from datetime import datetime, tzinfo
 
     from .tokens import Token
     from .usage import Usage
@@ -52,11 +52,18 @@ def title(token: Token) -> str:
 
 def local(instant: datetime) -> str:
     """Return an instant as a person at this machine reads it, without the offset; JSON has it."""
-    return instant.astimezone().replace(tzinfo=None).isoformat(timespec="seconds")
+    return _moved(instant, None).replace(tzinfo=None).isoformat(timespec="seconds")
 
 
 def _iso(instant: datetime | None) -> str | None:
-    return None if instant is None else instant.astimezone(UTC).isoformat(timespec="seconds")
+    return None if instant is None else _moved(instant, UTC).isoformat(timespec="seconds")
+
+
+def _moved(instant: datetime, zone: tzinfo | None) -> datetime:
+    try:
+        return instant.astimezone(zone)
+    except (OverflowError, ValueError):  # at either end of the calendar there is no other zone to move to
+        return instant
 
 
 def _last_used(token: Token, usage: Usage | None) -> datetime | None:

@@ -122,7 +122,10 @@ def usage_location(
     env = os.environ if environ is None else environ
     location = env.get("FREEGPT_AUTH_USAGE") if usage is None else os.fspath(usage)
     if location is None:
-        return str(Path(store).with_suffix(".usage.db"))
+        try:
+            return str(Path(store).with_suffix(".usage.db"))
+        except ValueError:
+            raise ConfigurationError(f"{store} is a folder; name a token file") from None
     if not location.strip():
         raise ConfigurationError("FREEGPT_AUTH_USAGE is set but empty; name a file, say off, or unset it")
     return None if location == "off" else location

@@ -108,8 +108,10 @@ class UsageRecorder:
         with self._starting:
             if self._writer is None:
                 # Started by the first use and not before: a thread does not survive the fork of a preloading server.
-                self._writer = threading.Thread(target=self._run, name="freegpt_auth-usage", daemon=True)
-                self._writer.start()
+                writer = threading.Thread(target=self._run, name="freegpt_auth-usage", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no thread to spare: the next use tries again
+                    writer.start()
+                    self._writer = writer
 
     def _run(self) -> None:
         while True:
@@ -182,17 +184,20 @@ def read_usage(path: str) -> dict[str, Usage]:
     """Return the usage of each used token by its id; of none if nothing was recorded yet.
 
     Raises:
-        sqlite3.Error: the database cannot be read.
+        sqlite3.Error: the database cannot be read, or is no usage database.
     """
     if not Path(path).exists():
         return {}
     with _connected(f"{Path(path).absolute().as_uri()}?mode=ro", SHUTDOWN_TIMEOUT) as connection:
         if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'usage'").fetchone():
             return {}
-        return {
-            token_id: Usage(use_count, datetime.fromtimestamp(last_used_at, UTC))
-            for token_id, use_count, last_used_at in connection.execute("SELECT * FROM usage")
-        }
+        try:
+            return {
+                token_id: Usage(use_count, datetime.fromtimestamp(last_used_at, UTC))
+                for token_id, use_count, last_used_at in connection.execute("SELECT * FROM usage")
+            }
+        except (TypeError, ValueError, OverflowError) as error:
+            raise sqlite3.DataError(f"it holds no usage: {error}") from None
 
 
 def _is_corrupt(path: str) -> bool:
@@ -226,9 +231,23 @@ def _flush_all() -> None:
         recorder.flush()
 
 
+_held: list[threading.Lock] = []
+
+
+def _finish_writing() -> None:
+    """Let no fork fall into a write: SQLite's own notes of who holds which lock would cross it and never be undone."""
+    locks = [recorder._writing for recorder in list(_recorders)]  # noqa: SLF001
+    _held.extend(lock for lock in locks if lock.acquire(timeout=SHUTDOWN_TIMEOUT))
+
+
+def _go_on_writing() -> None:
+    while _held:
+        _held.pop().release()
+
+
 def _forget_all() -> None:
     for recorder in list(_recorders):
         recorder.forget()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(before=_finish_writing, after_in_parent=_go_on_writing, after_in_child=_forget_all)
