@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .stores.base import TokenStore
     from .tokens import Token
-    from .usage import Usage
+    from .usage_database import Usage
 
 
 def create(store: TokenStore, location: str, options: argparse.Namespace) -> int:
@@ -105,7 +105,7 @@ def _typed() -> str:
 def _usage(location: str) -> Mapping[str, Usage]:
     import sqlite3  # noqa: PLC0415  only list needs it
 
-    from .usage import read_usage  # noqa: PLC0415
+    from .usage_database import read_usage  # noqa: PLC0415
 
     path = usage_location(location)
     try:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from datetime import datetime, tzinfo
 
     from .tokens import Token
-    from .usage import Usage
+    from .usage_database import Usage
 
 _SIGNS = {"active": "✓ Active", "revoked": "✗ Revoked", "expired": "✗ Expired"}
 

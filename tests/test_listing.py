@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from freegpt_auth.listing import entry, local, record, title
 from freegpt_auth.tokens import Token
-from freegpt_auth.usage import Usage
+from freegpt_auth.usage_database import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

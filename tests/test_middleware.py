@@ -40,7 +40,7 @@ from freegpt_auth.bearer import SUBPROTOCOL
 from freegpt_auth.denials import RETRY_AFTER
 from freegpt_auth.stores import disk, file
 from freegpt_auth.tokens import digest_of, issue
-from freegpt_auth.usage import read_usage
+from freegpt_auth.usage_database import read_usage
 
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket

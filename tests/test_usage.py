@@ -24,7 +24,8 @@ from hypothesis import given, settings, strategies as st
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore
 from freegpt_auth.stores import disk
-from freegpt_auth.usage import Usage, UsageRecorder, read_usage
+from freegpt_auth.usage import UsageRecorder
+from freegpt_auth.usage_database import Usage, read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
@@ -366,7 +367,8 @@ def test_a_killed_process_loses_what_was_not_written_and_no_more() -> None:
     """After kill -9 everything is there but the last interval, nothing is invented, and others go on."""
     program = f"""
 import sys, time
-from freegpt_auth.usage import UsageRecorder, read_usage
+from freegpt_auth.usage import UsageRecorder
+from freegpt_auth.usage_database import read_usage
 recorder = UsageRecorder({PATH!r}, interval=0.02)
 for _ in range(500):
     recorder.record("a", 1.0)
@@ -396,7 +398,8 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     """Where the folder is not writable one WARNING says so; the counts wait and are written when it is."""
     program = """
 import logging, os, sys
-from freegpt_auth.usage import UsageRecorder, read_usage
+from freegpt_auth.usage import UsageRecorder
+from freegpt_auth.usage_database import read_usage
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout, level="INFO")
 folder = sys.argv[1]
 os.chmod(folder, 0o555)
