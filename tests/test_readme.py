@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import pytest
+from starlette.testclient import TestClient
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Token
 from freegpt_auth.tokens import digest_of
@@ -91,6 +92,19 @@ async def test_every_python_block_is_a_protected_application(
     assert (await ask(names["app"], headers=[(b"x-api-key", b"a-key")], **scope)).status in (200, 204, 404)
 
 
+def test_a_page_can_read_why_it_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order that the README gives, a preflight passes and a refusal carries the CORS headers."""
+    monkeypatch.setenv("FREEGPT_API_KEY", "a-key")
+    names: dict[str, Any] = {}
+    exec(named("With CORS", "python"), names)
+    client = TestClient(names["app"], headers={"Origin": "https://chat.example"})
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    assert client.options("/v1/chat/completions", headers=preflight).status_code == 200
+    refused = client.post("/v1/chat/completions")
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+
+
 def test_every_shell_block_is_run_here() -> None:
     """No command in the README goes untested when somebody adds one."""
     assert {block.heading for block in SHELL} - OWN_TESTS == {
@@ -161,6 +175,21 @@ def test_a_server_that_takes_a_middleware_by_name() -> None:
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_settings_that_cannot_be_used_stop_uvicorn(tmp_path: Path) -> None:
+    """With --lifespan on, as the README says, uvicorn stops and names the variable."""
+    (tmp_path / "app.py").write_text(PYTHON[0].code)
+    finished = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "app:app", "--port", "0", "--lifespan", "on"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "FREEGPT_API_KEY": ""},
+    )
+    assert finished.returncode == 3
+    assert "FREEGPT_API_KEY is set but empty" in finished.stderr
 
 
 def test_from_a_file_of_plain_tokens(shell: Callable[..., Any]) -> None:
