@@ -95,6 +95,8 @@ def _plain_errors() -> Generator[None]:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
+    except msgspec.MsgspecError as error:  # a ValueError from msgspec 0.20 on
+        raise ValueError(str(error)) from None
 
 
 def _lines(content: bytes) -> Iterable[bytes]:
