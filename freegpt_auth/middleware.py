@@ -216,7 +216,9 @@ async def _deny_websocket(scope: Scope, receive: Receive, send: Send, denial: de
     """Refuse before the upgrade: as a real HTTP response where the server can send one, else by closing."""
     await receive()
     if "websocket.http.response" in (scope.get("extensions") or {}):
-        await send({"type": "websocket.http.response.start", "status": denial.status, "headers": denial.headers})
+        # The server frames this response: uvicorn 0.50 adds a length of its own, and clients refuse a response with two.
+        headers = [header for header in denial.headers if header[0] != b"content-length"]
+        await send({"type": "websocket.http.response.start", "status": denial.status, "headers": headers})
         await send({"type": "websocket.http.response.body", "body": denial.body, "more_body": False})
     else:
         await send({"type": "websocket.close", "code": 1008})
