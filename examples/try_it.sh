@@ -9,7 +9,7 @@ TOKEN=$(.venv/bin/python -m freegpt_auth create my-application)
 
 cat << TXT
 
-Paste this into another terminal. It answers 200 and greets you:
+Paste this into another terminal. It answers 200 and repeats your message:
 
 curl -i http://127.0.0.1:8000/v1/chat/completions \\
   -H "Content-Type: application/json" \\
@@ -17,6 +17,7 @@ curl -i http://127.0.0.1:8000/v1/chat/completions \\
   -d '{"model": "freegpt-4", "messages": [{"role": "user", "content": "Hello!"}]}'
 
 Leave the Authorization line out, and it answers 401 and "You didn't provide an API key".
+For the commands of the README, first run: . .venv/bin/activate
 Stop the server with Ctrl-C.
 
 TXT

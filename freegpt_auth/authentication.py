@@ -159,7 +159,7 @@ class Authenticator:
             survey = self._verifier.survey()
             if survey.configured:
                 self.mode = AuthMode.TOKEN_FILE
-                _logger.warning("authentication is on from now: %d active tokens from %s", survey.active, survey.source)
+                _logger.warning("authentication is now on: %d active token(s) from %s", survey.active, survey.source)
         return self.mode is AuthMode.OPEN
 
     def _decide(
@@ -171,14 +171,18 @@ class Authenticator:
                 continue
             digest = sha256(secret).digest()
             # In constant time: a key that a person chose could be guessed offline from the start of its digest.
-            if self._key_digest is not None and compare_digest(digest, self._key_digest):
-                return self._environment
+            is_key = self._key_digest is not None and compare_digest(digest, self._key_digest)
             try:
+                # For the key too: it may be a token's secret, and a token that was revoked is refused as either.
                 token = look_up(digest)
             except StoreUnavailableError:
+                if is_key:
+                    return self._environment
                 decision = _weightier(decision, _UNAVAILABLE)
                 continue
             if token is None:
+                if is_key:
+                    return self._environment
                 continue
             if token is UNRESOLVED:
                 decision = UNRESOLVED
@@ -186,8 +190,8 @@ class Authenticator:
             caller = self._callers.get(digest)
             if caller is None or caller.token is not token:
                 caller = self._introduce(digest, token)
-            if token.revoked_at is None and caller.expires > time.time():
-                return caller
+            if token.revoked_at is None and (is_key or caller.expires > time.time()):
+                return self._environment if is_key else caller
             reason: Reason = "expired" if token.revoked_at is None else "revoked"
             decision = _weightier(decision, Refusal(reason, token.id))
         return decision
@@ -223,4 +227,4 @@ def _announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> Non
         )
         return
     origin = f"the environment key from {key.source}" if key else "no environment key"
-    _logger.info("%s mode: %d active tokens from %s, and %s", mode.value, survey.active, survey.source, origin)
+    _logger.info("%s mode: %d active token(s) from %s, and %s", mode.value, survey.active, survey.source, origin)

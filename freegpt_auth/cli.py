@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _COMMAND = "python -m freegpt_auth"
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _REFERENCE_HELP = (
-    "the prefix that list shows, more of the secret, the token id, or the whole secret; - reads it from stdin"
+    "the prefix that list shows, a longer part of the token, its id, or the whole token; - to read it from stdin"
 )
 
 
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         location = store_location(options.store)
+        if "://" not in location:
+            location = os.path.abspath(location)  # a command in a wrong folder is then seen to be in one
         status: int = options.run(open_store(location), location, options)
         sys.stdout.flush()
     except FreeGPTAuthError as error:
@@ -70,6 +72,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         shown = re.sub(r"sk-\w+", "sk-…", printable(message))
+        if "unrecognized arguments" in message:
+            shown += "; a name with spaces needs quotes"
         self.exit(2, f"{self.prog}: {shown}; see {self.prog} --help\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -101,24 +105,24 @@ def _parser() -> argparse.ArgumentParser:
         group,
         "create",
         commands.create,
-        "make a token and print its secret, once",
+        "create a token and print it, once; a running server accepts it at once",
         "create my-application --expires-in 90d",
     )
     create.add_argument("name", metavar="NAME", type=_name, help="what to call it: the person, app or job that gets it")
     create.add_argument(
-        "--expires-in", metavar="TIME", type=_seconds, help="90d, 12h, 30m, 2w or seconds; never by default"
+        "--expires-in", metavar="TIME", type=_seconds, help="90d, 12h, 30m, 2w or seconds; by default it never expires"
     )
     create.add_argument("--json", action="store_true", help="print the secret and the record as JSON")
 
-    listing = _command(group, "list", commands.list_tokens, "show every token", "list --json")
+    listing = _command(group, "list", commands.list_tokens, "show every token and when it was last used", "list --json")
     listing.add_argument("--json", action="store_true", help="print records as JSON, with ids and use counts")
 
     for name, run, summary in (
-        ("revoke", commands.revoke, "refuse a token from now on and keep its record"),
-        ("delete", commands.delete, "refuse a token from now on and remove its record"),
+        ("revoke", commands.revoke, "refuse a token for good and keep its record; this cannot be undone"),
+        ("delete", commands.delete, "refuse a token for good and remove its record"),
     ):
         command = _command(group, name, run, summary, f"{name} sk-a1b2c3d4e5f")
-        command.add_argument("reference", metavar="REF", help=_REFERENCE_HELP)
+        command.add_argument("reference", metavar="TOKEN", help=_REFERENCE_HELP)
     return parser
 
 
@@ -161,5 +165,5 @@ def _seconds(text: str) -> int:
     except OverflowError:
         raise argparse.ArgumentTypeError(f"{text} is too far away; leave --expires-in out for never") from None
     if not seconds:
-        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no time; write 90d, 12h, 30m, 2w or seconds")
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time; write 90d, 12h, 30m, 2w or seconds")
     return seconds

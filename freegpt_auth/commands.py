@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .exceptions import AmbiguousTokenError, TokenNotFoundError
 from .listing import entry, local, record, title
 from .settings import usage_location
-from .tokens import PREFIX_LENGTH, digest_of, find, issue
+from .tokens import digest_of, find, issue
 
 if TYPE_CHECKING:
     import argparse
@@ -46,7 +46,7 @@ def list_tokens(store: TokenStore, location: str, options: argparse.Namespace) -
         print(json.dumps([record(token, usage.get(token.id), now) for token in tokens], indent=2))
     elif not tokens:
         print("No tokens found.")
-        say("Create one: python -m freegpt_auth create NAME")
+        say(f"Is {location} your server's token file? If not, give --store PATH. To add a token: create NAME")
     else:
         print(f"Found {len(tokens)} token(s):")
         for number, token in enumerate(tokens, start=1):
@@ -58,7 +58,7 @@ def revoke(store: TokenStore, location: str, options: argparse.Namespace) -> int
     """Refuse a token from now on and keep its record."""
     token = _referred(store, location, options.reference)
     if token.revoked_at is not None:
-        say(f"Token {title(token)} was revoked before, at {local(token.revoked_at)}.")
+        say(f"Token {title(token)} was already revoked at {local(token.revoked_at)}.")
         return 0
     store.revoke(token.id, now_in_utc())
     say(f"Revoked token {title(token)}. It is refused from now on.")
@@ -80,12 +80,12 @@ def _referred(store: TokenStore, location: str, reference: str) -> Token:
     """Return the one token that *reference* means."""
     if reference == "-":
         reference = _typed()
+    reference = reference.strip()
     matches = find(reference, dict(store.tokens()))
     if not matches:
         # The reference may be a secret, and is not repeated.
         raise TokenNotFoundError(
-            f"no token of {location} matches; give the {PREFIX_LENGTH} characters that list shows, "
-            "the token id or the whole token"
+            f"no token of {location} matches; give the prefix that list shows, the token id or the whole token"
         )
     if len(matches) > 1:
         lines = "".join(f"\n  {token.id}  {title(token)}" for token in matches)

@@ -17,12 +17,12 @@ RETRY_AFTER = 5
 # Both wordings are needed: "Invalid API key provided" is what our guide promises, and by "Incorrect API key provided"
 # LiteLLM, and aider through it, know an authentication error; without it their users read "bad request".
 _INVALID = (
-    "Invalid API key provided. Incorrect API key provided: it is unknown, revoked or expired. "
-    "Ask whoever runs this server for a valid one."
+    "Invalid API key provided: it is unknown, revoked or expired. Ask whoever runs this server for a valid one. "
+    "(Incorrect API key provided.)"
 )
 _MISSING = (
     "You didn't provide an API key. Send yours in an Authorization header with Bearer auth: "
-    "'Authorization: Bearer YOUR_KEY'. Invalid API key provided: none."
+    "'Authorization: Bearer YOUR_KEY'. (Invalid API key provided: none. Incorrect API key provided: none.)"
 )
 _UNAVAILABLE = "The server cannot check API keys at the moment. Try again later."
 

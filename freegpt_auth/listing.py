@@ -25,6 +25,7 @@ def entry(number: int, token: Token, usage: Usage | None, now: datetime) -> str:
             f"   Name: {printable(token.name)}",
             f"   Status: {_SIGNS[token.status(now)]}",
             f"   Created: {local(token.created_at)}",
+            *([f"   Expires: {local(token.expires_at)}"] if token.expires_at else []),
             f"   Last used: {local(used) if used else 'Never'}",
         )
     )

@@ -176,4 +176,6 @@ def _checked_paths(paths: Iterable[str]) -> frozenset[str]:
     for path in checked:
         if not path.startswith("/"):
             raise ConfigurationError(f"the public path {path!r} does not start with a slash; write {'/' + path!r}")
+        if "*" in path:
+            raise ConfigurationError(f"the public path {path!r} has a *, but public paths are exact; list each of them")
     return checked

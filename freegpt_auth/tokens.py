@@ -120,7 +120,7 @@ def checked_name(name: str) -> str:
     if len(name) > _NAME_LENGTH:
         raise ValueError(f"a token's name must not be longer than {_NAME_LENGTH} characters")
     if not name.isprintable():
-        raise ValueError(f"a token's name must not hold control characters: {printable(name)}")
+        raise ValueError(f"a token's name must not contain control characters: {printable(name)}")
     return name
 
 

@@ -23,8 +23,8 @@ SIZE_LIMIT = 512 * 1024 * 1024
 """Bytes of a file that is still read; a larger one is a mistake or an attack."""
 
 _PROBLEMS = {
-    errno.EACCES: "permission denied; run this as the user who owns it, or mend its permissions",
-    errno.EPERM: "permission denied; run this as the user who owns it, or mend its permissions",
+    errno.EACCES: "permission denied; run this as the user who owns it, or change its permissions",
+    errno.EPERM: "permission denied; run this as the user who owns it, or change its permissions",
     errno.EROFS: "the file system is read-only; write where it is writable",
     errno.ENOSPC: "no space is left on the device; nothing was changed",
     errno.EDQUOT: "the disk quota is used up; nothing was changed",

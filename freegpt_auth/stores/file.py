@@ -186,7 +186,7 @@ class FileTokenStore:
 
     def _tell_loaded(self, status: os.stat_result, contents: tokenfile.Contents) -> None:
         if self._snapshot.signature is not None:
-            _logger.info("%s was read again: %d active tokens", self.path, count_active(contents.tokens))
+            _logger.info("%s was read again: %d active token(s)", self.path, count_active(contents.tokens))
         if contents.ancestral:
             self._tell(logging.WARNING, "%s holds plain tokens; the next create, revoke or delete mends it", self.path)
         elif status.st_mode & _OTHERS_MAY:
@@ -213,7 +213,7 @@ class FileTokenStore:
         try:
             return tokenfile.Document(content)
         except ValueError as error:
-            raise TokenFileError(self.path, str(error)) from None
+            raise TokenFileError(self.path, f"{error}; restore a copy, or move it away and create new tokens") from None
 
     def _change(self, change: Callable[[tokenfile.Document], _T]) -> _T:
         # A symbolic link stays one: what it points to is replaced.
