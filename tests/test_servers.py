@@ -62,8 +62,9 @@ class Connection:
         status = int(self.file.readline().split()[1])
         headers: dict[str, str] = {}
         while line := self.file.readline().strip():
-            name, _, value = line.decode().partition(":")
-            headers[name.lower()] = value.strip()
+            name, _, value = line.decode().lower().partition(":")
+            assert name != "content-length" or name not in headers, "clients refuse a response with two lengths"
+            headers[name] = value.strip()
         body = b"" if bodiless else self.file.read(int(headers.get("content-length", "0")))
         return status, headers, body
 
@@ -123,13 +124,13 @@ def refused_connection_stays_usable(connection: Connection) -> None:
     connection.send(b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n")
     status, headers, body = connection.answer()
     assert status == 401
-    assert headers["www-authenticate"] == 'Bearer realm="freegpt_auth"'
+    assert headers["www-authenticate"] == 'bearer realm="freegpt_auth"'
     assert headers["cache-control"] == "no-store"
     assert json.loads(body)["error"]["code"] == "invalid_api_key"
     connection.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 2\r\n\r\nhi")
     status, headers, body = connection.answer()
     assert status == 401
-    assert headers["www-authenticate"] == 'Bearer realm="freegpt_auth", error="invalid_token"'
+    assert headers["www-authenticate"] == 'bearer realm="freegpt_auth", error="invalid_token"'
     assert b"Invalid API key provided" in body
 
 
