@@ -100,7 +100,14 @@ class Refusal(NamedTuple):
     token_id: str | None = None
 
 
-ANONYMOUS = Caller(UnauthenticatedUser(), AuthCredentials())
+def _credentials(*scopes: str) -> AuthCredentials:
+    """Return credentials that no application can widen for the requests that come after its own."""
+    credentials = AuthCredentials()
+    credentials.scopes = scopes  # type: ignore[assignment]  # a tuple, since all requests of a caller share it
+    return credentials
+
+
+ANONYMOUS = Caller(UnauthenticatedUser(), _credentials())
 """The caller where no credentials are asked for."""
 
 _UNKNOWN = Refusal("unknown")
@@ -122,7 +129,7 @@ class Authenticator:
     def __init__(self, verifier: Verifier, key: EnvironmentKey | None, *, required: bool = False) -> None:
         self._verifier = verifier
         self._key_digest = key.digest if key else None
-        self._environment = Caller(TokenUser(_ENVIRONMENT, _ENVIRONMENT), AuthCredentials(["authenticated"]))
+        self._environment = Caller(TokenUser(_ENVIRONMENT, _ENVIRONMENT), _credentials("authenticated"))
         self._callers: dict[bytes, Caller] = {}
         self.mode: AuthMode = AuthMode.OPEN if key is None else AuthMode.ENVIRONMENT
         survey = verifier.survey()
@@ -156,7 +163,10 @@ class Authenticator:
     def resolve_open(self) -> bool:
         """Tell whether every request passes, from the store. A server that was closed once stays closed."""
         if self.mode is AuthMode.OPEN:
-            survey = self._verifier.survey()
+            try:
+                survey = self._verifier.survey()
+            except StoreUnavailableError:  # what cannot be known must not let a request through
+                return False
             if survey.configured:
                 self.mode = AuthMode.TOKEN_FILE
                 _logger.warning("authentication is now on: %d active token(s) from %s", survey.active, survey.source)
@@ -200,7 +210,7 @@ class Authenticator:
         """Make ready what the application is told of a token; good for as long as the store answers this object."""
         caller = Caller(
             TokenUser(token.id, token.name),
-            AuthCredentials(["authenticated", *token.scopes]),
+            _credentials("authenticated", *token.scopes),
             token,
             token.expires_at.timestamp() if token.expires_at is not None else float("inf"),
         )

@@ -149,7 +149,8 @@ def _content(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigurationError(f"FREEGPT_API_KEY_FILE: {path} cannot be read: {reason}") from None
+        # The value is not repeated: it may be the key itself, put there by mistake.
+        raise ConfigurationError(f"FREEGPT_API_KEY_FILE does not name a file that can be read: {reason}") from None
 
 
 def _checked_key(name: str, key: str) -> str:

@@ -22,6 +22,9 @@ from .usage_database import add_usage
 SHUTDOWN_TIMEOUT = 5.0
 """Seconds that a stopping server waits at most for its last write."""
 
+FORK_TIMEOUT = 1.0
+"""Seconds that a fork waits at most for a write under way."""
+
 PENDING_LIMIT = 1_000_000
 """Uses, and tokens with unwritten uses, that are kept in memory while they cannot be written."""
 
@@ -134,7 +137,7 @@ _held: list[threading.Lock] = []
 def _finish_writing() -> None:
     """Let no fork fall into a write: SQLite's own notes of who holds which lock would cross it and never be undone."""
     locks = [recorder._writing for recorder in list(_recorders)]  # noqa: SLF001
-    _held.extend(lock for lock in locks if lock.acquire(timeout=SHUTDOWN_TIMEOUT))
+    _held.extend(lock for lock in locks if lock.acquire(timeout=FORK_TIMEOUT))
 
 
 def _go_on_writing() -> None:

@@ -34,7 +34,8 @@ _ADD = """
     INSERT INTO usage VALUES (?, ?, ?) ON CONFLICT (token_id) DO UPDATE SET
         use_count = use_count + excluded.use_count, last_used_at = max(last_used_at, excluded.last_used_at)
 """
-_NOT_A_DATABASE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+# SQLITE_ERROR: no statement of ours is wrong, so the table is not ours.
+_NOT_OURS = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
 _logger = logging.getLogger("freegpt_auth")
 
@@ -108,7 +109,10 @@ def read_usage(path: str) -> dict[str, Usage]:
 def _is_corrupt(path: str) -> bool:
     try:
         with _connected(f"{Path(path).as_uri()}?mode=rw", 0.0) as connection:
-            return bool(connection.execute("PRAGMA quick_check").fetchone() != ("ok",))
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(_SCHEMA)
+            connection.executemany(_ADD, [("", 0, 0.0)])
+            return bool(connection.execute("PRAGMA quick_check").fetchone() != ("ok",))  # closed without a commit
     except sqlite3.DatabaseError as error:
         return _means_corrupt(error)
 
@@ -119,12 +123,16 @@ def _connected(uri: str, timeout: float) -> Generator[sqlite3.Connection]:
     connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
     try:
         yield connection
+    except UnicodeDecodeError:  # what the sqlite3 module makes of damaged text
+        damage = sqlite3.DatabaseError("database disk image is malformed")
+        damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise damage from None
     finally:
         connection.close()
 
 
 def _means_corrupt(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", None) in _NOT_A_DATABASE
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_OURS  # an extended code has more bits
 
 
 def _move_aside(path: str, timeout: float) -> bool:

@@ -51,7 +51,8 @@ class Verifier(Protocol):
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
         """Answer from memory: the token whose secret has this SHA-256 digest, ``None``, or :data:`UNRESOLVED`.
 
-        It must not block; it runs on the event loop, once for every request.
+        It must not block; it runs on the event loop, once for every request. A server in open mode asks it for
+        ``b""``, which is no token's digest: answer :data:`UNRESOLVED` when ``survey`` may have something new to tell.
 
         Raises:
             StoreUnavailableError: it is known already that nothing can be known about this digest now.

@@ -125,7 +125,7 @@ def replace_file(path: str, content: bytes) -> None:
         # Opened first: a folder that may be written but not listed is refused before anything has changed.
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _write_new(temporary, content, _owner_to_keep(target))
+            _write_new(temporary, content, _access_to_keep(target))
             temporary.replace(target)
             _sync_folder(folder)
         finally:
@@ -136,34 +136,40 @@ def replace_file(path: str, content: bytes) -> None:
         raise TokenFileError(path, explain(error)) from None
 
 
-def _write_new(path: Path, content: bytes, owner: tuple[int, int] | None) -> None:
+def _write_new(path: Path, content: bytes, access: tuple[int, int, int]) -> None:
+    owner, group, mode = access
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
-        os.fchmod(fd, 0o600)  # whatever the umask
-        if owner is not None:
-            os.fchown(fd, *owner)
+        status = os.fstat(fd)
+        if (status.st_uid, status.st_gid) != (owner, group):
+            os.fchown(fd, owner, group)
+        os.fchmod(fd, mode)  # whatever the umask
         file.write(content)
         file.flush()
         os.fsync(fd)
 
 
-def _owner_to_keep(target: Path) -> tuple[int, int] | None:
-    """Return the present owner if this process is root: a server of another user must go on reading the file."""
-    if os.geteuid() != 0:
-        return None
+def _access_to_keep(target: Path) -> tuple[int, int, int]:
+    """Return owner, group and mode of the file that takes the place of *target*.
+
+    A server that could read the old file must be able to read the new one, or it would never learn of a revocation:
+    owner, group and the permissions to read stay. A new file is for its owner only.
+    """
     try:
         status = target.stat()
     except FileNotFoundError:
-        return None
-    return status.st_uid, status.st_gid
+        return os.geteuid(), os.getegid(), 0o600
+    if os.geteuid() not in (0, status.st_uid):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    return status.st_uid, status.st_gid, 0o600 | status.st_mode & 0o044
 
 
 def _give_to_owner(lock_file: str, target: Path) -> None:
     """Let the file's owner take the lock too, when root was the first to."""
     with contextlib.suppress(OSError):  # what is wrong with the file itself is said when it is read
-        owner = _owner_to_keep(target)
-        if owner is not None:
-            os.chown(lock_file, *owner, follow_symlinks=False)
+        if os.geteuid() == 0:
+            owner, group, _ = _access_to_keep(target)
+            os.chown(lock_file, owner, group, follow_symlinks=False)
 
 
 def _sync_folder(folder: int) -> None:

