@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -38,8 +39,12 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 def _own_directory_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the tokens, keys or settings of the machine, or of another test."""
     monkeypatch.chdir(tmp_path)
+    _clean(monkeypatch)
+
+
+def _clean(environment: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("FREEGPT_", "OPENAI_"))]:
-        monkeypatch.delenv(name)
+        environment.delenv(name)
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +175,23 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """Go on as a user who may not do everything, with a folder of that user's own."""
+    import filelock  # noqa: F401, PLC0415  that user may not reach the interpreter's modules
+
+    user = os.geteuid()
+    other = 65534 if user == 0 else user
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, other, -1)
+        os.seteuid(other)
+        try:
+            yield Path(folder)
+        finally:
+            Path(folder).chmod(0o700)
+            os.seteuid(user)
+
+
 @dataclass
 class Server:
     """A server in a process of its own."""
@@ -204,6 +226,18 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     ``serve("app:app", "--workers", "4")`` runs ``python -m uvicorn app:app --workers 4``;
     ``serve(script=PATH)`` runs a script with ``--port``; ``serve("app:app", module="granian")`` another server.
     """
+    yield from _servers(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def serve_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Return the same function, for servers that all tests of a module share, in a directory of their own."""
+    with pytest.MonkeyPatch.context() as environment:
+        _clean(environment)
+        yield from _servers(tmp_path_factory.mktemp("served"))
+
+
+def _servers(folder: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(*arguments: str, module: str = "uvicorn", script: Path | None = None, **environment: str) -> Server:
@@ -214,13 +248,14 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         address = (
             ["--bind", f"127.0.0.1:{port}"] if module == "hypercorn" else ["--host", "127.0.0.1", "--port", str(port)]
         )
-        log = tmp_path / f"server-{port}.log"
+        log = folder / f"server-{port}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, *program, *arguments, *address],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
+                cwd=folder,
             )
         server = Server(process, f"http://127.0.0.1:{port}", log)
         servers.append(server)

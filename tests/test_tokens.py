@@ -29,21 +29,18 @@ NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=50, deadline=None)
 
 
-def _imported(secret: str, token_id: str = "imported") -> tuple[bytes, Token]:
-    return digest_of(secret), Token(id=token_id, name="imported", prefix=prefix_of(secret), created_at=NOW)
+def _imported(*secrets: str) -> dict[bytes, Token]:
+    """Return tokens whose names are their secrets."""
+    return {
+        digest_of(secret): Token(id=f"id{number}", name=secret, prefix=prefix_of(secret), created_at=NOW)
+        for number, secret in enumerate(secrets)
+    }
 
 
 # --- the secret
-
-
-def test_a_secret_has_the_documented_shape() -> None:
-    """A scanner finds secrets by one pattern: ``sk-`` and 49 base62 characters."""
-    secret = generate_secret()
-    assert re.fullmatch(r"sk-[0-9A-Za-z]{49}", secret)
-    assert len(secret) == SECRET_LENGTH
 
 
 def test_a_secret_is_256_bits_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,44 +52,27 @@ def test_a_secret_is_256_bits_from_the_system(monkeypatch: pytest.MonkeyPatch) -
         return alphabet[len(drawn) % 62]
 
     monkeypatch.setattr(secrets_module, "choice", choice)
-    secret = generate_secret()
-    assert secret[3:-6] == "".join(BASE62[number % 62] for number in range(1, 44))
-    assert {"".join(sorted(alphabet)) for alphabet in drawn} == {BASE62}
+    assert generate_secret()[3:-6] == "".join(BASE62[number % 62] for number in range(1, 44))
+    assert drawn == [BASE62] * 43
     assert 62 ** len(drawn) > 2**256
 
 
-def test_secrets_differ() -> None:
-    """No two people get the same secret."""
-    assert len({generate_secret() for _ in range(1000)}) == 1000
-
-
-def test_the_checksum_never_changes() -> None:
-    """A secret issued by one release is known as well-formed by every later one, and by a scanner made elsewhere."""
+def test_the_shape_of_a_secret_never_changes() -> None:
+    """A scanner finds secrets by one pattern and their checksum, which every later release knows as well."""
+    assert re.fullmatch(r"sk-[0-9A-Za-z]{49}", generate_secret())
     # CRC-32 of the 46 characters is 3120157252, which is 3P9rQy in six base62 digits.
     assert has_valid_checksum("sk-" + "0" * 43 + "3P9rQy")
 
 
 @quick
-@given(place=st.integers(0, SECRET_LENGTH - 1), character=st.sampled_from(BASE62))
-def test_a_typing_error_is_found_by_the_checksum(place: int, character: str) -> None:
-    """One mistyped character is told apart from a foreign key without a look-up."""
+@given(place=st.integers(0, SECRET_LENGTH - 1), character=st.sampled_from(BASE62), text=st.text(max_size=60))
+def test_a_typing_error_is_found_by_the_checksum(place: int, character: str, text: str) -> None:
+    """A mistyped, cut or foreign secret is told from one made here without a look-up, whatever a client sends."""
     secret = generate_secret()
     mistyped = secret[:place] + character + secret[place + 1 :]
     assert has_valid_checksum(secret)
     assert has_valid_checksum(mistyped) == (mistyped == secret)
-
-
-@quick
-@given(text=st.text(max_size=60))
-def test_text_of_any_kind_can_be_checked(text: str) -> None:
-    """Whatever a client sends, the check of its shape answers no and never fails."""
-    assert not has_valid_checksum(text)
-
-
-def test_a_cut_or_lengthened_secret_is_not_well_formed() -> None:
-    """A secret that lost or gained characters while it was copied is not taken for one made here."""
-    secret = generate_secret()
-    for changed in ("", secret[:-1], secret[1:], secret + "0", " " + secret, secret.swapcase()):
+    for changed in (text, text.ljust(SECRET_LENGTH), "\udcff" * SECRET_LENGTH, secret[1:], secret + "0"):
         assert not has_valid_checksum(changed)
 
 
@@ -100,41 +80,26 @@ def test_a_cut_or_lengthened_secret_is_not_well_formed() -> None:
 
 
 def test_the_digest_is_sha256() -> None:
-    """A digest can be checked with any tool: it is the SHA-256 of the secret, as UTF-8."""
-    assert digest_of("sk-ä") == sha256("sk-ä".encode()).digest()
+    """A digest can be checked with any tool: it is the SHA-256 of the secret as UTF-8, or of the bytes that came."""
+    for secret in ("sk-ä".encode(), b"sk-\xff"):
+        assert digest_of(secret.decode("utf-8", "surrogateescape")) == sha256(secret).digest()
 
 
-def test_bytes_that_are_no_utf_8_have_their_own_digest() -> None:
-    """A secret that came as bytes from a command line is digested as those bytes."""
-    assert digest_of(b"sk-\xff".decode("utf-8", "surrogateescape")) == sha256(b"sk-\xff").digest()
-
-
-@quick
-@given(secret=st.text(max_size=80))
-def test_a_prefix_shows_at_most_a_third(secret: str) -> None:
+@pytest.mark.parametrize(("length", "shown"), [(0, 0), (2, 0), (8, 2), (41, 13), (42, 14), (80, 14)])
+def test_a_prefix_shows_at_most_a_third(length: int, shown: int) -> None:
     """An imported secret, however short, is never shown whole."""
-    prefix = prefix_of(secret)
-    assert secret.startswith(prefix)
-    assert len(prefix) == min(PREFIX_LENGTH, len(secret) // 3)
+    assert prefix_of("x" * length) == "x" * shown
 
 
 def test_an_issued_token_holds_nothing_of_its_secret_but_the_prefix() -> None:
-    """A record, its repr and its JSON can be shown to anyone: the secret and its digest are not in them."""
-    token, secret = issue("ci", now=NOW, expires_at=NOW + SECOND)
-    assert token.prefix == secret[:14]
-    shown = repr(token) + msgspec.json.encode(token).decode()
-    assert secret[:15] not in shown
-    assert digest_of(secret).hex() not in shown
-    assert (token.name, token.created_at, token.expires_at, token.revoked_at) == ("ci", NOW, NOW + SECOND, None)
-    assert (token.scopes, token.models, token.last_used_at) == ((), None, None)
-
-
-def test_ids_are_random_and_not_made_from_the_secret() -> None:
-    """A token id is safe in every log: it is random, and tells nothing about the secret."""
-    issued = [issue("ci", now=NOW) for _ in range(100)]
-    assert len({token.id for token, _ in issued}) == 100
-    assert all(re.fullmatch("[0-9a-f]{12}", token.id) for token, _ in issued)
-    assert not any(token.id in digest_of(secret).hex() for token, secret in issued)
+    """A record, its id, its repr and its JSON can be shown to anyone: the secret and its digest are not in them."""
+    issued = [issue("ci", now=NOW, expires_at=NOW + SECOND) for _ in range(20)]
+    assert len({token.id for token, _ in issued}) == 20
+    for token, secret in issued:
+        assert token == Token(id=token.id, name="ci", prefix=secret[:14], created_at=NOW, expires_at=NOW + SECOND)
+        assert re.fullmatch("[0-9a-f]{12}", token.id)
+        assert token.id not in digest_of(secret).hex()
+        assert secret[:15] not in repr(token) + msgspec.json.encode(token).decode()
 
 
 def test_a_token_cannot_be_changed() -> None:
@@ -150,8 +115,6 @@ def test_a_token_cannot_be_changed() -> None:
         (None, None, "active"),
         (NOW + SECOND, None, "active"),
         (NOW, None, "expired"),
-        (NOW - SECOND, None, "expired"),
-        (None, NOW, "revoked"),
         (None, NOW + SECOND, "revoked"),
         (NOW - SECOND, NOW, "revoked"),
     ],
@@ -165,16 +128,9 @@ def test_the_status_follows_from_the_instants(expires: datetime | None, revoked:
 # --- names
 
 
-@pytest.mark.parametrize("name", ["ci", "Überprüfung 3", "名前", "a" * 200, 'it\'s "quoted"'])
-def test_a_name_that_prints_is_kept_as_it_is(name: str) -> None:
-    """An operator may call a token anything that a terminal shows."""
-    assert checked_name(name) == name
-
-
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("", "must not be empty"),
         (" \t", "must not be empty"),
         ("a" * 201, "longer than 200"),
         ("a\nb", r"control characters: a\\nb"),
@@ -183,7 +139,8 @@ def test_a_name_that_prints_is_kept_as_it_is(name: str) -> None:
     ],
 )
 def test_a_name_that_could_drive_a_terminal_is_refused(name: str, problem: str) -> None:
-    """No token can be given a name that clears a screen, forges a line or says nothing."""
+    """A token may be called anything that a terminal shows, but not clear a screen, forge a line or say nothing."""
+    assert checked_name("名前 'ü'".ljust(200)) == "名前 'ü'".ljust(200)
     with pytest.raises(ValueError, match=problem):
         issue(name, now=NOW)
 
@@ -202,46 +159,28 @@ def test_escaped_text_always_prints(text: str) -> None:
 def test_a_reference_of_any_documented_kind_finds_its_token() -> None:
     """``revoke`` takes the whole secret, the id, the shown prefix with or without dots, or more of the secret."""
     token, secret = issue("one", now=NOW)
-    other, other_secret = issue("two", now=NOW)
-    table = {digest_of(secret): token, digest_of(other_secret): other}
-    references = (secret, token.id, token.prefix, f"{token.prefix}...", f"{token.prefix}…", secret[:20], secret[:51])
-    for reference in references:
+    table = {digest_of(secret): token, **_imported(generate_secret())}
+    shown = (token.prefix, f"{token.prefix}...", f"{token.prefix}…")
+    for reference in (secret, token.id, *shown, secret[:20], secret[:51]):
         assert find(reference, table) == [token]
 
 
-def test_an_imported_secret_is_found_whole() -> None:
-    """A secret of any shape, even one that ends in a dot or shows no prefix, finds its own token."""
-    table = dict(_imported(secret, str(number)) for number, secret in enumerate(("a.", "x" * 80, "päss…")))
-    assert [find(secret, table)[0].id for secret in ("a.", "x" * 80, "päss…")] == ["0", "1", "2"]
-
-
-def test_every_token_that_a_prefix_may_mean_is_answered() -> None:
-    """Where a prefix is not enough to tell two tokens apart, both are answered, and nothing is done to either."""
-    table = dict([_imported("sk-" + "a" * 60, "one"), _imported("sk-" + "a" * 61, "two")])
-    assert [token.id for token in find("sk-aaaaaaaaaaa", table)] == ["one", "two"]
-    assert [token.id for token in find("sk-aaaaaaaaaaaaa", table)] == ["one", "two"]
-
-
-def test_a_mistyped_secret_means_no_token() -> None:
-    """A whole secret with one wrong character never revokes the token beside it."""
-    token, secret = issue("one", now=NOW)
-    mistyped = secret[:-1] + ("0" if secret[-1] != "0" else "1")
-    assert find(mistyped, {digest_of(secret): token}) == []
-
-
-def test_less_than_the_prefix_means_no_token() -> None:
-    """A few characters that happen to fit are no reference."""
-    token, secret = issue("one", now=NOW)
-    assert find(secret[:13], {digest_of(secret): token}) == []
-
-
-@pytest.mark.parametrize("reference", ["", "...", "…"])
-def test_an_empty_reference_means_no_token(reference: str) -> None:
-    """``revoke "$UNSET"`` does nothing, even beside an imported token too short to show a prefix."""
-    assert find(reference, dict([_imported("ab")])) == []
-
-
-def test_a_reference_to_a_token_that_is_gone_means_no_imported_one() -> None:
-    """The prefix of a deleted token never reaches an imported token whose own short prefix it begins with."""
-    _, gone = issue("gone", now=NOW)
-    assert find(gone[:PREFIX_LENGTH], dict([_imported("sk-abcdef")])) == []
+@pytest.mark.parametrize(
+    ("reference", "secrets", "found"),
+    [
+        pytest.param("a.", ["a.", "a.."], ["a."], id="a whole secret that ends in a dot"),
+        pytest.param("x" * 80, ["x" * 80, "x" * 81], ["x" * 80], id="a long secret"),
+        pytest.param("a" * 14, ["a" * 60, "a" * 61], ["a" * 60, "a" * 61], id="a prefix that may mean two"),
+        pytest.param("a" * 16, ["a" * 60, "a" * 61], ["a" * 60, "a" * 61], id="more that may mean two"),
+        pytest.param("a" * 13, ["a" * 60], [], id="less than the prefix"),
+        pytest.param("a" * 51 + "b", ["a" * 52], [], id="a mistyped secret, beside the right one"),
+        pytest.param("…", ["ab"], [], id="nothing but dots, beside a secret too short for a prefix"),
+        pytest.param("", ["ab"], [], id="an unset variable"),
+        pytest.param("sk-abcdefghijk"[:PREFIX_LENGTH], ["sk-abcdef"], [], id="the prefix of a token that is gone"),
+    ],
+)
+def test_a_reference_reaches_no_token_beside_the_one_meant(
+    reference: str, secrets: list[str], found: list[str]
+) -> None:
+    """Every token that a reference may mean is answered, and a mistyped, short or empty one means none."""
+    assert [token.name for token in find(reference, _imported(*secrets))] == found

@@ -141,3 +141,23 @@ def test_usage_is_recorded_beside_a_read_only_token_file(
     server.stop()
     assert read_usage(str(tmp_path / "usage.db"))[token.id].use_count == 3
     assert sorted(path.name for path in folder.iterdir()) == ["api_tokens.json", "api_tokens.json.lock"]
+
+
+def test_a_killed_server_loses_one_interval_of_usage_and_invents_none(
+    tmp_path: Path, serve: Callable[..., Any], keep: Callable[..., Any]
+) -> None:
+    """After kill -9 every use that is older than the interval is counted, and none more than there was."""
+    token, secret = keep(FileTokenStore("api_tokens.json"))
+    (tmp_path / "app.py").write_text(APPLICATION.replace("(application)", "(application, usage_interval=0.3)"))
+    server = serve("app:app")
+    for _ in range(5):
+        server.get(token=secret)
+    deadline = time.monotonic() + 10
+    while read_usage("api_tokens.usage.db").get(token.id, (0,))[0] < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for _ in range(5):
+        server.get(token=secret)
+    server.process.kill()
+    server.process.wait()
+    assert 5 <= read_usage("api_tokens.usage.db")[token.id].use_count <= 10
