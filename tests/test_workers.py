@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +19,6 @@ from freegpt_auth.usage_database import read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 APPLICATION = """
 import json, os
@@ -102,6 +105,28 @@ def test_a_revoked_token_is_refused_while_requests_pour_in(
     assert len(late) > 100
     assert set(late) == {401}
     assert 200 in {status for began, status in answers if began < done}
+
+
+def test_a_worker_started_anew_is_as_closed_as_its_siblings(
+    tmp_path: Path, serve: Callable[..., Any], keep: Callable[..., Any]
+) -> None:
+    """Nothing opens a running server: not the token file moved away, nor a worker killed after that. A restart does."""
+    _, secret = keep(FileTokenStore("api_tokens.json"))
+    (tmp_path / "app.py").write_text(APPLICATION)
+    server = serve("app:app", "--workers", "2")
+    seen = {worker_of(server, secret)}
+    Path("api_tokens.json").rename("api_tokens.json.backup")
+    os.kill(seen.pop(), signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    answers = []
+    while "Child process" not in server.log.read_text() or server.log.read_text().count("Started server") < 3:
+        assert time.monotonic() < deadline, server.log.read_text()
+        with contextlib.suppress(OSError):  # the killed worker takes the connections it had with it
+            answers.append(server.get())
+    answers += [server.get() for _ in range(60)]
+    assert set(answers) == {401}
+    server.stop()
+    assert serve("app:app", "--workers", "2").get() == 200
 
 
 def test_usage_is_exact_over_all_workers_after_a_graceful_stop(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import msgspec
 
 from ..exceptions import StoreError, StoreUnavailableError, TokenFileError
-from . import disk, tokenfile
+from . import disk, siblings, tokenfile
 from .base import UNRESOLVED, Survey, Unresolved
 from .memory import count_active
 
@@ -157,49 +157,47 @@ class FileTokenStore:
             return self._gone(error, signature)
         except (TokenFileError, ValueError) as error:
             return self._failed(error, signature, now)
-        self._configured = self._configured or not contents.blank
+        if not contents.blank:
+            self._close()
         self._tell_loaded(status, contents)
         return _Snapshot(contents.tokens, signature)
 
     def _gone(self, error: FileNotFoundError, signature: disk.Signature) -> _Snapshot:
-        self._configured = self._configured or signature != disk.MISSING
+        if signature != disk.MISSING or siblings.remembered(self.path):
+            self._close()
         if self._configured:
-            self._tell(
-                logging.ERROR,
-                "%s %s: its tokens are refused until it is back. To open this server, restart it without the file",
-                self.path,
-                error.strerror,
-            )
+            what_to_do = "its tokens are refused until it is back. To open this server, restart it without the file"
+            self._tell(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
         return _Snapshot({}, signature)
 
     def _failed(self, error: Exception, signature: disk.Signature, now: float) -> _Snapshot:
-        self._configured = True
+        self._close()
         problem = error.problem if isinstance(error, TokenFileError) else str(error)
-        self._tell(
-            logging.ERROR,
-            "%s cannot be used: %s. Tokens read before (%d) stay in force, all others are refused",
-            self.path,
-            problem,
-            len(self._snapshot.tokens),
-        )
+        kept = f"Tokens read before ({len(self._snapshot.tokens)}) stay in force, all others are refused"
+        self._tell(logging.ERROR, f"{self.path} cannot be used: {problem}. {kept}")
         return _Snapshot(self._snapshot.tokens, signature, problem, now + RETRY_INTERVAL)
+
+    def _close(self) -> None:
+        """Ask for authentication from now on, here and in every worker that this server starts."""
+        if not self._configured:
+            self._configured = True
+            siblings.remember(self.path)
 
     def _tell_loaded(self, status: os.stat_result, contents: tokenfile.Contents) -> None:
         if self._snapshot.signature is not None:
             _logger.info("%s was read again: %d active token(s)", self.path, count_active(contents.tokens))
         if contents.ancestral:
-            self._tell(logging.WARNING, "%s holds plain tokens; the next create, revoke or delete mends it", self.path)
+            self._tell(logging.WARNING, f"{self.path} holds plain tokens; the next create, revoke or delete mends it")
         elif status.st_mode & _OTHERS_MAY:
-            self._tell(logging.WARNING, "%s can be read or written by others; chmod 600 it", self.path)
+            self._tell(logging.WARNING, f"{self.path} can be read or written by others; chmod 600 it")
         else:
             self._told = None
 
-    def _tell(self, level: int, message: str, *values: object) -> None:
+    def _tell(self, level: int, message: str) -> None:
         """Log once for each cause, not once for each reading."""
-        said = message % values
-        if said != self._told:
-            self._told = said
-            _logger.log(level, "%s", said)
+        if message != self._told:
+            self._told = message
+            _logger.log(level, "%s", message)
 
     # --- writing: what commands do
 
