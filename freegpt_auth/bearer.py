@@ -47,9 +47,9 @@ def presented(scope: Any) -> list[bytes]:
 
 def without_secret(scope: Any) -> Any:
     """Return a WebSocket's scope as the application may see it: without the subprotocol that carries a secret."""
-    protocols = scope.get("subprotocols", ())
-    kept = [protocol for protocol in protocols if not protocol.startswith(SUBPROTOCOL)]
-    if len(kept) == len(protocols):
+    offered = _offered(scope)
+    kept = [protocol for protocol in offered if not protocol.startswith(SUBPROTOCOL)]
+    if len(kept) == len(offered):
         return scope
     name = b"sec-websocket-protocol"
     headers = [(key, value) for key, value in scope["headers"] if key != name]
@@ -64,8 +64,13 @@ def _credentials(value: bytes) -> bytes:
     return stripped[len(_SCHEME) :].lstrip(_BLANK) if stripped[: len(_SCHEME)].lower() == _SCHEME else b""
 
 
+def _offered(scope: Any) -> list[str]:
+    """Return the subprotocols one by one; uvicorn 0.50 hands on the header's value in one piece (RFC 6455, 11.3.4)."""
+    return [offer.strip() for value in scope.get("subprotocols", ()) for offer in value.split(",")]
+
+
 def _subprotocol_secrets(scope: Any) -> list[bytes]:
-    values = [p[len(SUBPROTOCOL) :] for p in scope.get("subprotocols", ()) if p.startswith(SUBPROTOCOL)]
+    values = [offer[len(SUBPROTOCOL) :] for offer in _offered(scope) if offer.startswith(SUBPROTOCOL)]
     if len(values) > 1:
         raise MalformedCredentialsError(f"the subprotocol {SUBPROTOCOL}… is sent more than once")
     # A header holds bytes; what a server made of those outside ASCII is not to be guessed.

@@ -16,6 +16,8 @@ import time
 import weakref
 from collections import deque
 
+import filelock  # noqa: F401  here, since its own imports fail while the interpreter shuts down
+
 from .stores import disk
 from .usage_database import add_usage
 

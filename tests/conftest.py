@@ -26,7 +26,10 @@ from freegpt_auth.tokens import digest_of, issue
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
-PROJECT = Path(__file__).parent.parent
+VARIABLES = [
+    *("OPENAI_API_KEY", "FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE"),
+    *(f"FREEGPT_AUTH_{name}" for name in ("STORE", "PUBLIC_PATHS", "REQUIRED", "USAGE")),
+]
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -43,8 +46,8 @@ def _own_directory_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def _clean(environment: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("FREEGPT_", "OPENAI_"))]:
-        environment.delenv(name)
+    for name in VARIABLES:
+        environment.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -124,6 +124,13 @@ def test_the_application_never_sees_the_secret_subprotocol(others: list[str]) ->
     assert seen == websocket(*others, headers=((b"host", b"x"),))
 
 
+def test_subprotocols_in_one_piece_are_read_one_by_one() -> None:
+    """A server that hands on the header's value as it came neither hides the secret from us nor shows it to others."""
+    scope = {"type": "websocket", "headers": [], "subprotocols": [f"v1, {SUBPROTOCOL}sk-1,realtime"]}
+    assert presented(scope) == [b"sk-1"]
+    assert without_secret(scope)["subprotocols"] == ["v1", "realtime"]
+
+
 @pytest.mark.parametrize("scope", [websocket("realtime"), websocket(), {"type": "websocket", "headers": []}])
 def test_a_scope_without_secret_stays_the_same(scope: dict[str, Any]) -> None:
     """A handshake that carries no secret, or names no subprotocols at all, reaches the application untouched."""

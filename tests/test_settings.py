@@ -153,6 +153,7 @@ def test_public_paths(argument: list[str] | None, variable: str, expected: set[s
         *[({"usage_interval": interval}, "^usage_interval is .* above 0") for interval in (0, -1, float("nan"), 1e99)],
         ({"environ": {"FREEGPT_AUTH_REQUIRED": "treu"}}, "^FREEGPT_AUTH_REQUIRED is 'treu'; set it to 1 or 0"),
         ({"public_paths": "/health"}, r"not one string; write \['/health'\]"),
+        ({"public_paths": ["/a/*"]}, r"'/a/\*' has a \*, but public paths are exact"),
         ({"environ": {"FREEGPT_AUTH_PUBLIC_PATHS": "health"}}, "'health' does not start with a slash; write '/health'"),
     ],
 )

@@ -328,7 +328,20 @@ def _broken_pages() -> None:
     Path(PATH).write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
 
 
-@pytest.mark.parametrize("spoil", [_rubbish, _broken_pages])
+def _broken_text() -> None:
+    recorder_of({"a": 1}).flush()
+    content = Path(PATH).read_bytes()
+    Path(PATH).write_bytes(content.replace(b"NOT NULL", b"NOT N\xabLL", 1))
+
+
+def _another_table() -> None:
+    with contextlib.closing(sqlite3.connect(PATH)) as connection:
+        connection.execute("CREATE TABLE usage (id, uses)")
+        connection.execute("INSERT INTO usage VALUES ('a', 1)")
+        connection.commit()
+
+
+@pytest.mark.parametrize("spoil", [_rubbish, _broken_pages, _broken_text, _another_table])
 def test_a_corrupt_database_is_moved_aside(log: Callable[[int], list[str]], spoil: Callable[[], None]) -> None:
     """A corrupt database is an error to its reader; a writer keeps it under another name and starts afresh."""
     spoil()
