@@ -111,12 +111,14 @@ def _check_readable(path: str, status: os.stat_result) -> None:
 
 
 def replace_file(path: str, content: bytes) -> None:
-    """Put *content* in the place of the file at *path*, whole or not at all, readable by its owner only.
+    """Put *content* in the place of the file at *path*, whole or not at all.
 
-    The caller holds the lock. When this has returned, the new content survives a power failure.
+    The caller holds the lock. When this has returned, the new content survives a power failure. A new file is readable
+    and writable by its owner only; one that was there keeps its owner, group and permissions to read.
 
     Raises:
-        TokenFileError: it could not be done; what was there is still there.
+        TokenFileError: it could not be done. What was there is still there, unless only the last step failed: then
+            *content* is in its place, and may not survive a power failure.
     """
     target = Path(path)
     _remove_leftovers(target)

@@ -184,7 +184,7 @@ class FileTokenStore:
             siblings.remember(self.path)
 
     def _tell_loaded(self, status: os.stat_result, contents: tokenfile.Contents) -> None:
-        if self._snapshot.signature is not None:
+        if self._snapshot.signature is not None and _logger.isEnabledFor(logging.INFO):
             _logger.info("%s was read again: %d active token(s)", self.path, count_active(contents.tokens))
         if contents.ancestral:
             self._tell(logging.WARNING, f"{self.path} holds plain tokens; the next create, revoke or delete mends it")
