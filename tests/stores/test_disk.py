@@ -9,8 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator  # noqa: TC003  beside the annotations that pytest may resolve
+from collections.abc import Callable  # noqa: TC003  beside the annotations that pytest may resolve
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,21 +29,6 @@ NOBODY = 65534
 def path(tmp_path: Path) -> Path:
     """Return where the file is, or will be."""
     return tmp_path / "t.json"
-
-
-@pytest.fixture
-def unprivileged() -> Iterator[Path]:
-    """Go on as a user who may not do everything, with a folder of that user's own."""
-    user = os.geteuid()
-    other = NOBODY if user == 0 else user
-    with tempfile.TemporaryDirectory() as folder:
-        os.chown(folder, other, -1)
-        os.seteuid(other)
-        try:
-            yield Path(folder)
-        finally:
-            Path(folder).chmod(0o700)
-            os.seteuid(user)
 
 
 def _read(path: Path) -> bytes:
