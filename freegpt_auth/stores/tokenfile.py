@@ -96,7 +96,7 @@ def _plain_errors() -> Generator[None]:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
-    except msgspec.MsgspecError as error:  # a ValueError from msgspec 0.20 on
+    except msgspec.MsgspecError as error:  # a ValueError by itself only from msgspec 0.21 on
         raise ValueError(str(error)) from None
 
 
