@@ -16,8 +16,6 @@ import time
 import weakref
 from collections import deque
 
-import filelock  # noqa: F401  here, since its own imports fail while the interpreter shuts down
-
 from .stores import disk
 from .usage_database import add_usage
 
@@ -42,6 +40,10 @@ class UsageRecorder:
     """
 
     def __init__(self, path: str, *, interval: float) -> None:
+        # Now, for a last write at exit that meets a corrupt database: while the interpreter shuts down it cannot be
+        # imported, and version 3.30 tries out the file system when it is, which importing this package must not do.
+        import filelock  # noqa: F401, PLC0415
+
         self.path: str = os.path.abspath(path)
         self._interval = interval
         self._told: str | None = None
