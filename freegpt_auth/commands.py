@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .exceptions import AmbiguousTokenError, TokenNotFoundError
 from .listing import entry, local, record, title
 from .settings import usage_location
-from .tokens import digest_of, find, issue
+from .tokens import SECRET_LENGTH, digest_of, find, has_valid_checksum, issue
 
 if TYPE_CHECKING:
     import argparse
@@ -81,11 +81,13 @@ def _referred(store: TokenStore, location: str, reference: str) -> Token:
     if reference == "-":
         reference = _typed()
     reference = reference.strip()
-    matches = find(reference, dict(store.tokens()))
+    matches = find(reference, store.tokens())
     if not matches:
         # The reference may be a secret, and is not repeated.
+        mistyped = len(reference) == SECRET_LENGTH and not has_valid_checksum(reference)
+        why = "it is mistyped, since its checksum is wrong" if mistyped else "it is none of them"
         raise TokenNotFoundError(
-            f"no token of {location} matches; give the prefix that list shows, the token id or the whole token"
+            f"no token of {location} matches: {why}; give the prefix that list shows, the token id or the whole token"
         )
     if len(matches) > 1:
         lines = "".join(f"\n  {token.id}  {title(token)}" for token in matches)

@@ -13,9 +13,12 @@ import secrets
 import zlib
 from datetime import datetime
 from hashlib import sha256
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SECRET_LENGTH = 52
 """Characters of a secret made by :func:`generate_secret`."""
@@ -129,7 +132,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def find(reference: str, digests: dict[bytes, Token]) -> list[Token]:
+def find(reference: str, digests: Mapping[bytes, Token]) -> list[Token]:
     """Return the tokens that *reference* may mean: a whole secret, a token id, the shown prefix, or more of the secret.
 
     Trailing dots are ignored, since ``list`` prints the prefix with three of them. A reference as long as a secret that

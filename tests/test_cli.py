@@ -234,6 +234,7 @@ def test_no_match_changes_nothing(run: Run, way: str) -> None:
     for reference in (mistyped, SECRET + "x", OTHER):
         done = run(way, reference)
         assert done.failed_in_one_line(f"no token of {TOKEN_FILE.absolute()} matches")
+        assert ("it is mistyped" in done.err) is (reference == mistyped)
         assert reference not in done.err
     for reference in (SECRET[:13], "a-token", "", "..."):
         assert run(way, reference).failed_in_one_line()

@@ -8,6 +8,8 @@ means nothing to any other: it is an empty file in memory, named by what only th
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import stat
 import sys
@@ -15,15 +17,26 @@ import tempfile
 from hashlib import sha256
 from pathlib import Path
 
+_logger = logging.getLogger("freegpt_auth")
+
 
 def remember(path: str) -> None:
     """Note for workers to come that the token file at *path* asked for authentication. Nothing is noted where none can come."""
     note = _note(path)
-    if note is not None:
-        with contextlib.suppress(OSError):
-            note.parent.mkdir(mode=0o700, exist_ok=True)
-            _forget_the_stopped(note.parent)
-            note.touch(mode=0o600)
+    if note is None:
+        return
+    try:
+        note.parent.mkdir(mode=0o700, exist_ok=True)
+        if not _is_private(note.parent):
+            raise PermissionError(errno.EPERM, "it is not a folder of this user alone")
+        _forget_the_stopped(note.parent)
+        note.touch(mode=0o600)
+    except OSError as error:
+        _logger.warning(
+            "%s cannot be used: %s. A worker that is started after the token file was moved away will be open",
+            note.parent,
+            error.strerror,
+        )
 
 
 def remembered(path: str) -> bool:
@@ -41,7 +54,7 @@ def _note(path: str) -> Path | None:
 
 
 def _server() -> bytes | None:
-    """Return what the workers of this server share and no other process knows; ``None`` if this is no worker."""
+    """Return what the workers of this server share and no other server has; ``None`` if this is no worker."""
     import multiprocessing  # noqa: PLC0415  commands need it not
 
     if multiprocessing.parent_process() is not None:  # uvicorn, hypercorn, granian

@@ -58,12 +58,16 @@ def test_another_server_is_not_meant(folder: Path, monkeypatch: pytest.MonkeyPat
     assert not siblings.remembered(FILE)
 
 
-def test_a_folder_that_others_made_is_not_believed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever else can write into the folder cannot tell a server what to do."""
+def test_a_folder_that_others_made_is_not_believed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever else can write into the folder cannot tell a server what to do, and the operator is told."""
     monkeypatch.setattr(siblings, "_server", lambda: b"one")
     siblings.remember(FILE)
     folder.chmod(0o777)
     assert not siblings.remembered(FILE)
+    siblings.remember(FILE)
+    assert "it is not a folder of this user alone" in caplog.text
 
 
 def test_notes_of_stopped_servers_are_cleared_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
