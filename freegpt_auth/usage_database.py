@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .exceptions import StoreError
-from .stores import disk
+from .stores.lock import locked
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -138,7 +138,7 @@ def _means_corrupt(error: sqlite3.Error) -> bool:
 def _move_aside(path: str, timeout: float) -> bool:
     """Put a corrupt database out of the way, and tell whether a new one can be started."""
     try:
-        with disk.locked(path, timeout):
+        with locked(path, timeout):
             if _is_corrupt(path):  # else another process was faster
                 aside = f"{path}.corrupt-{int(time.time())}"
                 Path(path).replace(aside)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from freegpt_auth.stores import disk
+from freegpt_auth import usage_database
+from freegpt_auth.stores.lock import locked
 from freegpt_auth.usage import UsageRecorder
 from freegpt_auth.usage_database import Usage, read_usage
 
@@ -368,7 +369,6 @@ def test_a_database_that_another_worker_mends_is_kept(monkeypatch: pytest.Monkey
     mended = Path(PATH).read_bytes()
     _rubbish()
     recorder = recorder_of({"a": 1})
-    locked = disk.locked
     with contextlib.ExitStack() as stack:
 
         @contextlib.contextmanager
@@ -380,7 +380,7 @@ def test_a_database_that_another_worker_mends_is_kept(monkeypatch: pytest.Monkey
                     other.execute("BEGIN EXCLUSIVE")
                 yield
 
-        monkeypatch.setattr(disk, "locked", later)
+        monkeypatch.setattr(usage_database, "locked", later)
         recorder.flush()
         assert not list(Path().glob(f"{PATH}.corrupt-*"))
     recorder.flush()
@@ -392,7 +392,7 @@ def test_a_corrupt_database_that_cannot_be_moved_yet(log: Callable[[int], list[s
     """While another worker holds the lock for moving it aside, the counts wait."""
     _rubbish()
     recorder = recorder_of({"a": 1})
-    with disk.locked(str(Path(PATH).absolute()), 1):
+    with locked(str(Path(PATH).absolute()), 1):
         recorder.flush()
     (message,) = log(logging.WARNING)
     assert message.endswith(": file is not a database. It is kept in memory until it can")

@@ -12,12 +12,8 @@ import os
 import secrets
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..exceptions import StoreBusyError, TokenFileError
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
+from ..exceptions import TokenFileError
 
 SIZE_LIMIT = 512 * 1024 * 1024
 """Bytes of a file that is still read; a larger one is a mistake or an attack."""
@@ -127,7 +123,7 @@ def replace_file(path: str, content: bytes) -> None:
         # Opened first: a folder that may be written but not listed is refused before anything has changed.
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _write_new(temporary, content, _access_to_keep(target))
+            _write_new(temporary, content, access_to_keep(target))
             temporary.replace(target)
             _sync_folder(folder)
         finally:
@@ -151,7 +147,7 @@ def _write_new(path: Path, content: bytes, access: tuple[int, int, int]) -> None
         os.fsync(fd)
 
 
-def _access_to_keep(target: Path) -> tuple[int, int, int]:
+def access_to_keep(target: Path) -> tuple[int, int, int]:
     """Return owner, group and mode of the file that takes the place of *target*.
 
     A server that could read the old file must be able to read the new one, or it would never learn of a revocation:
@@ -164,14 +160,6 @@ def _access_to_keep(target: Path) -> tuple[int, int, int]:
     if os.geteuid() not in (0, status.st_uid):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
     return status.st_uid, status.st_gid, 0o600 | status.st_mode & 0o044
-
-
-def _give_to_owner(lock_file: str, target: Path) -> None:
-    """Let the file's owner take the lock too, when root was the first to."""
-    with contextlib.suppress(OSError):  # what is wrong with the file itself is said when it is read
-        if os.geteuid() == 0:
-            owner, group, _ = _access_to_keep(target)
-            os.chown(lock_file, owner, group, follow_symlinks=False)
 
 
 def _sync_folder(folder: int) -> None:
@@ -187,44 +175,6 @@ def _remove_leftovers(target: Path) -> None:
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             leftover.unlink()
-
-
-@contextlib.contextmanager
-def locked(path: str, seconds: float) -> Generator[None]:
-    """Hold the lock beside the file at *path*.
-
-    Raises:
-        StoreBusyError: somebody else held it for longer than *seconds*.
-        TokenFileError: it cannot be taken there.
-    """
-    # Importing filelock takes 48 ms, and commands that only read need no lock.
-    from filelock import Timeout, UnixFileLock  # noqa: PLC0415
-
-    _check_folder(path)  # filelock would make it
-    # No soft lock where flock is missing: a reused inode breaks it, and two writers lose tokens.
-    lock = UnixFileLock(f"{path}.lock", timeout=seconds, mode=0o600, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise StoreBusyError(f"{path}: another process held its lock for {seconds:g} s; try again") from None
-    except (OSError, NotImplementedError) as error:
-        raise TokenFileError(path, f"cannot lock {path}.lock: {explain(error)}") from None
-    try:
-        _give_to_owner(f"{path}.lock", Path(path))
-        yield
-    finally:
-        lock.release()
-
-
-def _check_folder(path: str) -> None:
-    try:
-        status = Path(path).parent.stat()
-    except FileNotFoundError:
-        raise TokenFileError(path, "its folder does not exist; create the folder first") from None
-    except OSError as error:
-        raise TokenFileError(path, explain(error)) from None
-    if not stat.S_ISDIR(status.st_mode):
-        raise TokenFileError(path, "a part of its path is not a directory")
 
 
 def explain(error: Exception) -> str:

@@ -22,6 +22,7 @@ import msgspec
 from ..exceptions import StoreError, StoreUnavailableError, TokenFileError
 from . import disk, siblings, tokenfile
 from .base import UNRESOLVED, Survey, Unresolved
+from .lock import locked
 from .memory import count_active
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class FileTokenStore:
     def _change(self, change: Callable[[tokenfile.Document], _T]) -> _T:
         # A symbolic link stays one: what it points to is replaced.
         target = os.path.realpath(self.path)
-        with disk.locked(target, LOCK_TIMEOUT):
+        with locked(target, LOCK_TIMEOUT):
             document = self._read()
             result = change(document)
             try:

@@ -7,8 +7,6 @@ import errno
 import os
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Callable  # noqa: TC003  beside the annotations that pytest may resolve
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import filelock
 import pytest
 
-from freegpt_auth.exceptions import StoreBusyError, TokenFileError
+from freegpt_auth.exceptions import TokenFileError
 from freegpt_auth.stores import disk
+from freegpt_auth.stores.lock import locked
 
 NOBODY = 65534
 
@@ -97,8 +95,8 @@ def test_what_is_hidden_or_impossible_is_not_missing(unprivileged: Path) -> None
         assert disk.signature_at(f"{place}/t.json") != disk.MISSING
         for attempt in (
             partial(disk.read_file, f"{place}/t.json"),
-            _lock(f"{place}/t.json"),
-            _lock(f"{place}/x/t.json"),
+            locked(f"{place}/t.json", 0.01).__enter__,
+            locked(f"{place}/x/t.json", 0.01).__enter__,
         ):
             with pytest.raises(TokenFileError, match=problem):
                 attempt()
@@ -156,13 +154,13 @@ def test_every_file_is_its_owners_alone(path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         for content, mode in ((b"first", 0o600), (b"second", 0o640), (b"third", 0o644)):
-            with disk.locked(str(path), 1):
+            with locked(str(path), 1):
                 disk.replace_file(str(path), content)
             modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
             assert modes == {"t.json": mode, "t.json.lock": 0o600}
             path.chmod({0o600: 0o660, 0o640: 0o666, 0o644: 0o666}[mode])
             os.chown(path, owner, owner)
-        with disk.locked(str(path), 1):
+        with locked(str(path), 1):
             disk.replace_file(str(path), b"last")
     finally:
         os.umask(before)
@@ -187,7 +185,7 @@ def test_a_user_replaces_no_file_of_another(unprivileged: Path) -> None:
 def test_a_user_writes_a_file_of_his_own(unprivileged: Path) -> None:
     """Whoever may write the folder may change the file; where it may not be listed, nothing has changed at a refusal."""
     path = unprivileged / "t.json"
-    with disk.locked(str(path), 1):
+    with locked(str(path), 1):
         disk.replace_file(str(path), b"old")
     assert path.stat().st_uid == os.geteuid()
     unprivileged.chmod(0o300)
@@ -248,43 +246,3 @@ def test_a_change_survives_a_power_failure(
     with pytest.raises(TokenFileError) if reported else contextlib.nullcontext():
         disk.replace_file(str(path), b"content")
     assert steps == ["file of 7", "name", "folder"]
-
-
-# --- the lock
-
-
-def _lock(path: str) -> Callable[[], object]:
-    return disk.locked(path, 0.01).__enter__
-
-
-def test_a_lock_held_by_another_process_is_waited_for_only_so_long(path: Path) -> None:
-    """A command that cannot get the lock gives up with one sentence, and gets it once it is free."""
-    script = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    program = [sys.executable, "-c", script, f"{path}.lock"]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline()
-        with pytest.raises(StoreBusyError, match=r"another process held its lock for 0\.01 s; try again"):
-            _lock(str(path))()
-        holder.communicate(b"\n")
-    with pytest.raises(RuntimeError, match="failed"), disk.locked(str(path), 5):
-        raise RuntimeError("failed")
-    with disk.locked(str(path), 0):  # an error releases it too
-        pass
-
-
-def test_a_lock_that_cannot_be_made_is_a_fault(path: Path) -> None:
-    """Something else in the lock's place is told in one sentence, and a mistyped path makes no folder."""
-    Path(f"{path}.lock").mkdir()
-    with pytest.raises(TokenFileError, match=r"cannot lock .*t\.json\.lock: it is a directory, not a file"):
-        _lock(str(path))()
-    with pytest.raises(TokenFileError, match="its folder does not exist; create the folder first"):
-        _lock(f"{path.parent}/missing/t.json")()
-    assert [each.name for each in path.parent.iterdir()] == ["t.json.lock"]
-
-
-def test_there_is_no_lesser_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a file system without locks nothing is written at all: two writers would lose tokens."""
-    monkeypatch.setattr(filelock.UnixFileLock, "acquire", Mock(side_effect=NotImplementedError("no flock")))
-    with pytest.raises(TokenFileError, match="no flock"):
-        _lock(str(path))()

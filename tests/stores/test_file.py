@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from freegpt_auth import UNRESOLVED, FileTokenStore, StoreError, StoreUnavailableError, Token
 from freegpt_auth.exceptions import StoreBusyError, TokenFileError
 from freegpt_auth.stores import disk, file, tokenfile
+from freegpt_auth.stores.lock import locked
 from freegpt_auth.tokens import digest_of, issue
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
@@ -381,7 +382,7 @@ def test_a_change_gives_up_while_another_one_is_made(
     monkeypatch.setattr(file, "LOCK_TIMEOUT", 0)
     digest, token = _issued()
     _write(path, _content((digest, token)))
-    with disk.locked(str(path), 0), ThreadPoolExecutor() as pool:
+    with locked(str(path), 0), ThreadPoolExecutor() as pool:
         for call in (store.delete, lambda token_id: store.revoke(token_id, NOW), lambda _: store.add(*_issued())):
             with pytest.raises(StoreBusyError):
                 pool.submit(call, token.id).result(10)

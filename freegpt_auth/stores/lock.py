@@ -1,0 +1,64 @@
+"""The lock beside a file: one writer at a time, over all processes of a host. It is never deleted.
+
+Readers do not take it: a file is replaced whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..exceptions import StoreBusyError, TokenFileError
+from .disk import access_to_keep, explain
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+
+@contextlib.contextmanager
+def locked(path: str, seconds: float) -> Generator[None]:
+    """Hold the lock beside the file at *path*.
+
+    Raises:
+        StoreBusyError: somebody else held it for longer than *seconds*.
+        TokenFileError: it cannot be taken there.
+    """
+    # Importing filelock takes 48 ms, and commands that only read need no lock.
+    from filelock import Timeout, UnixFileLock  # noqa: PLC0415
+
+    _check_folder(path)  # filelock would make it
+    # No soft lock where flock is missing: a reused inode breaks it, and two writers lose tokens.
+    lock = UnixFileLock(f"{path}.lock", timeout=seconds, mode=0o600, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StoreBusyError(f"{path}: another process held its lock for {seconds:g} s; try again") from None
+    except (OSError, NotImplementedError) as error:
+        raise TokenFileError(path, f"cannot lock {path}.lock: {explain(error)}") from None
+    try:
+        _give_to_owner(f"{path}.lock", Path(path))
+        yield
+    finally:
+        lock.release()
+
+
+def _check_folder(path: str) -> None:
+    try:
+        status = Path(path).parent.stat()
+    except FileNotFoundError:
+        raise TokenFileError(path, "its folder does not exist; create the folder first") from None
+    except OSError as error:
+        raise TokenFileError(path, explain(error)) from None
+    if not stat.S_ISDIR(status.st_mode):
+        raise TokenFileError(path, "a part of its path is not a directory")
+
+
+def _give_to_owner(lock_file: str, target: Path) -> None:
+    """Let the file's owner take the lock too, when root was the first to."""
+    with contextlib.suppress(OSError):  # what is wrong with the file itself is said when it is read
+        if os.geteuid() == 0:
+            owner, group, _ = access_to_keep(target)
+            os.chown(lock_file, owner, group, follow_symlinks=False)
