@@ -12,8 +12,12 @@ import os
 import secrets
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..exceptions import TokenFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SIZE_LIMIT = 512 * 1024 * 1024
 """Bytes of a file that is still read; a larger one is a mistake or an attack."""
@@ -29,6 +33,8 @@ _PROBLEMS = {
     errno.ENOTDIR: "a part of its path is not a directory",
     errno.EISDIR: "it is a directory, not a file",
 }
+
+_NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP)  # some file systems have no hard links
 
 _ATTEMPTS = 5  # a writer can replace the file while it is read, but not five times in a row
 
@@ -113,25 +119,45 @@ def replace_file(path: str, content: bytes) -> None:
     and writable by its owner only; one that was there keeps its owner, group and permissions to read.
 
     Raises:
-        TokenFileError: it could not be done. What was there is still there, unless only the last step failed: then
-            *content* is in its place, and may not survive a power failure.
+        TokenFileError: it could not be done, and what was there is still there. (Only on a file system that has no hard
+            links and then cannot sync the folder, *content* is in its place and may not survive a power failure.)
     """
     target = Path(path)
     _remove_leftovers(target)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    temporary, old = (target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp") for _ in range(2))
     try:
         # Opened first: a folder that may be written but not listed is refused before anything has changed.
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             _write_new(temporary, content, access_to_keep(target))
+            put_back = _way_back(target, old)
             temporary.replace(target)
-            _sync_folder(folder)
+            try:
+                _sync_folder(folder)
+            except OSError:
+                put_back()
+                raise
         finally:
             os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise TokenFileError(path, explain(error)) from None
+    finally:
+        for leftover in (temporary, old):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+
+def _way_back(target: Path, old: Path) -> Callable[[], object]:
+    """Keep what is at *target* under a second name, and return what puts it back."""
+    try:
+        os.link(target, old)
+    except FileNotFoundError:
+        return target.unlink
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return lambda: None
+    return lambda: old.replace(target)
 
 
 def _write_new(path: Path, content: bytes, access: tuple[int, int, int]) -> None:

@@ -213,6 +213,7 @@ def test_the_next_writer_clears_up_after_a_killed_one(tmp_path: Path, name: str)
         ((os, "fsync"), errno.ENOSPC, "no space is left on the device; nothing was changed"),
         ((Path, "replace"), errno.EBUSY, "mount its directory instead"),
         ((os, "open"), errno.EIO, "input/output error"),
+        ((os, "link"), errno.ENOSPC, "no space is left on the device; nothing was changed"),
     ],
 )
 def test_a_failed_write_leaves_the_old_file(
@@ -227,22 +228,40 @@ def test_a_failed_write_leaves_the_old_file(
     assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("t.json", b"old")]
 
 
-@pytest.mark.parametrize(("number", "reported"), [(errno.EINVAL, False), (errno.EIO, True)])
-def test_a_change_survives_a_power_failure(
-    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, reported: bool
-) -> None:
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_change_survives_a_power_failure(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Content, then name, then folder are brought to the disk; only where folders cannot be synced, that is no error."""
     steps: list[str] = []
     real = Path.replace
-
-    def sync(fd: int) -> None:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            steps.append("folder")
-            raise OSError(number, os.strerror(number))
-        steps.append(f"file of {os.fstat(fd).st_size}")
-
-    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "fsync", lambda fd: _sync(fd, number, steps))
     monkeypatch.setattr(Path, "replace", lambda self, target: (steps.append("name"), real(self, target)))
-    with pytest.raises(TokenFileError) if reported else contextlib.nullcontext():
+    with pytest.raises(TokenFileError) if number == errno.EIO else contextlib.nullcontext():
         disk.replace_file(str(path), b"content")
     assert steps == ["file of 7", "name", "folder"]
+
+
+def _sync(fd: int, number: int, steps: list[str]) -> None:
+    """Sync files, but no folder."""
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        steps.append("folder")
+        raise OSError(number, os.strerror(number))
+    steps.append(f"file of {os.fstat(fd).st_size}")
+
+
+@pytest.mark.parametrize(("links", "after"), [(0, b"old"), (errno.EPERM, b"new")])
+def test_a_change_that_may_not_survive_is_taken_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch, links: int, after: bytes
+) -> None:
+    """A change that cannot be brought to the disk is undone; that takes a file system that has hard links."""
+    monkeypatch.setattr(os, "fsync", lambda fd: _sync(fd, errno.EIO, []))
+    with pytest.raises(TokenFileError, match="input/output error"):
+        disk.replace_file(str(path), b"new")
+    assert not path.exists()
+    path.write_bytes(b"old")
+    if links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(links, os.strerror(links))))
+    inode = path.stat().st_ino
+    with pytest.raises(TokenFileError, match="input/output error"):
+        disk.replace_file(str(path), b"new")
+    assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("t.json", after)]
+    assert (path.stat().st_ino == inode) == (after == b"old")
