@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from os import PathLike
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -15,10 +14,10 @@ from . import denials
 from .authentication import ANONYMOUS, Authenticator, AuthMode, Caller, Refusal
 from .bearer import presented, without_secret
 from .exceptions import MalformedCredentialsError
+from .refusals import RefusalLog
 from .settings import FLUSH_INTERVAL, Settings
 from .stores import open_store
 from .stores.base import UNRESOLVED, Unresolved
-from .tokens import printable
 from .usage import UsageRecorder
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ BODY_LIMIT = 64 * 1024 * 1024
 BODY_TIMEOUT = 5.0
 """Seconds for which they are."""
 
-_logger = logging.getLogger("freegpt_auth")
-
 
 class _Lane(NamedTuple):
     """How many look-ups of one event loop go to threads at once, and which threads those are."""
@@ -47,7 +44,6 @@ class _Lane(NamedTuple):
 
 _lanes: RunVar[_Lane] = RunVar("freegpt_auth")
 _LANE_WIDTH = 4
-_PATH_SHOWN = 200
 
 
 class BearerTokenMiddleware:
@@ -98,6 +94,7 @@ class BearerTokenMiddleware:
         verifier = open_store(settings.store) if verifier is None else verifier
         self._public_paths = settings.public_paths
         self._authenticator = Authenticator(verifier, settings.key, required=settings.required)
+        self._refusals = RefusalLog()
         self._usage: UsageRecorder | None = None
         if settings.usage is not None:
             self._usage = UsageRecorder(settings.usage, interval=settings.usage_interval)
@@ -116,7 +113,7 @@ class BearerTokenMiddleware:
             decision = await self._in_turn(scope)
         if isinstance(decision, Refusal):
             if not _is_preflight(scope):
-                await _refuse(scope, receive, send, decision)
+                await self._refuse(scope, receive, send, decision)
                 return
             decision = ANONYMOUS
         if decision.token is not None and self._usage is not None:
@@ -161,11 +158,25 @@ class BearerTokenMiddleware:
                 return decision
             return await to_thread.run_sync(self._resolve, scope, limiter=lane.threads)
 
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
+        denial = denials.denial(_route_path(scope), refusal.reason)
+        try:
+            if scope["type"] == "http":
+                await _deny_http(scope, send, denial)
+            else:
+                await _deny_websocket(scope, receive, send, denial)
+        finally:
+            self._refusals.tell(scope, refusal)  # the client need not wait for it
+        if scope["type"] == "http":
+            await _end_http(receive, send)
+
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def flush_and_send(message: Message) -> None:
             # Before it is forwarded: a server stops its loop on this message, and what comes after it is lost.
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed") and self._usage:
-                await to_thread.run_sync(self._usage.flush)
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                self._refusals.finish()
+                if self._usage:
+                    await to_thread.run_sync(self._usage.flush)
             await send(message)
 
         await self.app(scope, receive, flush_and_send)
@@ -178,33 +189,19 @@ def _secrets(scope: Scope) -> list[bytes] | Refusal:
         return Refusal("malformed")
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
-    if _logger.isEnabledFor(logging.INFO):
-        _log_refusal(scope, refusal)
-    denial = denials.denial(_route_path(scope), refusal.reason)
-    if scope["type"] == "http":
-        await _deny_http(scope, receive, send, denial)
-    else:
-        await _deny_websocket(scope, receive, send, denial)
+async def _deny_http(scope: Scope, send: Send, denial: denials.Denial) -> None:
+    """Send the whole answer at once, but do not end the response: see :func:`_end_http`."""
+    body = b"" if scope["method"] == "HEAD" else denial.body
+    await send({"type": "http.response.start", "status": denial.status, "headers": [*denial.headers]})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-def _log_refusal(scope: Scope, refusal: Refusal) -> None:
-    path = printable(scope["path"][:_PATH_SHOWN])  # escaping a whole path of 60 KB takes 40 ms
-    client = printable(str((scope.get("client") or ("unknown",))[0]))
-    reason = refusal.reason if refusal.token_id is None else f"{refusal.reason} ({refusal.token_id})"
-    facts = {"client": client, "path": path, "reason": refusal.reason, "token_id": refusal.token_id}
-    _logger.info("refused %s %s: %s", client, path, reason, extra=facts)
-
-
-async def _deny_http(scope: Scope, receive: Receive, send: Send, denial: denials.Denial) -> None:
-    """Send the whole answer at once, but end the response only when the request has ended.
+async def _end_http(receive: Receive, send: Send) -> None:
+    """End the response when the request has ended.
 
     A server closes a connection whose response ends before its request, and a client that is still uploading then sees
     a reset in place of the answer. Draining first would answer ``Expect: 100-continue`` with a "go on".
     """
-    body = b"" if scope["method"] == "HEAD" else denial.body
-    await send({"type": "http.response.start", "status": denial.status, "headers": [*denial.headers]})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
     received = 0
     with anyio.move_on_after(BODY_TIMEOUT):
         while received < BODY_LIMIT:

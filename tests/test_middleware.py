@@ -421,24 +421,42 @@ async def test_no_answer_shares_its_headers_with_another(ask: Ask, guarded: Any)
     assert "set-cookie" not in (await ask(guarded)).headers
 
 
-@pytest.mark.parametrize("client", [("192.0.2.7", 1), ("192.0.2.7\x9b31m\r\nforged", 0), None])
-async def test_a_refusal_is_logged_with_its_fields(
-    ask: Ask, guarded: Any, caplog: pytest.LogCaptureFixture, client: tuple[str, int] | None
-) -> None:
-    """An operator filters refusals by their fields and reads each in one line, which no path or address can forge."""
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_the_client_waits_for_no_log(guarded: Any, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """A refusal is on its way before it is logged, is logged before its body is waited for, and also if nobody is there."""
     caplog.set_level(logging.INFO, "freegpt_auth")
-    path = "/v1/a\n\x1b[31mforged"
-    await ask(guarded, path=path, client=client)
-    [record] = caplog.records
-    assert record.client.startswith(client[0][:9] if client else "unknown")
-    assert (record.path, record.reason, record.token_id) == (r"/v1/a\n\x1b[31mforged", "missing", None)
-    assert record.getMessage() == f"refused {record.client} {record.path}: missing"
-    assert record.getMessage().isprintable()
+    steps: list[str] = []
+    scope = {"type": kind, "method": "POST", "path": "/", "headers": [], "client": None}
+
+    async def receive() -> Any:
+        steps.append(f"receive, {len(caplog.records)} logged")
+        return {"type": f"{kind}.disconnect"}
+
+    async def send(_: Any) -> None:
+        steps.append(f"send, {len(caplog.records)} logged")
+
+    async def lost(_: Any) -> None:
+        raise ConnectionResetError
+
+    await guarded(scope, receive, send)
+    assert (
+        steps
+        == {
+            "http": ["send, 0 logged", "send, 0 logged", "receive, 1 logged", "send, 1 logged"],
+            "websocket": ["receive, 0 logged", "send, 0 logged"],
+        }[kind]
+    )
+    with pytest.raises(ConnectionResetError):
+        await guarded(scope, receive, lost)
+    assert [record.reason for record in caplog.records] == ["missing", "missing"]
 
 
 @pytest.mark.parametrize("ending", ["lifespan.shutdown.complete", "lifespan.shutdown.failed"])
-async def test_usage_is_written_before_the_shutdown_is_complete(keep: Keep, statuses: Any, ending: str) -> None:
-    """The last uses before a graceful stop are on disk when the server learns that it may exit."""
+async def test_usage_is_written_before_the_shutdown_is_complete(
+    keep: Keep, statuses: Any, caplog: pytest.LogCaptureFixture, ending: str
+) -> None:
+    """When the server learns that it may exit, the last uses are on disk and the last refusals are accounted for."""
+    caplog.set_level(logging.INFO, "freegpt_auth")
     token, secret = keep(FileTokenStore(TOKEN_FILE))
     written: list[tuple[str, int]] = []
 
@@ -454,8 +472,9 @@ async def test_usage_is_written_before_the_shutdown_is_complete(keep: Keep, stat
         written.append((message["type"], usage[token.id].use_count if usage else 0))
 
     guarded = BearerTokenMiddleware(application)
-    assert await statuses(guarded, secret, secret, "sk-wrong") == [200, 200, 401]
+    assert await statuses(guarded, secret, secret, *["sk-wrong"] * 12) == [200, 200, *[401] * 12]
     await guarded({"type": "lifespan"}, NEVER, send)
+    assert caplog.messages[-1] == "2 more refusals are not shown"
     assert written == [("lifespan.startup.complete", 0), (ending, 2)]
 
 

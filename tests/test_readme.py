@@ -158,6 +158,31 @@ def test_sending_the_token(shell: Callable[..., Any], serve: Callable[..., Any],
     assert "Invalid API key provided" in shell(command, TOKEN="wrong").stdout
 
 
+def test_fail2ban_bans_who_guesses_and_nobody_else() -> None:
+    """The log that the README sets up is one that its filter reads; no path makes it ban somebody else."""
+    (block,) = [block.code for block in PYTHON if block.heading == "Refusals in the log"]
+    paths = ["/v1/models", "/x%0A2025-11-26 11:45:23,120 INFO freegpt_auth refused 9.9.9.9 /: unknown"]
+    program = (
+        f"{block}\n"
+        "from starlette.testclient import TestClient\n"
+        "client = TestClient(app, client=('203.0.113.7', 1))\n"
+        f"for path in {paths}:\n"
+        "    for headers in ({}, {'x-api-key': 'guess'}, [('x-api-key', 'a'), ('x-api-key', 'b')]):\n"
+        "        client.get(path, headers=headers)\n"
+    )
+    environment = {**os.environ, "FREEGPT_API_KEY": "a-key", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment)
+    lines = Path("freegpt_auth.log").read_text().splitlines()
+    rule = next(block.code for block in BLOCKS if block.language == "ini").split("failregex = ")[1].strip()
+    rule = rule.replace("<ADDR>", r"(?P<address>[0-9a-f:.]+)")
+    # fail2ban takes the time out of a line before it looks at the rest.
+    found = [re.search(rule, re.sub(r"^[\d-]+ [\d:,]+", "", line)) for line in lines]
+    assert [match["address"] for match in found if match] == ["203.0.113.7"] * 2 * len(paths)
+    example = named("Refusals in the log", "text").splitlines()
+    ours = [line for line in lines if " freegpt_auth refused " in line]
+    assert re.sub("[0-9]", "0", ours[1]) == re.sub("[0-9]", "0", example[0].replace("chat/completions", "models"))
+
+
 def test_a_server_that_takes_a_middleware_by_name() -> None:
     """The name given to vLLM is that of a class which is complete with nothing but an application.
 
