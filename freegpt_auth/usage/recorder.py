@@ -1,7 +1,7 @@
-"""When and how often each token was used, recorded beside the token file without slowing a request.
+"""Counts uses in memory, and writes them without slowing a request.
 
-Recording is one append to memory. One daemon thread a process adds what came together to a SQLite database: every
-2 seconds, when the server shuts down, and when the interpreter exits.
+Recording is one append to memory, and nothing else while the writer sleeps. This is one daemon thread a process, which
+writes what came together: every 2 seconds, when the server shuts down, and when the interpreter exits.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ import atexit
 import contextlib
 import logging
 import os
-import sqlite3
+import secrets
 import threading
 import time
 import weakref
 from collections import deque
+from typing import TYPE_CHECKING
 
-from .stores import disk
-from .usage_database import add_usage
+from ..exceptions import UsageError
+from .base import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .base import UsageStore
 
 SHUTDOWN_TIMEOUT = 5.0
 """Seconds that a stopping server waits at most for its last write."""
@@ -25,26 +31,35 @@ SHUTDOWN_TIMEOUT = 5.0
 FORK_TIMEOUT = 1.0
 """Seconds that a fork waits at most for a write under way."""
 
+LONGEST_SLEEP = 2.0
+"""Seconds after which the writer looks at what came together, though it may not write it yet: till then that has no bound."""
+
 PENDING_LIMIT = 1_000_000
 """Uses, and tokens with unwritten uses, that are kept in memory while they cannot be written."""
+
+Use = tuple[str, float]
+"""A token's id, and when it was used, in seconds since the epoch."""
 
 _logger = logging.getLogger("freegpt_auth")
 
 
 class UsageRecorder:
-    """Counts uses in memory and adds them to the database at *path*.
+    """Counts uses in memory and adds them to a store.
 
     Args:
-        path: the database; made when the first use is written.
+        store: where to.
         interval: seconds between two writes: what a killed process can lose.
+
+    Attributes:
+        record: call it to count one use. It never blocks and never fails.
     """
 
-    def __init__(self, path: str, *, interval: float) -> None:
+    def __init__(self, store: UsageStore, *, interval: float) -> None:
         # Now, for a last write at exit that meets a corrupt database: while the interpreter shuts down it cannot be
         # imported, and version 3.30 tries out the file system when it is, which importing this package must not do.
         import filelock  # noqa: F401, PLC0415
 
-        self.path: str = os.path.abspath(path)
+        self._store = store
         self._interval = interval
         self._told: str | None = None
         self.forget()
@@ -52,19 +67,21 @@ class UsageRecorder:
 
     def forget(self) -> None:
         """Drop what is in memory: after a fork it is the parent's to write."""
-        self._pending: deque[tuple[str, float]] = deque()
+        self._pending: deque[Use] = deque()
         self._counts: dict[str, tuple[int, float]] = {}
+        self._process = secrets.token_hex(8)
+        self._batch = Batch(self._process, 0, {})
         self._dropped = 0
         self._writer: threading.Thread | None = None
         self._starting = threading.Lock()
         self._writing = threading.Lock()
+        self.record: Callable[[Use], None] = self._record_within_bounds
 
-    def record(self, token_id: str, instant: float) -> None:
-        """Count one use of a token at *instant*, in seconds since the epoch. It never blocks and never fails."""
+    def _record_within_bounds(self, use: Use) -> None:
         if len(self._pending) >= PENDING_LIMIT:
             self._dropped += 1
             return
-        self._pending.append((token_id, instant))
+        self._pending.append(use)
         if self._writer is None:
             self._start()
 
@@ -76,10 +93,16 @@ class UsageRecorder:
             return
         try:
             self._drain()
-            if self._counts:
-                self._write(max(0.0, deadline - time.monotonic()))
+            # What could not be written goes first, as it was: it may be there already, and only its answer be lost.
+            while (self._batch.counts or self._counts) and self._write(max(0.0, deadline - time.monotonic())):
+                pass
         finally:
             self._writing.release()
+
+    def finish(self) -> None:
+        """Write what was recorded so far, as :meth:`flush` does, and let go of the store."""
+        self.flush()
+        self._store.close()
 
     def _start(self) -> None:
         with self._starting:
@@ -91,34 +114,46 @@ class UsageRecorder:
                     self._writer = writer
 
     def _run(self) -> None:
+        due = time.monotonic() + self._interval
         while True:
-            time.sleep(self._interval)
-            self.flush()
+            # A request then does nothing but append, which takes 70 ns off each. A write may take long, so it is bounded.
+            self.record = self._pending.append
+            time.sleep(min(LONGEST_SLEEP, max(0.0, due - time.monotonic())))
+            self.record = self._record_within_bounds
+            if time.monotonic() >= due:
+                self.flush()
+                due = time.monotonic() + self._interval
+            else:
+                with self._writing:
+                    self._drain()
 
     def _drain(self) -> None:
-        counts, pending = self._counts, self._pending
+        counts, pending, unwritten = self._counts, self._pending, self._batch.counts
         for _ in range(len(pending)):
             token_id, instant = pending.popleft()
             count, latest = counts.get(token_id, (0, 0.0))
-            if not count and len(counts) >= PENDING_LIMIT:
+            if not count and token_id not in unwritten and len(counts) + len(unwritten) >= PENDING_LIMIT:
                 self._dropped += 1
                 continue
             counts[token_id] = (count + 1, max(latest, instant))
 
-    def _write(self, timeout: float) -> None:
+    def _write(self, timeout: float) -> bool:
+        if not self._batch.counts:
+            self._batch = Batch(self._process, self._batch.sequence + 1, self._counts)
+            self._counts = {}
         try:
-            add_usage(self.path, self._counts, timeout)
-        except (OSError, sqlite3.Error) as error:
-            reason = disk.explain(error) if isinstance(error, OSError) else error
-            self._tell(f"usage cannot be written to {self.path}: {reason}. It is kept in memory until it can")
-            return
-        self._counts.clear()
+            self._store.add(self._batch, timeout)
+        except UsageError as error:
+            self._tell(f"usage cannot be written to {self._store.source}: {error}. It is kept in memory until it can")
+            return False
+        self._batch = self._batch._replace(counts={})
         if self._dropped:
             _logger.warning("usage of %d requests was dropped while it could not be written", self._dropped)
             self._dropped = 0
         if self._told is not None:
-            _logger.info("usage is written to %s again", self.path)
+            _logger.info("usage is written to %s again", self._store.source)
             self._told = None
+        return True
 
     def _tell(self, message: str) -> None:
         if message != self._told:

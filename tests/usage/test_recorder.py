@@ -15,14 +15,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from freegpt_auth import usage_database
+from freegpt_auth.exceptions import UsageError
 from freegpt_auth.stores.lock import locked
-from freegpt_auth.usage import UsageRecorder
-from freegpt_auth.usage_database import Usage, read_usage
+from freegpt_auth.usage import sqlite
+from freegpt_auth.usage.base import Batch, Usage
+from freegpt_auth.usage.recorder import UsageRecorder
+from freegpt_auth.usage.sqlite import UsageDatabase, read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -34,10 +37,10 @@ NEVER = 3600.0
 
 def recorder_of(uses: dict[str, int], path: str = PATH) -> UsageRecorder:
     """Return a recorder that has recorded each token so many times and has written nothing."""
-    recorder = UsageRecorder(path, interval=NEVER)
+    recorder = UsageRecorder(UsageDatabase(path), interval=NEVER)
     for token_id, count in uses.items():
         for _ in range(count):
-            recorder.record(token_id, 1000.0)
+            recorder.record((token_id, 1000.0))
     return recorder
 
 
@@ -48,10 +51,15 @@ def counts(path: str = PATH) -> dict[str, int]:
 
 def wait_for(expected: dict[str, int]) -> None:
     """Wait until somebody else has written the counts."""
+    wait_until(lambda: counts() == expected)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait until something is so."""
     deadline = time.monotonic() + 10
-    while counts() != expected:
+    while not is_so():
         assert time.monotonic() < deadline, counts()
-        time.sleep(0.005)
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -64,7 +72,12 @@ def log(caplog: pytest.LogCaptureFixture) -> Callable[[int], list[str]]:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a stopping server wait for a tenth of a second only."""
-    monkeypatch.setattr("freegpt_auth.usage.SHUTDOWN_TIMEOUT", 0.1)
+    monkeypatch.setattr("freegpt_auth.usage.recorder.SHUTDOWN_TIMEOUT", 0.1)
+
+
+def no_thread(_thread: threading.Thread) -> None:
+    """Take the place of ``Thread.start`` on a machine that has none to spare."""
+    raise RuntimeError("can't start new thread")
 
 
 # --- counting
@@ -72,14 +85,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_counts_add_up() -> None:
     """Each use counts once, for its own token, over restarts too, and no write turns the last use back."""
-    recorder = UsageRecorder(PATH, interval=NEVER)
+    recorder = UsageRecorder(UsageDatabase(PATH), interval=NEVER)
     for token_id, instant in [("a", 10.0), ("b", 20.0), ("a", 30.5), ("a", 20.0)]:
-        recorder.record(token_id, instant)
+        recorder.record((token_id, instant))
     recorder.flush()
     recorder.flush()
-    restarted = UsageRecorder(PATH, interval=NEVER)
-    restarted.record("a", 25.0)
-    restarted.record("b", 40.0)
+    restarted = UsageRecorder(UsageDatabase(PATH), interval=NEVER)
+    restarted.record(("a", 25.0))
+    restarted.record(("b", 40.0))
     restarted.flush()
     assert read_usage(PATH) == {
         "a": Usage(4, datetime(1970, 1, 1, 0, 0, 30, 500_000, UTC)),
@@ -89,11 +102,11 @@ def test_counts_add_up() -> None:
 
 def test_nothing_is_lost_between_threads() -> None:
     """Requests that are recorded by several threads while others are written all count."""
-    recorder = UsageRecorder(PATH, interval=0.001)
+    recorder = UsageRecorder(UsageDatabase(PATH), interval=0.001)
 
     def record(instant: float) -> None:
         for _ in range(2000):
-            recorder.record("a", instant)
+            recorder.record(("a", instant))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(record, range(4)))
@@ -103,22 +116,146 @@ def test_nothing_is_lost_between_threads() -> None:
 
 def test_two_first_requests_start_one_writer() -> None:
     """Two threads that record the first use at once start one writer, and both uses count."""
-    recorder = UsageRecorder(PATH, interval=NEVER)
+    recorder = UsageRecorder(UsageDatabase(PATH), interval=NEVER)
 
     @contextlib.contextmanager
     def overtaken() -> Generator[None]:
         recorder._starting = threading.Lock()
-        other = threading.Thread(target=recorder.record, args=("a", 1.0))
+        other = threading.Thread(target=recorder.record, args=(("a", 1.0),))
         other.start()
         other.join()
         yield
 
     recorder._starting = overtaken()  # type: ignore[assignment]
     before = threading.active_count()
-    recorder.record("a", 1.0)
+    recorder.record(("a", 1.0))
     assert threading.active_count() == before + 1
     recorder.flush()
     assert counts() == {"a": 2}
+
+
+# --- batches
+
+
+class Fickle:
+    """A place for usage that keeps what it was given, and whose answers may be lost."""
+
+    source = "a fickle place"
+
+    def __init__(self) -> None:
+        self.given: list[Batch] = []
+        self.answers = True
+        self.closed = 0
+
+    def add(self, batch: Batch, timeout: float) -> None:
+        """Keep a batch, and answer or not."""
+        assert 0 <= timeout <= 5
+        self.given.append(batch._replace(counts=dict(batch.counts)))
+        if not self.answers:
+            raise UsageError("the answer was lost")
+
+    def read(self) -> dict[str, Usage]:
+        """Count each batch once, as a database does."""
+        used: dict[str, int] = {}
+        for batch in {(batch.process, batch.sequence): batch for batch in self.given}.values():
+            for token_id, (count, _) in batch.counts.items():
+                used[token_id] = used.get(token_id, 0) + count
+        return {token_id: Usage(count, datetime.fromtimestamp(0, UTC)) for token_id, count in used.items()}
+
+    def merge(self, _usage: object) -> None:
+        """Take nothing."""
+
+    def close(self) -> None:
+        """Be closed."""
+        self.closed += 1
+
+
+def fickle(**uses: int) -> tuple[UsageRecorder, Fickle]:
+    """Return a recorder that has recorded each token so many times, and the place it writes to."""
+    store = Fickle()
+    recorder = UsageRecorder(store, interval=NEVER)
+    use(recorder, **uses)
+    return recorder, store
+
+
+def use(recorder: UsageRecorder, **uses: int) -> None:
+    """Record uses."""
+    for token_id, count in uses.items():
+        for _ in range(count):
+            recorder.record((token_id, 1000.0))
+
+
+def test_each_batch_has_a_number_of_its_own() -> None:
+    """What a process writes at once has its name and the next number, and an empty batch is never written."""
+    recorder, store = fickle(a=2, b=1)
+    recorder.flush()
+    recorder.flush()
+    use(recorder, a=1)
+    recorder.flush()
+    first, second = store.given
+    assert (first.sequence, dict(first.counts)) == (1, {"a": (2, 1000.0), "b": (1, 1000.0)})
+    assert (second.sequence, dict(second.counts)) == (2, {"a": (1, 1000.0)})
+    assert first.process == second.process
+    assert fickle()[0]._process != fickle()[0]._process
+
+
+def test_a_batch_whose_answer_was_lost_is_written_again_as_it_was(log: Callable[[int], list[str]]) -> None:
+    """What came since goes into a batch after it, so a place that knows the number counts each use once."""
+    recorder, store = fickle(a=1)
+    store.answers = False
+    for _ in range(3):
+        recorder.flush()
+        use(recorder, a=2, b=1)
+    assert {(batch.sequence, tuple(batch.counts.items())) for batch in store.given} == {(1, (("a", (1, 1000.0)),))}
+    store.answers = True
+    recorder.flush()
+    assert [batch.sequence for batch in store.given] == [1, 1, 1, 1, 2]
+    assert {token_id: used.use_count for token_id, used in store.read().items()} == {"a": 7, "b": 3}
+    assert log(logging.WARNING) == [
+        "usage cannot be written to a fickle place: the answer was lost. It is kept in memory until it can"
+    ]
+    assert log(logging.INFO) == ["usage is written to a fickle place again"]
+
+
+def test_what_waits_in_a_batch_counts_against_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded in tokens also while a batch waits: what is in it goes on counting, and others are dropped."""
+    monkeypatch.setattr("freegpt_auth.usage.recorder.PENDING_LIMIT", 2)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    recorder, store = fickle(a=1, b=1)
+    store.answers = False
+    recorder.flush()
+    for token_id in ("a", "c", "b", "d"):
+        use(recorder, **{token_id: 1})
+        recorder.flush()
+    store.answers = True
+    recorder.flush()
+    assert {token_id: used.use_count for token_id, used in store.read().items()} == {"a": 2, "b": 2}
+
+
+def test_a_server_that_stops_lets_go_of_the_place() -> None:
+    """At shutdown what is left is written first, and then nothing is held open; that may happen more than once."""
+    recorder, store = fickle(a=1)
+    recorder.finish()
+    assert (len(store.given), store.closed) == (1, 1)
+    use(recorder, a=1)
+    store.answers = False
+    recorder.finish()
+    assert (len(store.given), store.closed) == (2, 2)
+
+
+def test_a_child_begins_batches_of_its_own() -> None:
+    """After a fork a process has another name, and writes nothing that its parent has still to write."""
+    recorder, store = fickle(a=1)
+    store.answers = False
+    recorder.flush()
+    before = recorder._process
+    recorder.forget()
+    store.answers = True
+    recorder.flush()
+    assert len(store.given) == 1
+    use(recorder, a=1)
+    recorder.flush()
+    assert (store.given[1].process != before, store.given[1].sequence) == (True, 1)
 
 
 # --- when and where it is written
@@ -126,7 +263,7 @@ def test_two_first_requests_start_one_writer() -> None:
 
 def test_where_nothing_happens_nothing_is_written_or_read(tmp_path: Path) -> None:
     """A server that nobody uses makes no database, and what is missing, empty or without the table is no usage."""
-    UsageRecorder(PATH, interval=NEVER).flush()
+    UsageRecorder(UsageDatabase(PATH), interval=NEVER).flush()
     recorder = recorder_of({"a": 1})
     assert read_usage(PATH) == {}
     assert not list(tmp_path.iterdir())
@@ -141,9 +278,9 @@ def test_where_nothing_happens_nothing_is_written_or_read(tmp_path: Path) -> Non
 
 def test_it_is_written_on_an_interval() -> None:
     """Usage appears by itself while a server goes on, again and again."""
-    recorder = UsageRecorder(PATH, interval=0.01)
+    recorder = UsageRecorder(UsageDatabase(PATH), interval=0.01)
     for expected in (1, 2, 3):
-        recorder.record("a", 1.0)
+        recorder.record(("a", 1.0))
         wait_for({"a": expected})
 
 
@@ -170,12 +307,13 @@ def test_workers_lose_nothing_even_if_they_meet_a_corrupt_database() -> None:
     _rubbish()
     program = f"""
 import sys
-from freegpt_auth.usage import UsageRecorder
-recorder = UsageRecorder({PATH!r}, interval=0.001)
+from freegpt_auth.usage.recorder import UsageRecorder
+from freegpt_auth.usage.sqlite import UsageDatabase
+recorder = UsageRecorder(UsageDatabase({PATH!r}), interval=0.001)
 print("ready", flush=True)
 sys.stdin.read()
 for number in range(2000):
-    recorder.record(str(number % 5), 1.0)
+    recorder.record((str(number % 5), 1.0))
 """
     start = [sys.executable, "-c", program]
     with contextlib.ExitStack() as stack:
@@ -192,24 +330,58 @@ for number in range(2000):
     assert len(list(Path().glob(f"{PATH}.corrupt-*"))) == 1
 
 
+def test_a_database_that_is_moved_aside_while_it_is_opened_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that another one overtakes in moving a corrupt database aside writes its uses into the new one."""
+    close = os.close
+    recorder = recorder_of({"a": 2})
+    with monkeypatch.context() as context:
+
+        def overtaken(descriptor: int) -> None:
+            context.undo()
+            close(descriptor)
+            Path(PATH).unlink()
+
+        context.setattr(sqlite.os, "close", overtaken)
+        recorder.flush()
+    assert counts() == {"a": 2}
+
+
+def test_a_writer_looks_often_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several writers none waits much longer than the others write: it looks again each millisecond."""
+    waits: list[float] = []
+    with contextlib.closing(sqlite3.connect(PATH, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 50:
+                other.execute("ROLLBACK")
+
+        monkeypatch.setattr(sqlite, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        recorder_of({"a": 1}).flush()
+    assert counts() == {"a": 1}
+    assert waits == [0.001] * 50
+
+
 def test_a_fork_in_the_middle_of_a_write_counts_everything_once() -> None:
     """No lock and no use crosses a fork: parent and child each write what they recorded, at the latest when they end."""
     program = f"""
 import os, sys, threading, time, warnings
-from freegpt_auth import usage
+from freegpt_auth.usage import recorder as usage
+from freegpt_auth.usage.sqlite import UsageDatabase
 warnings.simplefilter("ignore")
 usage.SHUTDOWN_TIMEOUT = 2
-recorder = usage.UsageRecorder({PATH!r}, interval=3600)
+recorder = usage.UsageRecorder(UsageDatabase({PATH!r}), interval=3600)
 for number in range(50_000):
-    recorder.record(str(number), 1.0)
+    recorder.record((str(number), 1.0))
 writing = threading.Thread(target=recorder.flush)
 writing.start()
 while not os.path.exists({PATH!r} + "-journal"):
     time.sleep(0)
-recorder.record("parent", 1.0)
+recorder.record(("parent", 1.0))
 child = os.fork()
 if not child:
-    recorder.record("child", 1.0)
+    recorder.record(("child", 1.0))
     sys.exit()
 sys.exit(os.waitpid(child, 0)[1])
 """
@@ -252,13 +424,13 @@ def test_counts_wait_until_they_can_be_written(
 ) -> None:
     """What keeps usage from being written is said once, holds nobody up and costs no count; its end is said too."""
     path = unprivileged / "folder" / "usage.db"
-    recorder = UsageRecorder(str(path), interval=NEVER)
+    recorder = UsageRecorder(UsageDatabase(str(path)), interval=NEVER)
     said = f"usage cannot be written to {path}: {problem}. It is kept in memory until it can"
     for number in (1, 2):
         mend = spoil(path)
         start = time.monotonic()
         for _ in range(2):
-            recorder.record("a", 1.0)
+            recorder.record(("a", 1.0))
             recorder.flush()
         assert time.monotonic() - start < 4
         mend()
@@ -274,7 +446,7 @@ def test_a_stuck_write_holds_up_neither_requests_nor_the_shutdown(log: Callable[
     """While a write is stuck recording goes on; a stopping server waits within its limit, and says what that costs."""
     recorder = recorder_of({"a": 1})
     with recorder._writing:
-        recorder.record("a", 1.0)
+        recorder.record(("a", 1.0))
         start = time.monotonic()
         recorder.flush()
         assert time.monotonic() - start < 2
@@ -285,15 +457,11 @@ def test_a_stuck_write_holds_up_neither_requests_nor_the_shutdown(log: Callable[
 
 def test_a_machine_without_threads_to_spare_fails_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no thread can be started a request still passes; its use is kept and written later."""
-
-    def refuse(_thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    recorder = UsageRecorder(PATH, interval=0.01)
+    recorder = UsageRecorder(UsageDatabase(PATH), interval=0.01)
     with monkeypatch.context() as context:
-        context.setattr(threading.Thread, "start", refuse)
-        recorder.record("a", 1.0)
-    recorder.record("a", 1.0)
+        context.setattr(threading.Thread, "start", no_thread)
+        recorder.record(("a", 1.0))
+    recorder.record(("a", 1.0))
     wait_for({"a": 2})
 
 
@@ -301,19 +469,47 @@ def test_what_does_not_fit_into_memory_is_dropped(
     log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is bounded in uses and in tokens: known tokens go on counting, and how much was dropped is said, once."""
-    monkeypatch.setattr("freegpt_auth.usage.PENDING_LIMIT", 2)
+    monkeypatch.setattr("freegpt_auth.usage.recorder.PENDING_LIMIT", 2)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
     recorder = recorder_of({"a": 1, "b": 3}, "folder/usage.db")
     recorder.flush()
-    recorder.record("c", 1.0)
-    recorder.record("a", 1.0)
+    recorder.record(("c", 1.0))
+    recorder.record(("a", 1.0))
     recorder.flush()
     Path("folder").mkdir()
     recorder.flush()
     assert counts("folder/usage.db") == {"a": 2, "b": 1}
-    recorder.record("a", 1.0)
+    recorder.record(("a", 1.0))
     recorder.flush()
     assert counts("folder/usage.db") == {"a": 3, "b": 1}
     assert log(logging.WARNING)[1:] == ["usage of 3 requests was dropped while it could not be written"]
+
+
+def test_what_comes_together_while_a_write_is_stuck_has_a_bound(
+    log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that hangs does not fill the memory of a busy server; what is dropped is said when the disk is back."""
+    monkeypatch.setattr("freegpt_auth.usage.recorder.PENDING_LIMIT", 3)
+    recorder = UsageRecorder(UsageDatabase(PATH), interval=0.01)
+    with recorder._writing:
+        recorder.record(("a", 1.0))
+        wait_until(lambda: recorder.record != recorder._record_within_bounds)  # the writer sleeps
+        wait_until(lambda: recorder.record == recorder._record_within_bounds)  # it wants to write
+        for _ in range(9):
+            recorder.record(("a", 1.0))
+        assert len(recorder._pending) == 3
+    wait_for({"a": 3})
+    wait_until(lambda: log(logging.WARNING) == ["usage of 7 requests was dropped while it could not be written"])
+
+
+def test_what_is_seldom_written_has_a_bound_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two writes, however far apart, memory holds a count for each token and not every use."""
+    monkeypatch.setattr("freegpt_auth.usage.recorder.LONGEST_SLEEP", 0.01)
+    recorder = recorder_of({"a": 5, "b": 1})
+    wait_until(lambda: not recorder._pending)
+    assert not Path(PATH).exists()
+    recorder.flush()
+    assert counts() == {"a": 5, "b": 1}
 
 
 # --- a corrupt database
@@ -380,7 +576,7 @@ def test_a_database_that_another_worker_mends_is_kept(monkeypatch: pytest.Monkey
                     other.execute("BEGIN EXCLUSIVE")
                 yield
 
-        monkeypatch.setattr(usage_database, "locked", later)
+        monkeypatch.setattr(sqlite, "locked", later)
         recorder.flush()
         assert not list(Path().glob(f"{PATH}.corrupt-*"))
     recorder.flush()

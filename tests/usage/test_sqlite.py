@@ -1,0 +1,65 @@
+"""What the usage database beside a token file keeps to beyond the contract."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from freegpt_auth.exceptions import UsageError
+from freegpt_auth.usage.base import Usage
+from freegpt_auth.usage.sqlite import UsageDatabase, add_usage
+
+NOON = datetime(2025, 11, 26, 12, tzinfo=UTC)
+
+
+def test_merging_makes_the_database(tmp_path: Path) -> None:
+    """Usage that is copied to where none was kept before makes a database that only its owner can read."""
+    store = UsageDatabase("usage.db")
+    store.merge({"a": Usage(3, NOON)})
+    assert store.read() == {"a": Usage(3, NOON)}
+    assert stat.S_IMODE((tmp_path / "usage.db").stat().st_mode) == 0o600
+
+
+def test_merging_is_all_or_nothing() -> None:
+    """Of usage that cannot be kept in full nothing is."""
+    store = UsageDatabase("usage.db")
+    store.merge({"a": Usage(1, NOON)})
+    with pytest.raises((UsageError, OverflowError)):
+        store.merge({"a": Usage(5, NOON), "b": Usage(2**63, NOON)})
+    assert store.read() == {"a": Usage(1, NOON)}
+
+
+def test_a_corrupt_database_is_moved_aside_for_what_is_merged() -> None:
+    """Copying into a corrupt usage database keeps that one under another name, as writing does."""
+    Path("usage.db").write_bytes(b"this is no database\n" * 500)
+    store = UsageDatabase("usage.db")
+    with pytest.raises(UsageError, match="file is not a database"):
+        store.read()
+    store.merge({"a": Usage(3, NOON)})
+    assert store.read() == {"a": Usage(3, NOON)}
+    assert len(list(Path().glob("usage.db.corrupt-*"))) == 1
+
+
+def test_what_is_no_database_says_what_it_is(tmp_path: Path) -> None:
+    """An error says in an operator's words why usage can be neither read nor written."""
+    store = UsageDatabase("loop.db")
+    Path("loop.db").symlink_to("loop.db")
+    with pytest.raises(UsageError, match="too many levels of symbolic links"):
+        store.read()
+    with pytest.raises(UsageError, match="no such file or directory"):
+        UsageDatabase(str(tmp_path / "missing" / "usage.db")).merge({"a": Usage(1, NOON)})
+
+
+def test_a_last_use_that_is_no_instant_is_an_error() -> None:
+    """A row that nobody can read is one error, and no traceback in the middle of a list."""
+    path = str(Path("usage.db").absolute())
+    add_usage(path, {"a": (1, 1e20)}, 1.0)
+    with pytest.raises(UsageError, match="it holds no usage"):
+        UsageDatabase(path).read()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT use_count FROM usage").fetchone() == (1,)
