@@ -1,0 +1,249 @@
+"""Keeps a process's memory of the tokens as the database has them: one thread with a connection of its own.
+
+A notification is a hint, the revision is the truth. The thread listens first and reads then, reads whatever has changed
+since the revision it knows, and looks each second whether a notification was lost. How long memory may be relied on is
+counted from the moment before the database was last asked: that, and not the notification, bounds what a process that is
+cut off may still accept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from ...exceptions import StoreError, StoreUnavailableError
+from ..table import PAUSE
+from . import schema, tables
+from .cache import CHANGES_KEPT, Change
+from .links import PATIENCE, TIME_LIMIT, reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...tokens import Token
+    from .cache import TokenCache
+    from .links import Address, Link
+
+HEARTBEAT = 1.0
+"""Seconds after which the revision is looked at without a notification."""
+
+CERTAINTY = HEARTBEAT + TIME_LIMIT
+"""Seconds since the database was last asked for which a token that is not in memory counts as unknown. After that it may
+be one that was made meanwhile, and the database is asked."""
+
+_RETRY = (0.1, 1.0)  # seconds between two attempts to connect: at first and at last, and a random part of it more
+
+_SLICE = 0.1  # seconds after which a thread that waits for a notification sees that it is to stop
+
+_NEVER = float("-inf")
+
+_logger = logging.getLogger("freegpt_auth")
+
+
+class Follower:
+    """Follows a database for one process.
+
+    Args:
+        address: where it is.
+        cache: what is kept up to date.
+        lease: seconds for which memory is relied on after the database was last asked.
+        renew: called with each new connection of the thread: others may lead to another server now.
+
+    Attributes:
+        leased_until: until when, by the monotonic clock, tokens in memory may be accepted.
+        certain_until: until when a token that is not in memory does not exist.
+        trouble: why the database cannot be asked; ``None`` while it can.
+        age: how many connections there were; what was read over an earlier one may come from another server.
+    """
+
+    def __init__(self, address: Address, cache: TokenCache, lease: float, renew: Callable[[], None]) -> None:
+        self._address = address
+        self._cache = cache
+        self._lease = lease
+        self._renew = renew
+        self.leased_until: float = _NEVER
+        self.certain_until: float = _NEVER
+        self.trouble: str | None = None
+        self.age: int = 0
+        self._mark = ""
+        self._ahead: float | None = None
+        self._reading = threading.Lock()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._has_looked = threading.Event()
+        self._is_over = False
+
+    def now(self) -> float:
+        """Return the time by the database's clock, in seconds since the epoch. It is asked, and blocks, if it never was."""
+        while self._ahead is None:
+            try:
+                with contextlib.closing(self._address.connect(PATIENCE)) as link:
+                    self._look_at_head(link)
+            except psycopg.Error as error:
+                raise StoreUnavailableError(f"{self._address.shown} does not answer: {reason_of(error)}") from None
+        return self._ahead + time.monotonic()
+
+    def is_running(self) -> bool:
+        """Tell whether memory is being kept up to date."""
+        return self._thread is not None
+
+    def start(self) -> None:
+        """Start the thread if it does not run, and wait until it has asked the database once."""
+        with self._starting:
+            if self._thread is None:
+                stopping = self._stopping = threading.Event()  # its own: a slow one must not go on beside the next
+                self._has_looked.clear()
+                # Not before the first request: a thread does not survive the fork of a preloading server.
+                thread = threading.Thread(target=self._run, args=(stopping,), name="freegpt_auth-follower", daemon=True)
+                thread.start()
+                self._thread = thread
+        self._has_looked.wait(2 * TIME_LIMIT)
+
+    def stop(self) -> None:
+        """End the thread. The next request starts it again."""
+        with self._starting:
+            if self._thread is not None:
+                self._stopping.set()
+                self._thread.join(2 * TIME_LIMIT)
+                self._thread = None
+            self.leased_until = self.certain_until = _NEVER
+
+    def look(self) -> None:
+        """Bring memory to where the database is now, over a connection for this once."""
+        try:
+            with contextlib.closing(self._address.connect()) as link:
+                schema.check(schema.version_of(link), self._address.shown)
+                self._catch_up(link)
+        except (psycopg.Error, StoreError) as error:
+            self._lose(error)
+
+    def _run(self, stopping: threading.Event) -> None:
+        pause, longest = _RETRY
+        while not stopping.is_set():
+            try:
+                with contextlib.closing(self._address.connect()) as link:
+                    self._follow(link, stopping)
+            except Exception as error:  # noqa: BLE001  whatever it is, memory must not stay as it is for good
+                pause = min(longest, 2 * pause) if self.trouble else _RETRY[0]
+                self._lose(error)
+                # A thousand processes that lost the same database must not come back in the same moment.
+                stopping.wait(pause * random.uniform(1, 2))  # noqa: S311
+
+    def _follow(self, link: Link, stopping: threading.Event) -> None:
+        schema.check(schema.version_of(link), self._address.shown)
+        self._renew()
+        self.age += 1  # after that: whoever sees it reads over connections that are as new
+        hears = self._hears(link)
+        shown: int | None = None
+        if hears:
+            # Before anything is read: who changes a token from now on waits for this process, if cut off for a lease long.
+            tables.end_if_idle(link, self._lease)
+            shown = tables.show_revision(link, 0, None)
+        since = self._catch_up(link)
+        while not stopping.is_set():
+            self._rely(since)
+            if hears and shown != self._cache.revision:
+                shown = tables.show_revision(link, self._cache.revision, shown)
+            due = time.monotonic() + HEARTBEAT
+            while not stopping.is_set() and time.monotonic() < due and not link.notifications(_SLICE):
+                pass
+            since = self._catch_up(link)
+
+    def _hears(self, link: Link) -> bool:
+        """Listen, and tell whether notifications arrive: a pooler may give each transaction another connection."""
+        own = f"{schema.CHANNEL}-{secrets.token_hex(8)}"
+        link.run(f'LISTEN "{schema.CHANNEL}"')
+        link.run(f'LISTEN "{own}"')
+        # Over another connection: a pooler hands on what a connection tells itself, and nothing that others tell it.
+        with contextlib.closing(self._address.connect()) as other:
+            other.run("SELECT pg_notify(%s, '')", (own,))
+        deadline = time.monotonic() + TIME_LIMIT
+        while (left := deadline - time.monotonic()) > 0:
+            if own in link.notifications(left):
+                link.run(f'UNLISTEN "{own}"')
+                return True
+        _logger.warning(
+            "%s delivers no notifications, as a pooler in transaction mode does not: a change is in force here %g s "
+            "after its command has returned",
+            *(self._address.shown, HEARTBEAT),
+        )
+        return False
+
+    def _catch_up(self, link: Link) -> float:
+        """Bring memory to where the database is now, and return when it was asked."""
+        with self._reading:
+            began = time.monotonic()
+            head = self._look_at_head(link)
+            if self._cache.revision < 0:
+                self._load(link)
+            elif (head.revision, head.mark) != (self._cache.revision, self._mark):
+                self._read_changes(link)
+            return began
+
+    def _look_at_head(self, link: Link) -> tables.Head:
+        began = time.monotonic()
+        head = tables.head(link)
+        schema.check(head.version, self._address.shown)
+        self._ahead = head.now - began  # never behind the database's own clock: no token is accepted after its end
+        return head
+
+    def _read_changes(self, link: Link) -> None:
+        known = self._cache.revision
+        noted = tables.changes_since(link, known, CHANGES_KEPT + 1)
+        if not noted or (noted[0].revision, noted[0].mark) != (known, self._mark):
+            # What was known is not in the log: it was lost, or so much was changed since that the log begins later.
+            self._load(link, was_known=False)
+            if not noted or noted[0].revision == known:
+                _logger.error(
+                    "%s has lost changes that were in force (a failover or a backup?): every token was read again. Tokens "
+                    "that this process knew as revoked stay so (%d); look through list and revoke what is missing again",
+                    self._address.shown,
+                    self._cache.lasting,
+                )
+            return
+        new = [one for one in noted if one.revision > known]
+        if len(noted) > CHANGES_KEPT or any(one.digest is None for one in new):
+            self._load(link)
+            return
+        self._cache.apply((Change(one.revision, one.digest or b"", one.token) for one in new), noted[-1].revision)
+        self._mark = noted[-1].mark
+
+    def _load(self, link: Link, *, was_known: bool = True) -> None:
+        tokens: dict[bytes, Token] = {}
+        with link.transaction():
+            link.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            head = tables.head(link)
+            for batch in tables.every_token(link, limit=self._cache.limit + 1):
+                tokens.update(batch)
+                time.sleep(PAUSE)
+        self._cache.load(tokens, head.revision, was_known=was_known)
+        self._mark = head.mark
+
+    def _rely(self, since: float) -> None:
+        self.leased_until = since + self._lease
+        self.certain_until = since + CERTAINTY if self._cache.complete else _NEVER
+        if self.trouble is not None:
+            _logger.info("%s answers again", self._address.shown)
+        self.trouble, self._is_over = None, False
+        self._has_looked.set()
+
+    def _lose(self, error: Exception) -> None:
+        """Go on with what is known for as long as the lease lasts, and say so."""
+        self.certain_until = _NEVER
+        left = self.leased_until - time.monotonic()
+        reason = reason_of(error)
+        trouble = reason if isinstance(error, StoreError) else f"{self._address.shown} does not answer: {reason}"
+        if self.trouble is None and left > 0:
+            _logger.error("%s. Tokens known here are accepted for %.0f s more, others are answered 503", trouble, left)
+        elif left <= 0 and not self._is_over:
+            self._is_over = True
+            _logger.error("%s. Its tokens are answered 503 until this is mended", trouble)
+        self.trouble = trouble
+        self._has_looked.set()

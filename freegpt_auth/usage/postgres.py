@@ -1,0 +1,76 @@
+"""Usage beside the tokens in PostgreSQL, in a table of its own: no write here can touch a token."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from ..exceptions import StoreUnavailableError, UsageError
+from ..stores.postgres.links import Address, Pool, reason_of
+from .base import Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..stores.postgres.links import Row
+    from .base import Batch
+
+_ADD = "SELECT freegpt_auth.add_usage(%s, %s, %s, %s::bigint[], %s::float8[])"
+_READ = "SELECT token_id, use_count, last_used_at FROM freegpt_auth.usage"
+_MERGE = """
+    INSERT INTO freegpt_auth.usage AS known
+        SELECT t.id, given.use_count, given.last_used_at
+        FROM unnest(%s::text[], %s::bigint[], %s::timestamptz[]) AS given (token_id, use_count, last_used_at)
+        JOIN freegpt_auth.tokens t ON t.id = given.token_id ORDER BY t.id
+        ON CONFLICT (token_id) DO UPDATE SET
+            use_count = greatest(known.use_count, excluded.use_count),
+            last_used_at = greatest(known.last_used_at, excluded.last_used_at)
+"""
+
+
+class PostgresUsage:
+    """A :class:`~freegpt_auth.usage.base.UsageStore` in the database of the tokens. One connection, kept open.
+
+    Each batch is entered with its process and number in the same transaction, so one whose answer was lost is counted
+    once however often it is sent. When a use was is told in seconds ago: the clocks of servers differ.
+
+    Args:
+        url: the database.
+
+    Raises:
+        ConfigurationError: *url* cannot be read.
+    """
+
+    def __init__(self, url: str) -> None:
+        address = Address(url)
+        self.source: str = address.shown
+        self._pool = Pool(address, 1)
+
+    def add(self, batch: Batch, timeout: float) -> None:  # noqa: ARG002  the pool has a shorter one
+        """Add a batch, unless it was added before. Of tokens that are not there any more nothing is kept."""
+        now = time.time()
+        ids, counts = list(batch.counts), [count for count, _ in batch.counts.values()]
+        ago = [max(0.0, now - latest) for _, latest in batch.counts.values()]
+        self._run(_ADD, (batch.process, batch.sequence, ids, counts, ago))
+
+    def read(self) -> Mapping[str, Usage]:
+        """Return the usage of each used token by its id."""
+        return {row[0]: Usage(row[1], row[2].astimezone(UTC)) for row in self._run(_READ)}
+
+    def merge(self, usage: Mapping[str, Usage]) -> None:
+        """Raise counts and last uses to at least these, of the tokens that are there."""
+        counts, instants = [one.use_count for one in usage.values()], [one.last_used_at for one in usage.values()]
+        self._run(_MERGE, (list(usage), counts, instants))
+
+    def close(self) -> None:
+        """Let go of the connection. What is asked after that opens a new one."""
+        self._pool.renew()
+
+    def _run(self, statement: str, values: tuple[object, ...] = ()) -> list[Row]:
+        try:
+            return self._pool.ask(lambda link: link.run(statement, values))
+        except (psycopg.Error, StoreUnavailableError) as error:
+            raise UsageError(reason_of(error)) from None

