@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .authentication import AuthMode, TokenUser
+    from .authentication import AuthMode
+    from .callers import TokenUser
     from .exceptions import ConfigurationError, FreeGPTAuthError, StoreError, StoreUnavailableError
     from .middleware import BearerTokenMiddleware
     from .settings import Settings
@@ -47,7 +48,7 @@ _HOMES = {
     "Survey": "stores.base",
     "Token": "tokens",
     "TokenStore": "stores.base",
-    "TokenUser": "authentication",
+    "TokenUser": "callers",
     "Verifier": "stores.base",
 }
 

@@ -6,22 +6,21 @@ Exit status: 0 done, 1 could not, 2 wrong usage. A failure is one line that says
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from . import commands
-from .exceptions import FreeGPTAuthError
+from .exceptions import AmbiguousTokenError, FreeGPTAuthError
+from .listing import title
 from .settings import store_location
-from .stores import open_store
 from .tokens import checked_name, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from .stores.base import TokenStore
 
 _COMMAND = "python -m freegpt_auth"
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -32,46 +31,56 @@ _REFERENCE_HELP = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that knows no check mark still gets a list
     if sys.stdout is None:
         return _fail("cannot write the output: stdout is closed")
     try:
+        _prepare_streams()
         options = _parser().parse_args(arguments)
-        location = store_location(options.store)
-        if "://" not in location:
-            location = os.path.abspath(location)  # a command in a wrong folder is then seen to be in one
-        status: int = options.run(open_store(location), location, options)
+        options.store = store_location(options.store)
+        status: int = options.run(options)
         sys.stdout.flush()
     except FreeGPTAuthError as error:
-        return _fail(str(error))
+        _fail(str(error))
+        for token in error.matches if isinstance(error, AmbiguousTokenError) else ():
+            commands.say(f"  {token.id}  {title(token)}")
+        return 1
     except BrokenPipeError:
-        _discard_output()  # the reader has gone, as in `list | head -1`
+        commands.discard(sys.stdout)  # the reader has gone, as in `list | head -1`
         return 1
     except OSError as error:
-        _discard_output()
+        commands.discard(sys.stdout)
         return _fail(f"cannot write the output: {error.strerror}")
     except KeyboardInterrupt:
         return 130
     return status
 
 
-def _discard_output() -> None:
-    """Let nothing more be written, not even by the interpreter at exit, which would fail again and end with 120."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _prepare_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows no check mark still gets a list
+    if isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
+        # Unbuffered, by -u or PYTHONUNBUFFERED: what a disk that is nearly full does not take would be lost unnoticed.
+        raw, encoding, errors = sys.stdout.fileno(), sys.stdout.encoding, sys.stdout.errors
+        sys.stdout = os.fdopen(raw, "w", encoding=encoding, errors=errors, closefd=False)
 
 
 def _fail(message: str) -> int:
-    commands.say(f"freegpt-auth: {message}")
+    commands.say(f"freegpt-auth: {_masked(message)}")
     return 1
+
+
+def _masked(text: str) -> str:
+    """Hide what looks like a secret that was typed in a wrong place, generated or imported, and passwords in URLs."""
+    text = re.sub(r"(?i)(password=)[^&\s]+", r"\1…", re.sub(r"://[^/@\s:]*:[^\s]*@", "://…@", text))
+    return re.sub(r"sk-[\w-]{20,}", "sk-…", text)
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and repeats no secret that was typed in a wrong place."""
 
     def error(self, message: str) -> NoReturn:
-        shown = re.sub(r"sk-\w+", "sk-…", printable(message))
+        shown = re.sub(r"sk-[\w-]+", "sk-…", _masked(printable(message)))
         if "unrecognized arguments" in message:
             shown += "; a name with spaces needs quotes"
         self.exit(2, f"{self.prog}: {shown}; see {self.prog} --help\n")
@@ -94,7 +103,7 @@ class _Version(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_COMMAND,
-        description="Bearer tokens for OpenAI-compatible servers: create, list, revoke, delete.",
+        description="Bearer tokens for OpenAI-compatible servers: create, list, revoke, delete; copy and migrate for a fleet.",
         epilog=f"Example: {_COMMAND} create my-application",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
@@ -123,20 +132,46 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = _command(group, name, run, summary, f"{name} sk-a1b2c3d4e5f")
         command.add_argument("reference", metavar="TOKEN", help=_REFERENCE_HELP)
+    _add_fleet_commands(group)
     return parser
+
+
+def _add_fleet_commands(group: argparse._SubParsersAction[_Parser]) -> None:
+    copy = _command(
+        group,
+        "copy",
+        commands.copy,
+        "put the tokens of one store, and their usage, into another; to do it twice changes nothing more",
+        "copy api_tokens.json postgresql://db/tokens",
+        in_store=False,
+    )
+    copy.add_argument("origin", metavar="FROM", help="a token file or the URL of a database")
+    copy.add_argument("target", metavar="TO", help="a token file or the URL of a database; what it holds stays")
+    copy.add_argument("--delete", action="store_true", help="also delete the tokens of TO that FROM does not hold")
+
+    _command(
+        group,
+        "migrate",
+        commands.migrate,
+        "make the tables of a database, or bring them to this release; may be run again at any time",
+        "--store postgresql://db/tokens migrate",
+    )
 
 
 def _command(
     group: argparse._SubParsersAction[_Parser],
     name: str,
-    run: Callable[[TokenStore, str, argparse.Namespace], int],
+    run: Callable[[argparse.Namespace], int],
     summary: str,
     example: str,
+    *,
+    in_store: bool = True,
 ) -> argparse.ArgumentParser:
     command = group.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"Example: {_COMMAND} {example}"
     )
-    _add_store(command, default=argparse.SUPPRESS)
+    if in_store:
+        _add_store(command, default=argparse.SUPPRESS)
     command.set_defaults(run=run)
     return command
 
@@ -144,9 +179,9 @@ def _command(
 def _add_store(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "--store",
-        metavar="PATH",
+        metavar="PATH|URL",
         default=default,
-        help="the token file; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory",
+        help="the token file or database; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory",
     )
 
 
@@ -161,7 +196,7 @@ def _seconds(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,12})([smhdw]?)", text)
     seconds = int(match[1]) * _UNITS[match[2]] if match else 0
     try:
-        commands.now_in_utc() + timedelta(seconds=seconds)
+        datetime.now(UTC) + timedelta(seconds=seconds)
     except OverflowError:
         raise argparse.ArgumentTypeError(f"{text} is too far away; leave --expires-in out for never") from None
     if not seconds:

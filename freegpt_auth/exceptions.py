@@ -5,12 +5,13 @@
     FreeGPTAuthError
     ├── ConfigurationError         the settings contradict each other or cannot be used
     ├── MalformedCredentialsError  a request carries credentials that cannot be read one way only
-    └── StoreError                 the tokens cannot be read or changed
-        ├── TokenFileError         what is wrong with the token file, and where
-        ├── StoreBusyError         somebody else held the lock for too long
-        ├── StoreUnavailableError  whether a token is valid cannot be known now
-        ├── TokenNotFoundError     no token answers to a reference
-        └── AmbiguousTokenError    several tokens do
+    ├── StoreError                 the tokens cannot be read or changed
+    │   ├── TokenFileError         what is wrong with the token file, and where
+    │   ├── StoreBusyError         somebody else held the lock for too long
+    │   ├── StoreUnavailableError  whether a token is valid cannot be known now
+    │   ├── TokenNotFoundError     no token answers to a reference
+    │   └── AmbiguousTokenError    several tokens do
+    └── UsageError                 usage cannot be read or written
 
 Each message is one sentence for an operator: what is wrong, where, and what to do. No message ever holds a secret.
 """
@@ -77,3 +78,7 @@ class AmbiguousTokenError(StoreError):
     def __init__(self, message: str, matches: Sequence[Token]) -> None:
         super().__init__(message)
         self.matches: tuple[Token, ...] = tuple(matches)
+
+
+class UsageError(FreeGPTAuthError):
+    """Usage cannot be read or written; the message says why, in words that follow where it is."""

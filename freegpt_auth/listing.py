@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from datetime import datetime, tzinfo
 
     from .tokens import Token
-    from .usage_database import Usage
+    from .usage.base import Usage
 
 _SIGNS = {"active": "✓ Active", "revoked": "✗ Revoked", "expired": "✗ Expired"}
+
+_OFFSET = len("2025-11-26T10:30:00")
 
 
 def entry(number: int, token: Token, usage: Usage | None, now: datetime) -> str:
@@ -53,7 +55,7 @@ def title(token: Token) -> str:
 
 def local(instant: datetime) -> str:
     """Return an instant as a person at this machine reads it, without the offset; JSON has it."""
-    return _moved(instant, None).replace(tzinfo=None).isoformat(timespec="seconds")
+    return _moved(instant, None).isoformat(timespec="seconds")[:_OFFSET]
 
 
 def _iso(instant: datetime | None) -> str | None:
@@ -68,5 +70,6 @@ def _moved(instant: datetime, zone: tzinfo | None) -> datetime:
 
 
 def _last_used(token: Token, usage: Usage | None) -> datetime | None:
-    instants = [instant for instant in (token.last_used_at, usage and usage.last_used_at) if instant]
-    return max(instants, default=None)
+    if usage is None or token.last_used_at is None:
+        return usage.last_used_at if usage else token.last_used_at
+    return max(token.last_used_at, usage.last_used_at)

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
 from os import PathLike
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 from anyio import to_thread
 from anyio.lowlevel import RunVar
 
 from . import denials
-from .authentication import ANONYMOUS, Authenticator, AuthMode, Caller, Refusal
-from .bearer import presented, without_secret
+from .authentication import Authenticator, Decision, Refusal
+from .bearer import plain_digest, presented, without_secret
+from .callers import ANONYMOUS, Caller
+from .delivery import deny_http, deny_websocket, end_http
 from .exceptions import MalformedCredentialsError
 from .refusals import RefusalLog
 from .settings import FLUSH_INTERVAL, Settings
 from .stores import open_store
-from .stores.base import UNRESOLVED, Unresolved
-from .usage import UsageRecorder
+from .stores.base import UNRESOLVED
+from .usage import open_usage
+from .usage.recorder import UsageRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .stores.base import Verifier
-
-BODY_LIMIT = 64 * 1024 * 1024
-"""Bytes of a refused request's body that are received and dropped before its connection is given up."""
-
-BODY_TIMEOUT = 5.0
-"""Seconds for which they are."""
 
 
 class _Lane(NamedTuple):
@@ -41,6 +39,9 @@ class _Lane(NamedTuple):
     # Not anyio's default threads: the application may hold all of them, and must not hold up authentication.
     threads: anyio.CapacityLimiter
 
+
+_LAST = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+_MISSING, _MALFORMED, _UNAVAILABLE = Refusal("missing"), Refusal("malformed"), Refusal("unavailable")
 
 _lanes: RunVar[_Lane] = RunVar("freegpt_auth")
 _LANE_WIDTH = 4
@@ -58,11 +59,12 @@ class BearerTokenMiddleware:
 
     Args:
         app: the application to protect.
-        store: where the tokens are: a path, or any :class:`~freegpt_auth.stores.base.Verifier`.
+        store: where the tokens are: a path, a ``postgresql://`` URL, or any
+            :class:`~freegpt_auth.stores.base.Verifier`.
             Default: ``FREEGPT_AUTH_STORE``, else ``api_tokens.json`` in the working directory.
         public_paths: exact paths that need no token. Default: ``FREEGPT_AUTH_PUBLIC_PATHS``, else none.
         required: raise instead of starting in open mode. Default: ``FREEGPT_AUTH_REQUIRED``, else no.
-        usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the token file;
+        usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the tokens;
             with a verifier of one's own: off.
         usage_interval: seconds between two writes of usage: what a killed process can lose.
 
@@ -91,67 +93,70 @@ class BearerTokenMiddleware:
         settings = Settings.from_env(
             store=location, public_paths=public_paths, required=required, usage=usage, usage_interval=usage_interval
         )
-        verifier = open_store(settings.store) if verifier is None else verifier
+        if verifier is None:
+            verifier = open_store(settings.store, lease=settings.lease, cache_limit=settings.cache_limit)
+        self._verifier = verifier
+        self._look_up_limit: float = getattr(verifier, "look_up_limit", math.inf)
         self._public_paths = settings.public_paths
         self._authenticator = Authenticator(verifier, settings.key, required=settings.required)
         self._refusals = RefusalLog()
         self._usage: UsageRecorder | None = None
         if settings.usage is not None:
-            self._usage = UsageRecorder(settings.usage, interval=settings.usage_interval)
+            self._usage = UsageRecorder(open_usage(settings.usage), interval=settings.usage_interval)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a refusal, or let the application answer."""
         kind = scope["type"]
-        if kind == "lifespan":
-            await self._live(scope, receive, send)
-            return
         if kind not in ("http", "websocket"):
-            # A type not known is a type not guarded.
-            raise NotImplementedError(f"freegpt_auth does not know how to guard a scope of type {kind!r}")
-        decision = self._peek(scope)
-        if decision is UNRESOLVED:
-            decision = await self._in_turn(scope)
-        if isinstance(decision, Refusal):
-            if not _is_preflight(scope):
-                await self._refuse(scope, receive, send, decision)
-                return
-            decision = ANONYMOUS
-        if decision.token is not None and self._usage is not None:
-            self._usage.record(decision.token.id, time.time())
+            await self.app(scope, receive, self._flushing(scope, send))
+            return
+        if self._public_paths and _route_path(scope) in self._public_paths:
+            caller = ANONYMOUS
+        else:
+            digest = plain_digest(scope["headers"]) if kind == "http" else None
+            known = None if digest is None else self._authenticator.recognise(digest)
+            if known is None:
+                decision = await self._decide(scope, digest)
+                if isinstance(decision, Refusal):
+                    await self._refuse(scope, receive, send, decision)
+                    return
+                known = decision
+            caller = known
+            token = caller.token
+            if token is not None and self._usage is not None:
+                self._usage.record((token.id, time.time()))
         if kind == "websocket":
             scope = without_secret(scope)
-        scope["user"] = decision.user
-        scope["auth"] = decision.auth
+        scope["user"] = caller.user
+        scope["auth"] = caller.auth
         await self.app(scope, receive, send)
 
-    def _peek(self, scope: Scope) -> Caller | Refusal | Literal[Unresolved.UNRESOLVED]:
-        """Decide from memory: on the event loop, for every request."""
-        authenticator = self._authenticator
-        if self._public_paths and _route_path(scope) in self._public_paths:
-            return ANONYMOUS
-        if authenticator.mode is AuthMode.OPEN:
-            passes = authenticator.peek_open()
-            if passes is UNRESOLVED:
-                return UNRESOLVED
-            if passes:
-                return ANONYMOUS
-        secrets = _secrets(scope)
-        return secrets if isinstance(secrets, Refusal) else authenticator.peek(secrets)
+    async def _decide(self, scope: Scope, digest: bytes | None) -> Caller | Refusal:
+        """Decide about a caller who is not known from an earlier request."""
+        decision = self._peek(scope, digest)
+        settled = await self._in_turn(scope) if decision is UNRESOLVED else decision
+        return ANONYMOUS if isinstance(settled, Refusal) and _is_preflight(scope) else settled
+
+    def _peek(self, scope: Scope, digest: bytes | None = None) -> Decision:
+        """Decide from memory: on the event loop."""
+        passes = self._authenticator.peek_open()
+        if passes is not False:
+            return ANONYMOUS if passes is True else UNRESOLVED
+        digests = _digests(scope) if digest is None else [digest]
+        return digests if isinstance(digests, Refusal) else self._authenticator.peek(digests)
 
     def _resolve(self, scope: Scope) -> Caller | Refusal:
         """Decide from the store: in a thread, where memory cannot."""
-        authenticator = self._authenticator
-        if authenticator.resolve_open():
+        if self._authenticator.resolve_open():
             return ANONYMOUS
-        secrets = _secrets(scope)
-        return secrets if isinstance(secrets, Refusal) else authenticator.resolve(secrets)
+        digests = _digests(scope)
+        return digests if isinstance(digests, Refusal) else self._authenticator.resolve(digests)
 
     async def _in_turn(self, scope: Scope) -> Caller | Refusal:
         """Decide from the store, if memory still cannot when it is this request's turn."""
-        lane = _lanes.get(None)
-        if lane is None:
-            lane = _Lane(anyio.Semaphore(_LANE_WIDTH), anyio.CapacityLimiter(_LANE_WIDTH))
-            _lanes.set(lane)
+        lane = _lane()
+        if lane.gate.statistics().tasks_waiting >= self._look_up_limit:
+            return _UNAVAILABLE
         async with lane.gate:
             decision = self._peek(scope)  # those before us in the queue may have read the store
             if decision is not UNRESOLVED:
@@ -160,68 +165,51 @@ class BearerTokenMiddleware:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
         denial = denials.denial(_route_path(scope), refusal.reason)
+        unfinished = False
         try:
             if scope["type"] == "http":
-                await _deny_http(scope, send, denial)
+                unfinished = await deny_http(scope, send, denial)
             else:
-                await _deny_websocket(scope, receive, send, denial)
+                await deny_websocket(scope, receive, send, denial)
         finally:
             self._refusals.tell(scope, refusal)  # the client need not wait for it
-        if scope["type"] == "http":
-            await _end_http(receive, send)
+        if unfinished:
+            await end_http(receive, send)
 
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def flush_and_send(message: Message) -> None:
-            # Before it is forwarded: a server stops its loop on this message, and what comes after it is lost.
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-                self._refusals.finish()
-                if self._usage:
-                    await to_thread.run_sync(self._usage.flush)
-            await send(message)
+    def _flushing(self, scope: Scope, send: Send) -> Send:
+        """Return what sends a lifespan's messages on, and writes what is left before the last of them."""
+        if scope["type"] != "lifespan":
+            # A type not known is a type not guarded.
+            raise NotImplementedError(f"freegpt_auth does not know how to guard a scope of type {scope['type']!r}")
+        _lane()  # the first use of anyio imports for 90 ms: here no request waits for that
+        return lambda message: self._finish(send, message) if message["type"] in _LAST else send(message)
 
-        await self.app(scope, receive, flush_and_send)
+    async def _finish(self, send: Send, message: Message) -> None:
+        # Before it is forwarded: a server stops its loop on this message, and what comes after it is lost.
+        self._refusals.finish()
+        if self._usage:
+            await to_thread.run_sync(self._usage.finish)
+        close: Callable[[], None] | None = getattr(self._verifier, "close", None)
+        if close is not None:
+            await to_thread.run_sync(close)
+        await send(message)
 
 
-def _secrets(scope: Scope) -> list[bytes] | Refusal:
+def _lane() -> _Lane:
+    """Return the lane of the running event loop."""
+    lane = _lanes.get(None)
+    if lane is None:
+        lane = _Lane(anyio.Semaphore(_LANE_WIDTH), anyio.CapacityLimiter(_LANE_WIDTH))
+        _lanes.set(lane)
+    return lane
+
+
+def _digests(scope: Scope) -> list[bytes] | Refusal:
+    """Return what a request presents, or why it is refused for that."""
     try:
-        return presented(scope) or Refusal("missing")
+        return presented(scope) or _MISSING
     except MalformedCredentialsError:
-        return Refusal("malformed")
-
-
-async def _deny_http(scope: Scope, send: Send, denial: denials.Denial) -> None:
-    """Send the whole answer at once, but do not end the response: see :func:`_end_http`."""
-    body = b"" if scope["method"] == "HEAD" else denial.body
-    await send({"type": "http.response.start", "status": denial.status, "headers": [*denial.headers]})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _end_http(receive: Receive, send: Send) -> None:
-    """End the response when the request has ended.
-
-    A server closes a connection whose response ends before its request, and a client that is still uploading then sees
-    a reset in place of the answer. Draining first would answer ``Expect: 100-continue`` with a "go on".
-    """
-    received = 0
-    with anyio.move_on_after(BODY_TIMEOUT):
-        while received < BODY_LIMIT:
-            message = await receive()
-            if not message.get("more_body", False):
-                break
-            received += len(message.get("body", b""))
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _deny_websocket(scope: Scope, receive: Receive, send: Send, denial: denials.Denial) -> None:
-    """Refuse before the upgrade: as a real HTTP response where the server can send one, else by closing."""
-    await receive()
-    if "websocket.http.response" in (scope.get("extensions") or {}):
-        # The server frames this response: uvicorn 0.50 adds a length of its own, and clients refuse a response with two.
-        headers = [header for header in denial.headers if header[0] != b"content-length"]
-        await send({"type": "websocket.http.response.start", "status": denial.status, "headers": headers})
-        await send({"type": "websocket.http.response.body", "body": denial.body, "more_body": False})
-    else:
-        await send({"type": "websocket.close", "code": 1008})
+        return _MALFORMED
 
 
 def _is_preflight(scope: Scope) -> bool:

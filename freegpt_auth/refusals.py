@@ -11,6 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from .tokens import printable
+
 if TYPE_CHECKING:
     from .authentication import Refusal
 
@@ -54,7 +56,7 @@ class RefusalLog:
             "client": client,
             "path": _quoted(scope["path"], _PATH_LENGTH),
             "reason": refusal.reason,
-            "token_id": refusal.token_id,
+            "token_id": refusal.token_id and printable(refusal.token_id),
             "left_out": self._left_out,
         }
         self._left_out = 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .bearer import VALUE_LIMIT
 from .exceptions import ConfigurationError
+from .location import is_url
 from .tokens import digest_of
 
 if TYPE_CHECKING:
@@ -18,9 +19,16 @@ if TYPE_CHECKING:
 FLUSH_INTERVAL = 2.0
 """Seconds between two writes of usage."""
 
+LEASE = 30.0
+"""Seconds for which a process that cannot reach the database goes on to accept the tokens that it knows."""
+
+CACHE_LIMIT = 100_000
+"""Tokens of a database that a process keeps in memory, about 0.5 KB each."""
+
 DEFAULT_STORE = "api_tokens.json"
 """The token file when none is named: in the working directory."""
 
+_LARGEST = 100_000_000
 _WHITE_SPACE = " \t\r\n"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
@@ -40,23 +48,27 @@ class EnvironmentKey:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a middleware is built from. It holds no secret.
+    """What a middleware is built from. It shows no secret: the URL of a database may hold a password.
 
     Attributes:
         store: the location of the tokens.
         key: the environment key, if one is set.
         public_paths: exact paths that need no token.
         required: refuse to start in open mode.
-        usage: path of the usage database; ``None`` to record nothing.
+        usage: where usage is kept; ``None`` to record nothing.
         usage_interval: seconds between two writes to it.
+        lease: seconds for which known tokens are accepted while the database cannot be reached.
+        cache_limit: how many tokens of a database are kept in memory.
     """
 
-    store: str = DEFAULT_STORE
+    store: str = field(default=DEFAULT_STORE, repr=False)
     key: EnvironmentKey | None = None
     public_paths: frozenset[str] = frozenset()
     required: bool = False
-    usage: str | None = None
+    usage: str | None = field(default=None, repr=False)
     usage_interval: float = FLUSH_INTERVAL
+    lease: float = LEASE
+    cache_limit: int = CACHE_LIMIT
 
     @classmethod
     def from_env(
@@ -75,7 +87,7 @@ class Settings:
             store: ``FREEGPT_AUTH_STORE``, by default ``api_tokens.json`` in the working directory.
             public_paths: ``FREEGPT_AUTH_PUBLIC_PATHS``, separated by commas there; by default none.
             required: ``FREEGPT_AUTH_REQUIRED``; by default no.
-            usage: ``FREEGPT_AUTH_USAGE``, or ``off``; by default beside the token file.
+            usage: ``FREEGPT_AUTH_USAGE``, or ``off``; by default beside the tokens.
             usage_interval: seconds between two writes of usage: what a killed process can lose.
             environ: the environment; by default ``os.environ``.
 
@@ -95,6 +107,8 @@ class Settings:
             required=_flag(env, "FREEGPT_AUTH_REQUIRED") if required is None else required,
             usage=usage_location(location, usage, env),
             usage_interval=usage_interval,
+            lease=_positive(env, "FREEGPT_AUTH_LEASE", LEASE),
+            cache_limit=int(_positive(env, "FREEGPT_AUTH_CACHE", CACHE_LIMIT)),
         )
 
 
@@ -114,20 +128,26 @@ def store_location(store: str | os.PathLike[str] | None = None, environ: Mapping
 def usage_location(
     store: str, usage: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> str | None:
-    """Return where usage is kept: *usage*, else ``FREEGPT_AUTH_USAGE``, else beside the token file *store*.
+    """Return where usage is kept: *usage*, else ``FREEGPT_AUTH_USAGE``, else beside the tokens in *store*.
 
     Raises:
-        ConfigurationError: the location is empty.
+        ConfigurationError: the location is empty, or the variable names a database that does not hold the tokens.
     """
     env = os.environ if environ is None else environ
     location = env.get("FREEGPT_AUTH_USAGE") if usage is None else os.fspath(usage)
     if location is None:
+        if is_url(store):
+            return store
         try:
             return str(Path(store).with_suffix(".usage.db"))
         except ValueError:
             raise ConfigurationError(f"{store} is a folder; name a token file") from None
     if not location.strip():
         raise ConfigurationError("FREEGPT_AUTH_USAGE is set but empty; name a file, say off, or unset it")
+    if usage is None and is_url(location) and location != store:  # where these tokens are not, their use is not counted
+        raise ConfigurationError(
+            "FREEGPT_AUTH_USAGE is the URL of another database than the tokens'; name a file, say off, or unset it"
+        )
     return None if location == "off" else location
 
 
@@ -168,6 +188,16 @@ def _flag(env: Mapping[str, str], name: str) -> bool:
     if value not in _YES + _NO:
         raise ConfigurationError(f"{name} is {value!r}; set it to 1 or 0")
     return value in _YES
+
+
+def _positive(env: Mapping[str, str], name: str, default: float) -> float:
+    try:
+        number = float(env.get(name, default))
+    except ValueError:
+        number = 0.0
+    if not 1 <= number <= _LARGEST:
+        raise ConfigurationError(f"{name} is {env[name]!r}; give it a number from 1 to {_LARGEST:,}, or unset it")
+    return number
 
 
 def _checked_paths(paths: Iterable[str]) -> frozenset[str]:

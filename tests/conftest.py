@@ -28,8 +28,21 @@ App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[N
 
 VARIABLES = [
     *("OPENAI_API_KEY", "FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE"),
-    *(f"FREEGPT_AUTH_{name}" for name in ("STORE", "PUBLIC_PATHS", "REQUIRED", "USAGE")),
+    *(f"FREEGPT_AUTH_{name}" for name in ("STORE", "PUBLIC_PATHS", "REQUIRED", "USAGE", "LEASE", "CACHE")),
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run leave out what needs a database, or do nothing else."""
+    parser.addoption("--database", choices=["with", "without", "only"], default="with", help="tests on PostgreSQL")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that the option asks for: those on a database say so in their name, or ask for it as a fixture."""
+    wanted = config.getoption("database")
+    if wanted != "with":
+        on_database = ["postgres" in item.nodeid or "cluster" in getattr(item, "fixturenames", ()) for item in items]
+        items[:] = [item for item, is_on in zip(items, on_database, strict=True) if is_on is (wanted == "only")]
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -64,6 +77,7 @@ def _blocking_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
     for function in blockbuster.functions.values():
         function.can_block_in("freegpt_auth/middleware.py", "__init__")
         function.can_block_in("freegpt_auth/stores/file.py", {"__init__", "add", "revoke", "delete"})
+        function.can_block_in("freegpt_auth/stores/postgres/store.py", {"add", "revoke", "delete"})
     blockbuster.activate()
     yield
     blockbuster.deactivate()
@@ -159,6 +173,39 @@ def keep() -> Callable[..., Any]:
         return token, secret
 
     return add
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Run one PostgreSQL for all tests that need one: as fast as it can be, and safe from nothing."""
+    from postgresql import running  # noqa: PLC0415  most tests need none, and some environments have none
+
+    from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415
+
+    fast = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+    with running(tmp_path_factory.mktemp("postgresql") / "data", **fast) as cluster:
+        cluster.sql("CREATE DATABASE migrated")
+        PostgresTokenStore(cluster.url("migrated")).migrate()
+        yield cluster
+
+
+@pytest.fixture
+def database(cluster: Any) -> Iterator[str]:
+    """Return the URL of an empty database of this test's own, with the schema in it."""
+    yield from _databases(cluster, template="migrated")
+
+
+@pytest.fixture
+def empty(cluster: Any) -> Iterator[str]:
+    """Return the URL of a database of this test's own, without the schema."""
+    yield from _databases(cluster, template="template1")
+
+
+def _databases(cluster: Any, template: str) -> Iterator[str]:
+    name = f"test_{time.monotonic_ns()}"
+    cluster.sql(f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield cluster.url(name)
+    cluster.sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from freegpt_auth import (
     Token,
     authentication,
 )
-from freegpt_auth.authentication import Authenticator, Caller, Refusal
+from freegpt_auth.authentication import Authenticator, Decision, Refusal
+from freegpt_auth.callers import Caller
 from freegpt_auth.settings import EnvironmentKey
 from freegpt_auth.tokens import digest_of
 
@@ -67,6 +70,13 @@ LIVE = make_token(scopes=("read", "write"))
 REVOKED = make_token("revoked", revoked_at=NOW)
 EXPIRED = make_token("expired", expires_at=NOW)
 BROKEN = StoreUnavailableError("the disk is gone")
+
+
+def decide(authenticator: Authenticator, *secrets: str) -> Decision:
+    """Decide from memory as the middleware does: callers that are known are recognised first."""
+    digests = [digest_of(secret) for secret in secrets]
+    known = authenticator.recognise(digests[0]) if len(digests) == 1 else None
+    return known or authenticator.peek(digests)
 
 
 @pytest.mark.parametrize(
@@ -118,24 +128,48 @@ def test_open_closes_and_never_opens_again(keep: Keep, caplog: pytest.LogCapture
     assert caplog.text.count(f"is now on: {int(content is None)} active token(s) from") == 1
 
 
+def test_that_authentication_is_on_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """However many requests find at the same moment that the first token was created."""
+    together = threading.Barrier(8)
+
+    class Found(Stub):
+        configured = False
+
+        def survey(self) -> Survey:
+            """Answer all who ask at the same moment."""
+            if self.configured:
+                together.wait(10)
+            return Survey(self.configured, active=1, source="a stub")
+
+    verifier = Found({})
+    authenticator = Authenticator(verifier, None)
+    verifier.configured = True
+    caplog.clear()
+    with ThreadPoolExecutor(together.parties) as threads:
+        passed = list(threads.map(lambda _: authenticator.resolve_open(), range(together.parties)))
+    assert not any(passed)
+    assert caplog.messages == ["authentication is now on: 1 active token(s) from a stub"]
+
+
 @pytest.mark.parametrize(
     ("token", "accepted"), [(LIVE, True), (EXPIRED, True), (REVOKED, False), (BROKEN, True), (None, True)]
 )
 def test_a_key_that_is_a_tokens_secret_is_refused_once_that_was_revoked(token: Any, *, accepted: bool) -> None:
     """Who revokes a token turns it off as an environment key too; nothing else that befalls the store turns the key off."""
     authenticator = Authenticator(Stub({KEY: token}), KEY_SETTING)
-    decision = authenticator.peek([KEY.encode()])
-    assert isinstance(decision, Caller) is accepted
-    assert decision == (authenticator.resolve([KEY.encode()]) if accepted else Refusal("revoked", REVOKED.id))
+    for _ in range(2):
+        decision = decide(authenticator, KEY)
+        assert isinstance(decision, Caller) is accepted
+        assert decision == (authenticator.resolve([digest_of(KEY)]) if accepted else Refusal("revoked", REVOKED.id))
 
 
-def test_an_application_cannot_widen_what_others_may() -> None:
-    """The scopes that one request is told cannot be added to for the requests after it."""
-    caller = Authenticator(Stub({"sk-live": LIVE}), KEY_SETTING).peek([b"sk-live"])
-    for known in (caller, authentication.ANONYMOUS):
-        assert isinstance(known, Caller)
-        with pytest.raises(AttributeError):
-            known.auth.scopes.append("admin")
+def test_a_caller_that_was_known_is_looked_up_all_the_same() -> None:
+    """Who was let in before is not let in by a store that cannot tell any more whether the token is good."""
+    stub = Stub({"sk-live": LIVE})
+    authenticator = Authenticator(stub, None)
+    assert isinstance(decide(authenticator, "sk-live"), Caller)
+    stub.peeked[digest_of("sk-live")] = BROKEN
+    assert decide(authenticator, "sk-live") == Refusal("unavailable")
 
 
 def test_an_open_server_whose_store_cannot_be_surveyed_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +185,24 @@ def test_an_open_server_whose_store_cannot_be_surveyed_lets_nobody_in(monkeypatc
     assert authenticator.resolve_open() is False
 
 
+def test_nobody_passes_once_the_first_token_was_read(keep: Keep) -> None:
+    """While one request finds the first token, no other passes on what memory said before the server was told of it."""
+    meanwhile: list[object] = []
+
+    class Watched(FileTokenStore):
+        def survey(self) -> Survey:
+            survey = super().survey()
+            meanwhile.append(self.peek(b""))
+            return survey
+
+    store = Watched(FILE)
+    authenticator = Authenticator(store, None)
+    assert authenticator.peek_open() is True
+    keep(FileTokenStore(FILE))
+    assert authenticator.resolve_open() is authenticator.peek_open() is False
+    assert meanwhile == [None, UNRESOLVED]
+
+
 def test_an_open_server_whose_store_became_unavailable_asks_again() -> None:
     """Memory that knows of trouble does not let a request through; the store is asked."""
     stub = Stub({})
@@ -164,7 +216,7 @@ def test_an_open_server_whose_store_became_unavailable_asks_again() -> None:
 def test_who_is_accepted(secret: str, identity: str, token: Token | None) -> None:
     """An application learns the name, the id and the scopes of its caller; it is told at once, and never the secret."""
     authenticator = Authenticator(Stub({"sk-live": LIVE}), KEY_SETTING)
-    caller = authenticator.peek([secret.encode()])
+    caller = decide(authenticator, secret)
     assert isinstance(caller, Caller)
     assert caller.token is token
     assert caller.user.is_authenticated
@@ -173,7 +225,7 @@ def test_who_is_accepted(secret: str, identity: str, token: Token | None) -> Non
     )
     assert (caller.user.display_name, caller.user.identity) == (identity, token.id if token else identity)
     assert tuple(caller.auth.scopes) == ("authenticated", *(token.scopes if token else ()))
-    assert authenticator.peek([secret.encode()]) is caller
+    assert decide(authenticator, secret) is caller
 
 
 @pytest.mark.parametrize(
@@ -188,21 +240,28 @@ def test_who_is_accepted(secret: str, identity: str, token: Token | None) -> Non
 )
 def test_why_a_secret_is_refused(token: Any, refusal: Refusal) -> None:
     """The log can say why a request was refused; that a token cannot be checked comes first, in whichever order."""
-    authenticator = Authenticator(Stub({"sk-1": token, "sk-broken": BROKEN, "": LIVE}), KEY_SETTING)
-    assert authenticator.peek([b"sk-1"]) == authenticator.resolve([b"sk-1"]) == refusal
-    for secrets in ([b"sk-1", b"sk-broken"], [b"sk-broken", b"sk-1"]):
-        assert authenticator.peek(secrets) == Refusal("unavailable")
-    # b"" stands for a value over 4 KB: it is no secret, not even that of a token made from an empty string.
+    stub = Stub({"sk-1": token, "sk-broken": BROKEN})
+    authenticator = Authenticator(stub, KEY_SETTING)
+    assert decide(authenticator, "sk-1") == authenticator.resolve([digest_of("sk-1")]) == refusal
+    for secrets in (("sk-1", "sk-broken"), ("sk-broken", "sk-1")):
+        assert decide(authenticator, *secrets) == Refusal("unavailable")
+    # b"" stands for a value over 4 KB: no store is asked for it.
+    stub.peeked[b""] = LIVE
     assert authenticator.peek([]) == authenticator.peek([b""]) == Refusal("unknown")
 
 
-def test_expiry_is_looked_at_on_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that was accepted a moment ago is refused from the instant at which it expires."""
-    authenticator = Authenticator(Stub({"sk-1": make_token("short", expires_at=NOW)}), None)
-    for seconds, refused in [(-0.001, False), (0.0, True), (1.0, True), (-0.001, False)]:
-        instant = NOW.timestamp() + seconds
-        monkeypatch.setattr(authentication.time, "time", lambda instant=instant: instant)
-        assert isinstance(authenticator.peek([b"sk-1"]), Refusal) is refused
+@pytest.mark.parametrize("own_clock", [False, True])
+def test_expiry_is_looked_at_on_every_request(monkeypatch: pytest.MonkeyPatch, *, own_clock: bool) -> None:
+    """A token that was accepted a moment ago is refused from when it expires, by the store's own clock if it has one."""
+    seconds = 0.0
+    stub = Stub({"sk-1": make_token("short", expires_at=NOW)})
+    if own_clock:
+        stub.now = lambda: NOW.timestamp() + seconds  # type: ignore[attr-defined]
+    else:
+        monkeypatch.setattr(authentication.time, "time", lambda: NOW.timestamp() + seconds)
+    authenticator = Authenticator(stub, None)
+    for seconds, refused in [(-0.001, False), (0.0, True), (1.0, True), (-0.001, False)]:  # noqa: B007
+        assert isinstance(decide(authenticator, "sk-1"), Refusal) is refused
 
 
 @pytest.mark.parametrize("wrong", [None, REVOKED, EXPIRED, BROKEN, UNRESOLVED])
@@ -210,8 +269,8 @@ def test_expiry_is_looked_at_on_every_request(monkeypatch: pytest.MonkeyPatch) -
 def test_any_secret_that_verifies_is_enough(wrong: Any, right: str) -> None:
     """A client that sends a valid token and something else passes, in whichever order it sends them."""
     authenticator = Authenticator(Stub({"sk-live": LIVE, "sk-wrong": wrong}), KEY_SETTING)
-    for secrets in ([b"sk-wrong", right.encode()], [right.encode(), b"sk-wrong"]):
-        assert isinstance(authenticator.peek(secrets), Caller)
+    for secrets in (("sk-wrong", right), (right, "sk-wrong")):
+        assert isinstance(decide(authenticator, *secrets), Caller)
 
 
 @pytest.mark.parametrize("other", [None, REVOKED, EXPIRED, BROKEN])
@@ -219,11 +278,12 @@ def test_what_memory_cannot_tell_is_asked_of_the_store(other: Any) -> None:
     """A token that memory does not know yet is looked up, whatever stands beside it; without an answer it is refused."""
     stub = Stub({"sk-later": UNRESOLVED, "sk-other": other}, {"sk-later": LIVE, "sk-other": other})
     authenticator = Authenticator(stub, None)
-    for secrets in ([b"sk-later", b"sk-other"], [b"sk-other", b"sk-later"]):
-        assert authenticator.peek(secrets) is UNRESOLVED
-        assert isinstance(authenticator.resolve(secrets), Caller)
+    later, others = digest_of("sk-later"), digest_of("sk-other")
+    for digests in ([later, others], [others, later]):
+        assert authenticator.peek(digests) is UNRESOLVED
+        assert isinstance(authenticator.resolve(digests), Caller)
     stub.resolved = stub.peeked
-    assert authenticator.resolve([b"sk-later"]) == Refusal("unavailable")
+    assert authenticator.resolve([later]) == Refusal("unavailable")
 
 
 def test_a_changed_token_is_told_anew() -> None:
@@ -232,21 +292,31 @@ def test_a_changed_token_is_told_anew() -> None:
     authenticator = Authenticator(stub, None)
     for token in (LIVE, make_token(scopes=("delete",))):
         stub.peeked[digest_of("sk-1")] = token
-        caller = authenticator.peek([b"sk-1"])
+        caller = decide(authenticator, "sk-1")
         assert isinstance(caller, Caller)
         assert tuple(caller.auth.scopes) == ("authenticated", *token.scopes)
     stub.peeked[digest_of("sk-1")] = make_token(revoked_at=NOW)
-    assert authenticator.peek([b"sk-1"]) == Refusal("revoked", "id-live")
+    assert decide(authenticator, "sk-1") == Refusal("revoked", "id-live")
 
 
 def test_callers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many tokens are used, memory has a bound and each of them works; wrong ones are not remembered."""
     monkeypatch.setattr(authentication, "CALLER_LIMIT", 3)
     authenticator = Authenticator(Stub({f"sk-{n}": make_token(f"n{n}") for n in range(10)}), None)
-    authenticator.peek([b"sk-wrong"])
+    decide(authenticator, "sk-wrong")
     assert authenticator._callers == {}
     for n in [*range(10), *range(10)]:
-        caller = authenticator.peek([f"sk-{n}".encode()])
+        caller = decide(authenticator, f"sk-{n}")
         assert isinstance(caller, Caller)
         assert caller.user.display_name == f"n{n}"
+        assert 1 <= len(authenticator._callers) <= 3
+
+
+def test_memory_is_bounded_by_what_the_store_keeps_in_memory() -> None:
+    """Of a store that keeps few tokens in memory, no more are kept for it here, and each of them works."""
+    stub = Stub({f"sk-{n}": make_token(f"n{n}") for n in range(10)})
+    stub.cache_limit = 3  # type: ignore[attr-defined]
+    authenticator = Authenticator(stub, None)
+    for n in range(10):
+        assert isinstance(decide(authenticator, f"sk-{n}"), Caller)
         assert 1 <= len(authenticator._callers) <= 3

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import resource
 import shlex
 import sqlite3
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 from freegpt_auth.cli import main
 from freegpt_auth.stores import file
 from freegpt_auth.tokens import digest_of, generate_secret, has_valid_checksum, prefix_of
-from freegpt_auth.usage_database import add_usage
+from freegpt_auth.usage.sqlite import add_usage
 
 TOKEN_FILE = Path("api_tokens.json")
 USAGE_FILE = Path("api_tokens.usage.db")
@@ -167,12 +168,14 @@ def test_list_of_nothing(run: Run) -> None:
     """Where no token is, the list says so, tells how to create one, and makes no file."""
     done = run("list")
     assert (done.status, done.out) == (0, "No tokens found.\n")
-    assert f"Is {TOKEN_FILE.absolute()} your server's token file?" in done.err
+    assert f"Is {TOKEN_FILE.absolute()} where your server's tokens are?" in done.err
     assert run("list", "--json") == Done(0, "[]\n", "")
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("values", [None, ("x", 1, None), ("x", 1, 1e20)], ids=["corrupt", "no-instant", "far-away"])
+@pytest.mark.parametrize(
+    "values", [None, (), ("x", 1, None), ("x", 1, 1e20)], ids=["corrupt", "loop", "no-instant", "far-away"]
+)
 def test_list_goes_on_without_usage_that_cannot_be_read(
     run: Run, monkeypatch: pytest.MonkeyPatch, values: tuple[Any, ...] | None
 ) -> None:
@@ -180,6 +183,8 @@ def test_list_goes_on_without_usage_that_cannot_be_read(
     put(row(SECRET))
     if values is None:
         USAGE_FILE.write_bytes(b"not a database at all" * 100)
+    elif not values:
+        USAGE_FILE.symlink_to(USAGE_FILE)
     else:
         with contextlib.closing(sqlite3.connect(USAGE_FILE)) as connection, connection:
             connection.execute("CREATE TABLE usage (token_id, use_count, last_used_at)")
@@ -372,6 +377,41 @@ def test_a_closed_stderr_leaves_stdout_to_the_secret() -> None:
     assert re.fullmatch(r"sk-[0-9A-Za-z]{49}\n", done.out)
 
 
+def test_notes_that_cannot_be_told_fail_nothing() -> None:
+    """A full disk behind stderr costs the notes. The token is made and printed, and the status says so."""
+    done = in_shell("freegpt create ci 2>/dev/full")
+    assert done.status == 0
+    assert [each["digest"] for each in kept()] == [f"sha256${digest_of(done.out.strip()).hex()}"]
+
+
+def test_unbuffered_output_is_the_same() -> None:
+    """In a container, where output is often unbuffered, a command prints what it does elsewhere."""
+    done = in_shell("PYTHONUNBUFFERED=1 freegpt create ci")
+    assert done.status == 0
+    assert [each["digest"] for each in kept()] == [f"sha256${digest_of(done.out.strip()).hex()}"]
+
+
+def test_half_a_secret_is_no_secret(tmp_path: Path) -> None:
+    """Where the disk took only a part of the secret, unbuffered output or not, there is no token that nobody knows."""
+    room, written = 10_000, 9_990
+    for name, options in ("buffered", []), ("unbuffered", ["-u"]):
+        output = tmp_path / name
+        output.write_bytes(b" " * written)
+        with output.open("ab") as stdout:
+            done = subprocess.run(
+                [sys.executable, *options, "-m", "freegpt_auth", "create", "ci"],
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+                env={name: value for name, value in os.environ.items() if "COVERAGE" not in name},  # it needs room too
+                timeout=30,
+                check=False,
+            )
+        assert (done.returncode, done.stderr) == (1, b"freegpt-auth: cannot write the output: File too large\n")
+        assert output.stat().st_size == room
+        assert kept() == []
+
+
 def test_a_terminal_that_knows_ascii_only() -> None:
     """A terminal without the check mark still gets the list, with the character's code in its place."""
     put(row(SECRET, name="büro"))
@@ -401,15 +441,15 @@ def test_an_interrupt_is_quiet(run: Run) -> None:
 
 
 def test_version_and_help(run: Run) -> None:
-    """--version prints the version; --help names the four commands, and each help ends with a line to copy."""
+    """--version prints the version; --help names the six commands, and each help ends with a line to copy."""
     assert re.fullmatch(r"freegpt-auth \d+\.\d+\.\d+\S*\n", run("--version").out)
     names = re.findall(r"^    (\w+)  ", run("--help").out, re.MULTILINE)
-    assert names == ["create", "list", "revoke", "delete"]
+    assert names == ["create", "list", "revoke", "delete", "copy", "migrate"]
     for name in ("", *names):
         done = run(*name.split(), "--help")
         assert (done.status, done.err) == (0, "")
-        assert "--store PATH" in done.out
-        assert re.search(rf"\nExample: python -m freegpt_auth {name or 'create'}\b[^\n]*\n\Z", done.out)
+        assert ("--store PATH" in done.out) is (name != "copy")
+        assert re.search(rf"\nExample: python -m freegpt_auth .*{name or 'create'}\b[^\n]*\n\Z", done.out)
 
 
 _TIMES = ["", "0d", "-1", "1y", "1.5h", "d", "٣d", " 1d", "1D", "9" * 12, "1" * 13, "9" * 11 + "w", "\x1b[2J", SECRET]
@@ -437,3 +477,14 @@ def test_wrong_usage(run: Run, arguments: list[str]) -> None:
     assert done.err.rstrip("\n").isprintable()
     assert SECRET[14:] not in done.err
     assert not TOKEN_FILE.exists()
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://u:hunter2@h/d", "postgresql://h/d?user=u&password=hunter2&sslmode=disable"]
+)
+def test_a_password_in_a_url_is_not_repeated(run: Run, url: str) -> None:
+    """A URL that was typed in a wrong place is not shown with its password, which would be in the log of a build."""
+    for arguments in (["list", url], ["create", "ci", url], ["copy", url], [url]):
+        done = run(*arguments)
+        assert done.status == 2
+        assert "hunter2" not in done.err

@@ -152,6 +152,7 @@ def test_bad_requests(server: Any, body: object, status: int, code: str | None) 
         (None, ["openai-beta.realtime-v1", KEY_PROTOCOL + SECRET, "realtime"], "realtime"),
         (None, [KEY_PROTOCOL + SECRET], None),
     ],
+    ids=["header", "protocols", "protocol"],
 )
 def test_websocket(server: Any, token: str | None, protocols: list[str] | None, chosen: str | None) -> None:
     """A WebSocket presents its token in a header or as a subprotocol, which is never sent back; messages are."""
@@ -163,7 +164,11 @@ def test_websocket(server: Any, token: str | None, protocols: list[str] | None, 
             assert websocket.recv(timeout=10) == message
 
 
-@pytest.mark.parametrize(("token", "protocols"), [(None, ["realtime"]), (WRONG, None), (None, [KEY_PROTOCOL + WRONG])])
+@pytest.mark.parametrize(
+    ("token", "protocols"),
+    [(None, ["realtime"]), (WRONG, None), (None, [KEY_PROTOCOL + WRONG])],
+    ids=["nothing", "header", "protocol"],
+)
 def test_websocket_refused(server: Any, token: str | None, protocols: list[str] | None) -> None:
     """A WebSocket without a token that works is refused with HTTP 401, before it is one."""
     with pytest.raises(InvalidStatus) as caught:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from freegpt_auth.listing import entry, record, title
 from freegpt_auth.tokens import Token
-from freegpt_auth.usage_database import Usage
+from freegpt_auth.usage.base import Usage
 
 CREATED = datetime(2025, 11, 26, 22, 30, tzinfo=UTC)
 NOW, SECOND = datetime(2025, 12, 1, tzinfo=UTC), timedelta(seconds=1)

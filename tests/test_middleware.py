@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -34,9 +37,10 @@ from freegpt_auth import (
 )
 from freegpt_auth.bearer import SUBPROTOCOL
 from freegpt_auth.denials import RETRY_AFTER
+from freegpt_auth.middleware import _LANE_WIDTH
 from freegpt_auth.stores import disk, file
 from freegpt_auth.tokens import digest_of, issue
-from freegpt_auth.usage_database import read_usage
+from freegpt_auth.usage.sqlite import read_usage
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -215,49 +219,11 @@ async def test_the_secret_is_never_echoed(
     assert "SeCr" not in caplog.text + repr([vars(record) for record in caplog.records])
 
 
-ANSWERED, ENDED = ["start 401", "True True"], ["False False"]
-
-
-async def upload(app: Any, receive: Callable[[], Awaitable[Any]]) -> list[str]:
-    """Send an upload without a token and return what happened, in order."""
-    events: list[str] = []
-
-    async def listen() -> Any:
-        events.append("receive")
-        return await receive()
-
-    async def send(message: Any) -> None:
-        more = message.get("more_body")
-        events.append(f"start {message['status']}" if more is None else f"{len(message['body']) > 0} {more}")
-
-    with anyio.fail_after(5):
-        await app({"type": "http", "method": "POST", "path": "/v1/files", "headers": []}, listen, send)
-    return events
-
-
-@pytest.mark.parametrize("last", [{"type": "http.request", "body": b"end"}, {"type": "http.disconnect"}])
-async def test_an_upload_is_answered_at_once_and_then_dropped(guarded: Any, last: Any) -> None:
-    """A client that is still uploading has its whole answer before a byte of it is read, and no reset afterwards."""
-    messages = [{"type": "http.request", "body": b"x" * 1000, "more_body": True}] * 3 + [last]
-
-    async def receive() -> Any:
-        return messages.pop(0)
-
-    assert await upload(guarded, receive) == [*ANSWERED, *["receive"] * 4, *ENDED]
-
-
-async def test_an_endless_or_stalled_upload_is_given_up(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody can keep a server busy with the body of a refused request: it has 64 MiB or 5 seconds."""
-    assert (middleware.BODY_LIMIT, middleware.BODY_TIMEOUT) == (64 * 1024 * 1024, 5.0)
-    monkeypatch.setattr(middleware, "BODY_LIMIT", 10_000)
-
-    async def receive() -> Any:
-        await anyio.lowlevel.checkpoint()
-        return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
-
-    assert await upload(guarded, receive) == [*ANSWERED, *["receive"] * 10, *ENDED]
-    monkeypatch.setattr(middleware, "BODY_TIMEOUT", 0.05)
-    assert await upload(guarded, anyio.sleep_forever) == [*ANSWERED, "receive", *ENDED]
+async def test_the_request_that_closes_an_open_server_is_read_like_any_other(ask: Ask, keep: Keep) -> None:
+    """The first request after a token was created may already be an ambiguous one, and gets the answer for that."""
+    guarded = BearerTokenMiddleware(NEVER, usage="off")
+    keep(FileTokenStore(TOKEN_FILE))
+    assert (await ask(guarded, headers=bearer("one") * 2)).status == 400
 
 
 @pytest.fixture
@@ -411,7 +377,7 @@ def test_where_tokens_and_usage_are(
     guarded = BearerTokenMiddleware(plain, usage_interval=0.5, **arguments)
     verifier, recorder = guarded._authenticator._verifier, guarded._usage
     assert verifier.path == str(Path(tokens).absolute()) if tokens else verifier is arguments["store"]
-    assert (recorder and (recorder.path, recorder._interval)) == (usage and (str(Path(usage).absolute()), 0.5))
+    assert (recorder and (recorder._store.source, recorder._interval)) == (usage and (str(Path(usage).absolute()), 0.5))
 
 
 async def test_no_answer_shares_its_headers_with_another(ask: Ask, guarded: Any) -> None:
@@ -426,7 +392,7 @@ async def test_the_client_waits_for_no_log(guarded: Any, caplog: pytest.LogCaptu
     """A refusal is on its way before it is logged, is logged before its body is waited for, and also if nobody is there."""
     caplog.set_level(logging.INFO, "freegpt_auth")
     steps: list[str] = []
-    scope = {"type": kind, "method": "POST", "path": "/", "headers": [], "client": None}
+    scope = {"type": kind, "method": "POST", "path": "/", "headers": [(b"content-length", b"1")], "client": None}
 
     async def receive() -> Any:
         steps.append(f"receive, {len(caplog.records)} logged")
@@ -493,6 +459,17 @@ async def test_only_accepted_tokens_are_counted(
     await to_thread.run_sync(guarded._usage.flush)
     usage = await to_thread.run_sync(read_usage, "counts.db")
     assert {key: value.use_count for key, value in usage.items()} == {token.id: 1}
+
+
+def test_the_first_look_up_imports_nothing(tmp_path: Path) -> None:
+    """A server whose application does not use anyio has it ready before the first request, which would wait 90 ms for it."""
+    program = (
+        "import asyncio, sys, freegpt_auth\n"
+        "async def app(scope, receive, send): sys.stdout.write(' '.join(sys.modules))\n"
+        "asyncio.run(freegpt_auth.BearerTokenMiddleware(app)({'type': 'lifespan'}, None, None))\n"
+    )
+    served = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True, timeout=30)
+    assert b"anyio._backends._asyncio" in served.stdout.split()
 
 
 def test_a_lifespan_is_passed_on(store: MemoryTokenStore) -> None:
@@ -563,7 +540,7 @@ async def test_one_reading_serves_many_requests(keep: Keep, monkeypatch: pytest.
     _, secret = keep(store)
     readings: list[str] = []
     read_file = disk.read_file
-    monkeypatch.setattr(disk, "read_file", lambda path: (readings.append(path), read_file(path))[1])
+    monkeypatch.setattr(disk, "read_file", lambda path, parse: (readings.append(path), read_file(path, parse))[1])
     async with anyio.create_task_group() as group:
         for _ in range(25):
             group.start_soon(one, secret, 200)
@@ -643,3 +620,113 @@ async def test_no_object_holds_a_secret(keep: Keep, monkeypatch: pytest.MonkeyPa
     await to_thread.run_sync(guarded._usage.flush)
     assert "api_tokens.json" in seen
     assert not any(text in seen for text in (secret, KEY, "sk-wrong", secret[20:]))
+
+
+class Waiting(Slow):
+    """A slow verifier that answers when it is let, and takes few waiting requests."""
+
+    look_up_limit = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.closed: list[str] = []
+
+    def resolve(self, digest: bytes) -> Any:
+        """Look it up once that is let."""
+        assert self.go_on.wait(10)
+        return super().resolve(digest)
+
+    def close(self) -> None:
+        """Note that the server stops."""
+        self.closed.append("closed")
+
+
+async def test_more_than_may_wait_are_asked_to_come_back(ask: Ask) -> None:
+    """While a store is slow only so many requests wait for it; each further one is answered 503 at once, unasked."""
+    waiting = Waiting()
+    guarded = BearerTokenMiddleware(plain, store=waiting)
+    answered: list[int] = []
+
+    async def one() -> None:
+        answered.append((await ask(guarded, headers=bearer(LIVE))).status)
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            lane, places = _LANE_WIDTH, Waiting.look_up_limit
+            for _ in range(lane + places):
+                group.start_soon(one)
+            while middleware._lane().gate.statistics().tasks_waiting < places:
+                await anyio.lowlevel.checkpoint()
+            answer = await ask(guarded, headers=bearer(LIVE))
+            assert (answer.status, answer.headers["retry-after"]) == (503, str(RETRY_AFTER))
+            assert answered == []
+            # What a browser asks beforehand carries no token, and is not held up either.
+            assert (await ask(guarded, method="OPTIONS", headers=[*PREFLIGHT, *bearer(LIVE)])).status == 200
+            waiting.go_on.set()
+    assert answered == [200] * (lane + places)
+    assert (await ask(guarded, headers=bearer(LIVE))).status == 200
+
+
+async def test_the_verifier_is_closed_when_the_server_stops() -> None:
+    """At shutdown a verifier lets go of its connections, in a thread and before the server may exit; one without, not."""
+    for verifier in (Waiting(), Slow()):
+        steps: list[str] = getattr(verifier, "closed", [])
+
+        async def application(_scope: Any, _receive: Any, send: Any) -> None:
+            await send({"type": "lifespan.startup.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+
+        async def send(message: Any, steps: list[str] = steps) -> None:
+            steps.append(message["type"])
+
+        await BearerTokenMiddleware(application, store=verifier)({"type": "lifespan"}, NEVER, send)
+        expected = [
+            "lifespan.startup.complete",
+            *["closed"] * isinstance(verifier, Waiting),
+            "lifespan.shutdown.complete",
+        ]
+        assert steps == expected
+
+
+class OtherClock(MemoryTokenStore):
+    """A store whose clock is not this host's."""
+
+    offset = 0.0
+
+    def now(self) -> float:
+        """Return the time by that clock."""
+        return time.time() + self.offset
+
+
+async def test_tokens_end_by_the_clock_of_their_store(keep: Keep, statuses: Any) -> None:
+    """A token is accepted until its end by the store's clock, whatever this host's says, also once it was used."""
+    store = OtherClock()
+    _, secret = keep(store, expires_at=datetime.now(UTC) + timedelta(seconds=100))
+    guarded = BearerTokenMiddleware(plain, store=store)
+    assert await statuses(guarded, secret, secret) == [200, 200]
+    store.offset = 300.0
+    assert await statuses(guarded, secret) == [401]
+    store.offset = 0.0
+    assert await statuses(guarded, secret) == [200]
+    _, ended = keep(store, expires_at=datetime.now(UTC) - timedelta(seconds=100))
+    assert await statuses(guarded, ended) == [401]
+    store.offset = -300.0
+    assert await statuses(guarded, ended) == [200]
+
+
+def test_the_settings_of_a_database_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease and the cache of the environment are those of the store, and its usage is in the same database."""
+    from freegpt_auth.stores.postgres.store import LOOK_UP_LIMIT, PostgresTokenStore  # noqa: PLC0415
+
+    surveyed = Survey(configured=True, active=0, source="postgresql://u@h/d")
+    monkeypatch.setattr(PostgresTokenStore, "survey", lambda _: surveyed)
+    monkeypatch.setenv("FREEGPT_AUTH_STORE", "postgresql://u:hunter2@h/d")
+    monkeypatch.setenv("FREEGPT_AUTH_LEASE", "7")
+    monkeypatch.setenv("FREEGPT_AUTH_CACHE", "9")
+    guarded = BearerTokenMiddleware(plain)
+    assert (guarded._verifier._lease, guarded._verifier._cache.limit) == (7.0, 9)
+    assert guarded._usage._store.source == "postgresql://u@h/d"
+    assert guarded._look_up_limit == LOOK_UP_LIMIT
+    assert guarded._authenticator.mode is AuthMode.TOKEN_FILE
+    assert "hunter2" not in repr([vars(part) for part in (guarded, guarded._verifier, guarded._usage)])

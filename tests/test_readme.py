@@ -10,10 +10,11 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from pages import PROJECT, blocks
 from starlette.testclient import TestClient
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Token
@@ -22,32 +23,10 @@ from freegpt_auth.tokens import digest_of
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-PROJECT = Path(__file__).parent.parent
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-class Block(NamedTuple):
-    """One fenced block."""
-
-    heading: str
-    language: str
-    code: str
-
-
-def blocks() -> list[Block]:
-    """Return every block of the README with the heading it stands under."""
-    text = (PROJECT / "README.md").read_text()
-    found = []
-    for match in FENCE.finditer(text):
-        headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text[: match.start()]), re.MULTILINE)
-        found.append(Block(headings[-1], match[1], match[2]))
-    return found
-
-
-BLOCKS = blocks()
+BLOCKS = blocks("README.md")
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 SHELL = [block for block in BLOCKS if block.language == "sh"]
-OWN_TESTS = {"Run it", "Test it", "Send the token", "Add it to your server"}
+OWN_TESTS = {"More than one host", "Run it", "Test it", "Send the token", "Add it to your server"}
 
 
 def named(heading: str, language: str = "sh") -> str:

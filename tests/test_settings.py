@@ -14,6 +14,8 @@ from freegpt_auth.settings import EnvironmentKey, store_location, usage_location
 from freegpt_auth.tokens import digest_of
 
 SECRET = "a-key-that-nobody-may-see"
+DATABASE = "postgresql://u:hunter2@h/d"
+NO_NUMBERS = ("", " ", "0", "-1", "nan", "inf", "1e9", "30s", "thirty")
 FILES = {"filled": f"{SECRET}\n".encode(), "blank": b" \n", "binary": SECRET.encode() + b"\xff"}
 
 
@@ -119,6 +121,35 @@ def test_where_tokens_and_usage_are(arguments: dict[str, Any], store: str, usage
 
 
 @pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        ({}, DATABASE),
+        ({"environ": {"FREEGPT_AUTH_USAGE": DATABASE}}, DATABASE),
+        ({"environ": {"FREEGPT_AUTH_USAGE": "off"}}, None),
+        ({"environ": {"FREEGPT_AUTH_USAGE": "counts.db"}}, "counts.db"),
+        ({"usage": "postgresql://of-my-own/d"}, "postgresql://of-my-own/d"),
+    ],
+)
+def test_usage_of_a_database_is_beside_its_tokens(arguments: dict[str, Any], usage: str | None) -> None:
+    """With a database usage is in it, unless each host is to have its own or none; and no password is shown."""
+    settings = Settings.from_env(**{"environ": {}, "store": DATABASE, **arguments})
+    assert (settings.store, settings.usage) == (DATABASE, usage)
+    assert "hunter2" not in repr(settings)
+
+
+def test_the_lease_and_the_cache() -> None:
+    """How long a server that is cut off goes on, and how much it remembers, are 30 s and 100,000 tokens, or as it is set."""
+    settings = Settings.from_env(environ={})
+    assert (settings.lease, settings.cache_limit) == (30.0, 100_000)
+    environ = {"FREEGPT_AUTH_LEASE": "7.5", "FREEGPT_AUTH_CACHE": " 1e6 "}
+    settings = Settings.from_env(environ=environ)
+    assert (settings.lease, settings.cache_limit) == (7.5, 1_000_000)
+    assert isinstance(settings.cache_limit, int)
+    least = Settings.from_env(environ={"FREEGPT_AUTH_LEASE": "1", "FREEGPT_AUTH_CACHE": "1"})
+    assert (least.lease, least.cache_limit) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
     ("variable", "argument", "required"),
     [
         *[(yes, None, True) for yes in ("1", "YES", " on ")],
@@ -152,6 +183,20 @@ def test_public_paths(argument: list[str] | None, variable: str, expected: set[s
         ({"usage": " "}, "^FREEGPT_AUTH_USAGE is set but empty.*say off"),
         *[({"usage_interval": interval}, "^usage_interval is .* above 0") for interval in (0, -1, float("nan"), 1e99)],
         ({"environ": {"FREEGPT_AUTH_REQUIRED": "treu"}}, "^FREEGPT_AUTH_REQUIRED is 'treu'; set it to 1 or 0"),
+        (
+            {"environ": {"FREEGPT_AUTH_LEASE": "0.5"}},
+            "^FREEGPT_AUTH_LEASE is '0.5'; give it a number from 1 to 100,000,000",
+        ),
+        *[({"environ": {"FREEGPT_AUTH_LEASE": no}}, "^FREEGPT_AUTH_LEASE is .* or unset it$") for no in NO_NUMBERS],
+        *[({"environ": {"FREEGPT_AUTH_CACHE": no}}, "^FREEGPT_AUTH_CACHE is .* or unset it$") for no in NO_NUMBERS],
+        (
+            {"environ": {"FREEGPT_AUTH_USAGE": DATABASE}},
+            "^FREEGPT_AUTH_USAGE is the URL of another database than the tokens'",
+        ),
+        (
+            {"store": DATABASE, "environ": {"FREEGPT_AUTH_USAGE": "postgresql://u:hunter2@h/other"}},
+            "^FREEGPT_AUTH_USAGE is the URL of another database than the tokens'",
+        ),
         ({"public_paths": "/health"}, r"not one string; write \['/health'\]"),
         ({"public_paths": ["/a/*"]}, r"'/a/\*' has a \*, but public paths are exact"),
         ({"environ": {"FREEGPT_AUTH_PUBLIC_PATHS": "health"}}, "'health' does not start with a slash; write '/health'"),
@@ -159,5 +204,6 @@ def test_public_paths(argument: list[str] | None, variable: str, expected: set[s
 )
 def test_a_mistake_stops_the_start(arguments: dict[str, Any], message: str) -> None:
     """A setting that means nothing is not taken for the default, and the message names it and says what to do."""
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
         Settings.from_env(**{"environ": {}, **arguments})
+    assert "hunter2" not in str(caught.value)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.usage_database import read_usage
+from freegpt_auth.usage.sqlite import read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

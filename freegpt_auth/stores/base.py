@@ -7,7 +7,7 @@ thread, several at once, so a store must be safe to call from several threads.
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,19 +40,37 @@ class Survey(NamedTuple):
     source: str
 
 
+class Merged(NamedTuple):
+    """What became of tokens that were put into a store.
+
+    Attributes:
+        added: how many were not there.
+        revoked: how many were there, and are revoked now.
+    """
+
+    added: int
+    revoked: int
+
+
 class Verifier(Protocol):
     """What the middleware needs of a token source. These three methods are enough to plug in one's own.
 
     A token is answered whether or not it is revoked or expired; the caller looks at that. While nothing in the store
     changes, a token should be the same object from call to call: what the application is told of it is made once for
     each object.
+
+    Four more are used if they are there: ``now()``, the time in seconds since the epoch by the clock by which tokens end,
+    if that is not this host's, which may raise what ``resolve`` does; ``look_up_limit``, how many requests may wait for
+    ``resolve`` at the same time, where more are to be answered 503; ``cache_limit``, how many tokens it keeps in memory,
+    if that is not all of them; and ``close()``, called when the server shuts down.
     """
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
         """Answer from memory: the token whose secret has this SHA-256 digest, ``None``, or :data:`UNRESOLVED`.
 
         It must not block; it runs on the event loop, once for every request. A server in open mode asks it for
-        ``b""``, which is no token's digest: answer :data:`UNRESOLVED` when ``survey`` may have something new to tell.
+        ``b""``, which is no token's digest: answer :data:`UNRESOLVED` when ``survey`` may have something new to tell, and
+        from the moment on at which it would tell that the store is configured.
 
         Raises:
             StoreUnavailableError: it is known already that nothing can be known about this digest now.
@@ -80,11 +98,24 @@ class TokenStore(Verifier, Protocol):
     """A store that can also be changed: what the commands need.
 
     When a method that changes something has returned, the change is durable, and no server of this host decides
-    anything without it.
+    anything without it; of a database, no server on any host that is connected to it.
+
+    Attributes:
+        source: where the tokens are, in words for the operator. No password is in it.
     """
+
+    source: str
 
     def tokens(self) -> Mapping[bytes, Token]:
         """Return every token by its digest, oldest first.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+        ...
+
+    def find(self, reference: str) -> list[Token]:
+        """Return the tokens that *reference* may mean; see :func:`freegpt_auth.tokens.find`.
 
         Raises:
             StoreError: they cannot be read.
@@ -114,5 +145,28 @@ class TokenStore(Verifier, Protocol):
         Raises:
             TokenNotFoundError: there is no such token.
             StoreError: it cannot be changed.
+        """
+        ...
+
+    def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
+        """Add the tokens that are not there, and revoke those that are revoked in *tokens*: all in one change, or none.
+
+        A token that is there keeps everything else, and nothing is un-revoked. So it makes no difference to do it twice.
+
+        Raises:
+            StoreError: it cannot be done, or a new token has the id of another.
+        """
+        ...
+
+
+@runtime_checkable
+class Migrating(Protocol):
+    """A store whose tables change from release to release."""
+
+    def migrate(self) -> tuple[int, int]:
+        """Bring it to this release's version; return the version it had, and has. Several may do so at once.
+
+        Raises:
+            StoreError: it cannot be done, or its version is a later release's.
         """
         ...

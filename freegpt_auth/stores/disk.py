@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ..exceptions import TokenFileError
 
@@ -41,6 +41,8 @@ _ATTEMPTS = 5  # a writer can replace the file while it is read, but not five ti
 Signature = tuple[int, ...]
 """What tells one state of a file from another: compared for equality only, since a restored file can be older."""
 
+_T = TypeVar("_T")
+
 MISSING: Signature = ()
 """The signature of a path at which nothing is."""
 
@@ -60,25 +62,26 @@ def signature_at(path: str) -> Signature:
         return (error.errno or -1,)
 
 
-def read_file(path: str) -> tuple[os.stat_result, bytes]:
-    """Return the status and the whole content of a regular file, both of the same moment.
+def read_file(path: str, parse: Callable[[BinaryIO], _T]) -> tuple[os.stat_result, _T]:
+    """Return the status of a regular file and what *parse* makes of its content, both of the same moment.
 
     Raises:
+        ValueError: *parse* raised it.
         FileNotFoundError: nothing is at *path*, not even a dangling link; or what is there was deleted elsewhere.
         TokenFileError: it cannot be read, is no regular file, is too large, or changed meanwhile.
     """
     for _ in range(_ATTEMPTS - 1):
         before = signature_at(path)
         try:
-            return _read_once(path)
+            return _read_once(path, parse)
         except (FileNotFoundError, TokenFileError):
             # A writer that replaces the file in this very moment makes it neither missing nor broken.
             if signature_at(path) == before:
                 break
-    return _read_once(path)
+    return _read_once(path, parse)
 
 
-def _read_once(path: str) -> tuple[os.stat_result, bytes]:
+def _read_once(path: str, parse: Callable[[BinaryIO], _T]) -> tuple[os.stat_result, _T]:
     try:
         # Not blocking: a FIFO in the file's place would otherwise hold the opening thread for ever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -90,16 +93,23 @@ def _read_once(path: str) -> tuple[os.stat_result, bytes]:
         status = os.fstat(fd)
         _check_readable(path, status)  # before fdopen, which raises on a directory and then leaves it open
         with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
-            content = file.readall()
-        if signature_of(os.fstat(fd)) != signature_of(status):
-            raise TokenFileError(path, "it changed while it was read")
+            try:
+                parsed = parse(file)
+            finally:  # what is half of one content and half of another need not be well-formed
+                if signature_of(os.fstat(fd)) != signature_of(status):
+                    raise TokenFileError(path, "it changed while it was read")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise TokenFileError(path, explain(error)) from None
     finally:
+        _close(fd)
+    return status, parsed
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):  # what was only read cannot be lost any more
         os.close(fd)
-    return status, content
 
 
 def _check_readable(path: str, status: os.stat_result) -> None:
@@ -110,6 +120,20 @@ def _check_readable(path: str, status: os.stat_result) -> None:
     if status.st_nlink == 0:
         # A file mounted by itself goes on showing its old content after it was replaced on the host.
         raise FileNotFoundError(errno.ENOENT, "was replaced behind its mount (mount its directory instead)", path)
+
+
+def real_path(path: str) -> str:
+    """Return what is to be replaced in the place of *path*: a symbolic link stays one, and what it points to is replaced.
+
+    Raises:
+        TokenFileError: it cannot be told.
+    """
+    try:
+        return os.path.realpath(path, strict=True)
+    except FileNotFoundError:  # a new file
+        return os.path.realpath(path)
+    except OSError as error:
+        raise TokenFileError(path, explain(error)) from None
 
 
 def replace_file(path: str, content: bytes) -> None:
@@ -138,7 +162,7 @@ def replace_file(path: str, content: bytes) -> None:
                 put_back()
                 raise
         finally:
-            os.close(folder)
+            _close(folder)
     except OSError as error:
         raise TokenFileError(path, explain(error)) from None
     finally:

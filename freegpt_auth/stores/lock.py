@@ -42,7 +42,10 @@ def locked(path: str, seconds: float) -> Generator[None]:
         _give_to_owner(f"{path}.lock", Path(path))
         yield
     finally:
-        lock.release()
+        with contextlib.suppress(
+            OSError
+        ):  # the work is done, or its own error counts; at its end a process loses all locks
+            lock.release()
 
 
 def _check_folder(path: str) -> None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..exceptions import StoreError, TokenNotFoundError
-from .base import Survey
+from ..tokens import find
+from .base import Merged, Survey
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from datetime import datetime
 
     from ..tokens import Token
@@ -22,6 +23,7 @@ class MemoryTokenStore:
     """A :class:`~freegpt_auth.stores.base.TokenStore` in memory. It always answers at once and is always configured."""
 
     def __init__(self) -> None:
+        self.source: str = "memory"
         self._lock = threading.Lock()
         self._tokens: dict[bytes, Token] = {}
 
@@ -35,17 +37,21 @@ class MemoryTokenStore:
 
     def survey(self) -> Survey:
         """Count the active tokens."""
-        return Survey(configured=True, active=count_active(dict(self._tokens)), source="memory")
+        return Survey(configured=True, active=count_active(list(self._tokens.values())), source=self.source)
 
     def tokens(self) -> Mapping[bytes, Token]:
         """Return a copy of the table, oldest first."""
         return dict(self._tokens)
 
+    def find(self, reference: str) -> list[Token]:
+        """Return the tokens that *reference* may mean."""
+        return find(reference, self.tokens())
+
     def add(self, digest: bytes, token: Token) -> None:
         """Keep a new token."""
         with self._lock:
             if digest in self._tokens or any(token.id == other.id for other in self._tokens.values()):
-                raise StoreError(f"a token with the id {token.id} or with the same secret is there already")
+                raise duplicate(token)
             self._tokens[digest] = token
 
     def revoke(self, token_id: str, at: datetime) -> Token:
@@ -63,6 +69,15 @@ class MemoryTokenStore:
             del self._tokens[digest]
             return token
 
+    def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
+        """Add the tokens that are not there, and revoke those that are revoked in *tokens*."""
+        with self._lock:
+            new, revoked = to_merge(tokens, self._tokens)
+            self._tokens |= new
+            for digest, at in revoked.items():
+                self._tokens[digest] = msgspec.structs.replace(self._tokens[digest], revoked_at=at)
+            return Merged(len(new), len(revoked))
+
     def _find(self, token_id: str) -> tuple[bytes, Token]:
         for digest, token in self._tokens.items():
             if token.id == token_id:
@@ -70,10 +85,37 @@ class MemoryTokenStore:
         raise TokenNotFoundError(f"there is no token with the id {token_id}")
 
 
-def count_active(tokens: Mapping[bytes, Token]) -> int:
-    """Count the tokens that work now."""
-    now = time.time()
+def to_merge(
+    tokens: Mapping[bytes, Token], known: Mapping[bytes, Token]
+) -> tuple[dict[bytes, Token], dict[bytes, datetime]]:
+    """Return which tokens are new, and which known ones are to be revoked and since when.
+
+    Raises:
+        StoreError: a new token has the id of another.
+    """
+    new = {digest: token for digest, token in tokens.items() if digest not in known}
+    ids = {token.id for token in known.values()}
+    for token in new.values():
+        if token.id in ids:
+            raise duplicate(token)
+        ids.add(token.id)
+    revoked = {
+        digest: token.revoked_at
+        for digest, token in tokens.items()
+        if token.revoked_at is not None and digest in known and known[digest].revoked_at is None
+    }
+    return new, revoked
+
+
+def duplicate(token: Token) -> StoreError:
+    """Return what is raised where a token cannot be added beside another."""
+    return StoreError(f"a token with the id {token.id} or with the same secret is there already")
+
+
+def count_active(tokens: Iterable[Token], now: float | None = None) -> int:
+    """Count the tokens that work now, or at an instant in seconds since the epoch."""
+    now = time.time() if now is None else now
     return sum(
         token.revoked_at is None and (token.expires_at is None or token.expires_at.timestamp() > now)
-        for token in tokens.values()
+        for token in tokens
     )

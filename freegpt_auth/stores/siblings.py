@@ -49,21 +49,36 @@ def _note(path: str) -> Path | None:
     server = _server()
     if server is None:
         return None
-    name = sha256(server + os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()
-    return _folder() / f"{os.getppid()}-{name}"
+    process, secret = server
+    name = sha256(secret + os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
+    return _folder() / f"{process}-{name}"
 
 
-def _server() -> bytes | None:
-    """Return what the workers of this server share and no other server has; ``None`` if this is no worker."""
+def _server() -> tuple[int, bytes] | None:
+    """Return the process that starts the workers, and what they share and no other server has; ``None`` if there are none."""
     import multiprocessing  # noqa: PLC0415  commands need it not
 
     if multiprocessing.parent_process() is not None:  # uvicorn, hypercorn, granian
-        return bytes(multiprocessing.current_process().authkey)
+        return os.getppid(), bytes(multiprocessing.current_process().authkey)
     if "gunicorn.arbiter" in sys.modules:  # its workers are forked
+        arbiter = os.getpid() if _is_preloading() else os.getppid()
         with contextlib.suppress(OSError):
             # A process id alone is used again; with the time of its start (field 22 of proc_pid_stat) it is not.
-            return Path(f"/proc/{os.getppid()}/stat").read_bytes().rpartition(b")")[2].split()[19]
+            return arbiter, Path(f"/proc/{arbiter}/stat").read_bytes().rpartition(b")")[2].split()[19]
     return None
+
+
+def _is_preloading() -> bool:
+    """Tell whether this is gunicorn's arbiter, which loads the application itself with ``--preload``.
+
+    Only the call stack tells: its parent may be anything, a shell that starts one server after another too.
+    """
+    frame = sys._getframe()  # noqa: SLF001
+    while frame.f_globals.get("__name__") != "gunicorn.arbiter":
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return frame.f_code.co_name == "setup"
 
 
 def _folder() -> Path:

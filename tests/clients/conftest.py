@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,7 +33,19 @@ class ChatServer:
     """By why the server refuses them; the good one is ``good``, and what is not sent at all is empty."""
 
     def refusals(self, path: str) -> list[str]:
-        """Return the reasons for which requests to *path* were refused: one for each that came, retries included."""
+        """Return the reasons for which requests to *path* were refused: one for each that came, retries included.
+
+        A refusal is logged after it was sent, so another one is sent, and waited for in the log.
+        """
+        last = f"/{time.monotonic_ns()}"
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(self.url + last, timeout=10)
+        deadline = time.monotonic() + 10
+        told = False
+        while not told:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            told = f" {last}: " in self.log.read_text()
         return re.findall(rf"refused 127\.0\.0\.1 {re.escape(path)}: (\w+)", self.log.read_text())
 
 

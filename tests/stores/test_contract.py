@@ -5,12 +5,12 @@ A further store takes one function that yields its opener, and one entry in ``OP
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path  # noqa: TC003  beside the other annotations that pytest may resolve
 
 import anyio
 import anyio.to_thread
@@ -29,22 +29,41 @@ Opener = Callable[[], TokenStore]
 Keep = Callable[..., tuple[Token, str]]
 
 
-def _memory(_: Path) -> Opener:
+def _memory(_: pytest.FixtureRequest) -> Iterator[Opener]:
     store = MemoryTokenStore()
-    return lambda: store
+    yield lambda: store
 
 
-def _file(folder: Path) -> Opener:
-    return lambda: FileTokenStore(folder / "api_tokens.json")
+def _file(request: pytest.FixtureRequest) -> Iterator[Opener]:
+    folder = request.getfixturevalue("tmp_path")
+    yield lambda: FileTokenStore(folder / "api_tokens.json")
 
 
-OPENERS = {"memory": _memory, "file": _file}
+def _postgres(request: pytest.FixtureRequest, **limits: int) -> Iterator[Opener]:
+    from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415  its driver is an extra
+
+    url = request.getfixturevalue("database")
+    with contextlib.ExitStack() as stack:
+
+        def open_another() -> TokenStore:
+            store = PostgresTokenStore(url, **limits)
+            stack.callback(store.close)
+            return store
+
+        yield open_another
+
+
+def _postgres_in_part(request: pytest.FixtureRequest) -> Iterator[Opener]:
+    yield from _postgres(request, cache_limit=2)
+
+
+OPENERS = {"memory": _memory, "file": _file, "postgres": _postgres, "postgres-in-part": _postgres_in_part}
 
 
 @pytest.fixture(params=list(OPENERS))
-def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
-    """Return a function that opens the same tokens once more, as another process of this host does."""
-    return OPENERS[request.param](tmp_path)
+def opener(request: pytest.FixtureRequest) -> Iterator[Opener]:
+    """Return a function that opens the same tokens once more, as another process does."""
+    yield from OPENERS[request.param](request)
 
 
 @pytest.fixture
@@ -225,6 +244,114 @@ def test_an_unknown_id_is_named_and_changes_nothing(store: TokenStore, keep: Kee
         with pytest.raises(TokenNotFoundError, match="no token with the id nobody"):
             call("nobody")
     assert [_facts(each) for each in store.tokens().values()] == [_facts(token)]
+
+
+# --- finding
+
+
+def test_a_reference_means_the_same_in_every_store(opener: Opener, keep: Keep) -> None:
+    """A secret, an id, the shown prefix or more of the secret finds its token, and a mistyped one finds none."""
+    store = opener()
+    issued = [keep(store) for _ in range(3)]
+    for token, secret in issued:
+        for reference in (secret, token.id, token.prefix, token.prefix + "...", secret[:20], secret[:-1]):
+            assert [_facts(each) for each in opener().find(reference)] == [_facts(token)]
+        for reference in (secret[:-1] + "~", token.prefix[:-1], token.id + "x"):
+            assert store.find(reference) == []
+    for reference in ("", "...", "nobody", "\0", "\udcff", "%", "sk-"):
+        assert store.find(reference) == []
+
+
+def test_a_reference_that_means_several_tokens_finds_them_all(store: TokenStore) -> None:
+    """What is ambiguous is known to be, oldest first, and the whole secret still means one."""
+    secrets = ["sk-short-1", "sk-short-2"]
+    tokens = [msgspec.structs.replace(issue(secret, now=NOW)[0], prefix="sk-") for secret in secrets]
+    for secret, token in zip(secrets, tokens, strict=True):
+        store.add(digest_of(secret), token)
+    assert [token.name for token in store.find("sk-")] == secrets
+    assert [token.name for token in store.find("sk-short-2")] == secrets[1:]
+
+
+def test_the_source_tells_where_the_tokens_are(opener: Opener, request: pytest.FixtureRequest) -> None:
+    """What an operator reads of a store is the same in each process, and no password is in it."""
+    store = opener()
+    assert store.source == opener().source == store.survey().source
+    kind = request.node.callspec.params["opener"]
+    start = {"memory": "memory", "file": "/"}.get(kind, "postgresql://postgres@")
+    assert store.source.startswith(start)
+    assert "password" not in store.source
+
+
+# --- merging
+
+
+def _given(*names: str) -> dict[bytes, Token]:
+    return {digest_of(name): msgspec.structs.replace(_full(name)[1], id=name) for name in names}
+
+
+def _revoked(tokens: dict[bytes, Token], at: datetime) -> dict[bytes, Token]:
+    return {digest: msgspec.structs.replace(token, revoked_at=at) for digest, token in tokens.items()}
+
+
+def _all_facts(store: TokenStore) -> dict[bytes, dict[str, object]]:
+    return {digest: _facts(token) for digest, token in store.tokens().items()}
+
+
+def test_what_is_merged_is_in_force_everywhere(opener: Opener) -> None:
+    """New tokens come whole and in their order, what is revoked is revoked and else as it was, and every process knows."""
+    store, other = opener(), opener()
+    bystander, known, new = _given("bystander"), _given("known"), _given("new 2", "new 1")
+    assert store.merge({**known, **bystander}) == (2, 0)
+    assert all(_look(other, digest) for digest in known)
+    assert store.merge({**_revoked(new, LATER), **_revoked(_given("known"), NOW)}) == (2, 1)
+    expected = {**_revoked(known, NOW), **bystander, **_revoked(new, LATER)}
+    for each in (store, other, opener()):
+        assert _all_facts(each) == {digest: _facts(token) for digest, token in expected.items()}
+        assert list(each.tokens()) == list(expected)
+        assert {digest: getattr(_look(each, digest), "revoked_at", None) for digest in expected} == {
+            digest: token.revoked_at for digest, token in expected.items()
+        }
+
+
+def test_to_merge_twice_makes_no_difference(opener: Opener) -> None:
+    """A copy that was broken off, or is run every night, can be run again; nothing is un-revoked by an older one."""
+    store = opener()
+    active = _given("one", "two")
+    assert store.merge(active) == (2, 0)
+    assert store.merge(_revoked(active, NOW)) == (0, 2)
+    before = _all_facts(store)
+    for again in (active, _revoked(active, LATER), _revoked(active, NOW), {}):
+        assert opener().merge(again) == (0, 0)
+        assert _all_facts(opener()) == before
+        assert all(getattr(_look(store, digest), "revoked_at", None) == NOW for digest in active)
+
+
+@pytest.mark.parametrize("clash", ["known", "new"])
+def test_a_token_with_the_id_of_another_ends_the_whole_merge(opener: Opener, clash: str) -> None:
+    """Neither the tokens before it nor those after it are added, and none is revoked."""
+    store = opener()
+    known = _given("known", "bystander")
+    store.merge(known)
+    before = _all_facts(store)
+    intruder = {digest_of("intruder"): msgspec.structs.replace(_full("intruder")[1], id=clash)}
+    given = {**_given("new"), **intruder, **_revoked(_given("bystander"), NOW), **_given("newer")}
+    with pytest.raises(StoreError, match="is there already"):
+        store.merge(given)
+    for each in (store, opener()):
+        assert _all_facts(each) == before
+        assert _look(each, digest_of("new")) is _look(each, digest_of("intruder")) is None
+        assert getattr(_look(each, digest_of("bystander")), "revoked_at", NOW) is None
+
+
+def test_several_may_merge_the_same_at_once(opener: Opener) -> None:
+    """Two operators who copy at the same time add each token once, and neither fails."""
+    given = {**_given("one", "two"), **_revoked(_given("three"), NOW)}
+    opener().merge(_given("three"))
+    stores = [opener() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        merged = list(pool.map(lambda store: store.merge(given), stores))
+    assert (sum(one.added for one in merged), sum(one.revoked for one in merged)) == (2, 1)
+    assert list(opener().tokens()) == [digest_of(name) for name in ("three", "one", "two")]
 
 
 # --- several threads

@@ -11,7 +11,7 @@ from collections.abc import Callable  # noqa: TC003  beside the annotations that
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import Mock
 
 import pytest
@@ -32,7 +32,12 @@ def path(tmp_path: Path) -> Path:
 def _read(path: Path) -> bytes:
     """Read in a thread, so that what should not hang cannot hang the tests."""
     with ThreadPoolExecutor() as pool:
-        return pool.submit(disk.read_file, str(path)).result(10)[1]
+        return pool.submit(disk.read_file, str(path), _content).result(10)[1]
+
+
+def _content(file: BinaryIO) -> bytes:
+    """Make of a file what is in it."""
+    return file.read()
 
 
 # --- reading
@@ -49,7 +54,7 @@ def test_every_state_of_a_file_has_its_own_signature(path: Path) -> None:
         new.write_bytes(content)
         os.utime(new, (0, instant))
         new.replace(path)
-        status, read = disk.read_file(str(link))
+        status, read = disk.read_file(str(link), _content)
         assert read == content
         assert disk.signature_of(status) == disk.signature_at(str(path)) == disk.signature_at(str(link))
         seen.add(disk.signature_of(status))
@@ -94,7 +99,7 @@ def test_what_is_hidden_or_impossible_is_not_missing(unprivileged: Path) -> None
     for place, problem in ((folder, "permission denied; run this as"), (file, "a part of its path is not a directory")):
         assert disk.signature_at(f"{place}/t.json") != disk.MISSING
         for attempt in (
-            partial(disk.read_file, f"{place}/t.json"),
+            partial(disk.read_file, f"{place}/t.json", _content),
             locked(f"{place}/t.json", 0.01).__enter__,
             locked(f"{place}/x/t.json", 0.01).__enter__,
         ):
@@ -130,15 +135,16 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_read(
         return answer
 
     monkeypatch.setattr(module, name, then_replace)
-    assert disk.read_file(str(path))[1] == b"new"
+    assert disk.read_file(str(path), _content)[1] == b"new"
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_believed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of one state and half of another are never taken for a file."""
+    """Half of one state and half of another are never taken for a file, nor for a file with a mistake in it."""
     path.write_bytes(b"one")
     monkeypatch.setattr(disk, "_check_readable", lambda *_: path.write_bytes(path.read_bytes() + b"more"))
-    with pytest.raises(TokenFileError, match="it changed while it was read"):
-        disk.read_file(str(path))
+    for parse in (_content, int):
+        with pytest.raises(TokenFileError, match="it changed while it was read"):
+            disk.read_file(str(path), parse)
 
 
 # --- replacing
@@ -192,6 +198,13 @@ def test_a_user_writes_a_file_of_his_own(unprivileged: Path) -> None:
     with pytest.raises(TokenFileError, match="permission denied"):
         disk.replace_file(str(path), b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_a_link_that_cannot_be_followed_is_not_taken_for_the_file(path: Path) -> None:
+    """A symbolic link is never replaced by a file because it could not be followed at that moment."""
+    path.symlink_to(path)
+    with pytest.raises(TokenFileError, match="too many levels"):
+        disk.real_path(str(path))
 
 
 @pytest.mark.parametrize("name", ["t.json", "*[1].json"])

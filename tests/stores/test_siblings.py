@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,18 +52,31 @@ def test_a_server_without_workers_notes_nothing(folder: Path) -> None:
 
 def test_another_server_is_not_meant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After stop, mv and start the workers are another server's."""
-    monkeypatch.setattr(siblings, "_server", lambda: b"one")
+    monkeypatch.setattr(siblings, "_server", lambda: (os.getpid(), b"one"))
     siblings.remember(FILE)
-    monkeypatch.setattr(siblings, "_server", lambda: b"another")
+    monkeypatch.setattr(siblings, "_server", lambda: (os.getpid(), b"another"))
     assert folder.exists()
     assert not siblings.remembered(FILE)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_preloading_server_knows_what_its_workers_knew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under --preload gunicorn loads the application before it forks: what its workers noted holds there, and for it alone."""
+    gunicorn: dict[str, Any] = {"__name__": "gunicorn.arbiter"}
+    exec("def setup(load): return load()\ndef spawn_worker(load): return load()", gunicorn)
+    monkeypatch.setitem(sys.modules, "gunicorn.arbiter", multiprocessing)
+    gunicorn["setup"](lambda: siblings.remember(FILE))
+    assert gunicorn["setup"](lambda: siblings.remembered(FILE))
+    assert not siblings.remembered(FILE)  # by its parent, which may be the shell that starts the next server
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert gunicorn["spawn_worker"](lambda: siblings.remembered(FILE))
 
 
 def test_a_folder_that_others_made_is_not_believed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever else can write into the folder cannot tell a server what to do, and the operator is told."""
-    monkeypatch.setattr(siblings, "_server", lambda: b"one")
+    monkeypatch.setattr(siblings, "_server", lambda: (os.getpid(), b"one"))
     siblings.remember(FILE)
     folder.chmod(0o777)
     assert not siblings.remembered(FILE)
@@ -72,7 +86,7 @@ def test_a_folder_that_others_made_is_not_believed(
 
 def test_notes_of_stopped_servers_are_cleared_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Restarting does not fill the memory; what is not a note of this library is left alone."""
-    monkeypatch.setattr(siblings, "_server", lambda: b"one")
+    monkeypatch.setattr(siblings, "_server", lambda: (os.getpid(), b"one"))
     siblings.remember(FILE)
     process = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], {})
     os.waitpid(process, 0)

@@ -1,0 +1,69 @@
+"""The example of two servers with one database does what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from postgresql import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "two_servers.sh"
+COMMAND = re.compile(r'^curl -i (\S+) -H "Authorization: Bearer (\S+)"$', re.MULTILINE)
+
+
+def status(url: str, token: str) -> int:
+    """Return what a server answers; 0 if it does not."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.fixture
+def commands(cluster: object, database: str, tmp_path: Path) -> Iterator[list[tuple[str, str]]]:
+    """Run the example, and yield each URL that it prints with its token."""
+    assert cluster
+    log = tmp_path / "log"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["sh", EXAMPLE, database, str(free_port()), str(free_port())],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PATH": path},
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 30
+    while len(found := COMMAND.findall(log.read_text())) < 2 or not all(status(*each) for each in found):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    yield found
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=20)
+
+
+def test_a_token_works_on_both_servers_until_it_is_revoked(
+    commands: list[tuple[str, str]], command: Callable[..., subprocess.CompletedProcess[str]], database: str
+) -> None:
+    """What the script says happens: both servers accept the token, and neither does once revoke has returned."""
+    assert [status(*each) for each in commands] == [200, 200]
+    assert command("--store", database, "revoke", commands[0][1]).returncode == 0
+    assert [status(*each) for each in commands] == [401, 401]
