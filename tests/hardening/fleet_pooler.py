@@ -1,0 +1,53 @@
+"""A pooler in transaction mode between servers and database: it takes LISTEN, and delivers nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fleet import USUAL, people, until, usage_of
+from pooler import PGBOUNCER, pgbouncer, smallest
+from proxy import PLAIN
+
+if TYPE_CHECKING:
+    from fleet import Record
+
+POLL = 1.0
+SLACK = 1.5
+
+needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
+
+
+@pytest.mark.parametrize("kind", ["the smallest", pytest.param("PgBouncer", marks=needs_pgbouncer)])
+def test_behind_a_pooler_a_server_polls(
+    durable: Any, tables: str, office: Any, host: Any, watched: Any, kind: str, record_property: Record
+) -> None:
+    """It is detected and said once, a change is in force within a second, and nothing of the session is left behind."""
+    operator = office(durable.url(tables))
+    secrets, ids = people(operator, more=6)
+    with pgbouncer(durable) if kind == "PgBouncer" else smallest(durable, tables) as port:
+        url = durable.url(tables, port=port) + PLAIN
+        hosts = [host(durable, tables, url=url), host(durable, tables, url=url, FREEGPT_AUTH_CACHE="4")]
+        watch = watched(hosts, secrets)
+        watch.expect(USUAL)
+        late, took = [], []
+        for number in range(4):
+            token_id, fading = operator.create(f"fading-{number}")
+            watch.forget("fading")
+            watch.add("fading", fading)
+            watch.expect({"fading": 200})
+            done = office(url).run("revoke", token_id) if number % 2 else operator.run("revoke", token_id)
+            assert (done.status, done.err.count("\n")) == (0, 1), done
+            watch.expect({"fading": 401})
+            late.append(max(watch.last("fading", each) for each in range(2)) - done.ended)
+            took.append(done.ended - done.began)
+        assert max(late) < POLL + SLACK
+        assert max(took) < 2.0
+        for each in hosts:
+            assert [line for line in each.loud() if "delivers no notifications" not in line] == []
+            assert len(each.loud()) == 1
+        watch.end()
+        until(lambda: usage_of(durable.url(tables), ids["valid"]) == watch.accepted("valid"))
+        assert durable.sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'", tables) == [(0,)]
+    record_property("accepted after the command for at most", round(max(late), 2))
+    record_property("commands took at most", round(max(took), 2))
