@@ -1,0 +1,98 @@
+"""The least code that does what the middleware does, written by hand: what nobody can be faster than.
+
+Every header is looked at, the secret is digested and looked up, the token file is looked at every 10 ms, expiry is
+checked, the use is noted, user and auth are put into the scope. What it leaves out is what makes a library of a sketch:
+other carriers and their rules, WebSockets, modes, faults, reading the file again, and refusals that say why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from hashlib import sha256
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from starlette.authentication import AuthCredentials, BaseUser, SimpleUser
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+FRESHNESS = 0.010
+CARRIERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+BODY = b'{"error":{"message":"Invalid API key provided","type":"invalid_request_error","code":"invalid_api_key"}}'
+START: dict[str, Any] = {
+    "type": "http.response.start",
+    "status": 401,
+    "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(BODY)).encode())],
+}
+END = {"type": "http.response.body", "body": BODY}
+LAST = {"type": "http.response.body", "body": b""}
+TIMEOUT = 5.0
+
+
+class Entry(NamedTuple):
+    """What is kept ready of a token."""
+
+    token_id: str
+    user: BaseUser
+    auth: AuthCredentials
+    expires: float
+
+
+class Floor:
+    """Guards *app* with the tokens whose secrets are given; *receives* the body of what it refuses, or leaves it."""
+
+    def __init__(self, app: ASGIApp, secrets: list[str], path: str, *, receives: bool = False) -> None:
+        self.app = app
+        self.path = path
+        self.receives = receives
+        self.used: deque[tuple[str, float]] = deque()
+        self.looked_at = 0.0
+        self.signature = self.look()
+        auth = AuthCredentials(["authenticated"])
+        self.entries = {
+            sha256(secret.encode()).digest(): Entry(str(number), SimpleUser(str(number)), auth, float("inf"))
+            for number, secret in enumerate(secrets)
+        }
+
+    def look(self) -> tuple[int, ...]:
+        """Return the state of the token file."""
+        status = os.stat(self.path)  # noqa: PTH116  a Path costs 1 us more
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    async def end(self, receive: Receive, send: Send) -> None:
+        """Answer, and end the response when the body of the request has come, or after a time."""
+        await send({**END, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TIMEOUT):
+                while (await receive()).get("more_body"):
+                    pass
+        await send(LAST)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a valid token through, refuse everything else."""
+        if scope["type"] == "http":
+            secret = b""
+            for name, value in scope["headers"]:
+                if name in CARRIERS:
+                    secret = value[7:]
+            now = monotonic()
+            if now - self.looked_at >= FRESHNESS:
+                if self.look() != self.signature:
+                    raise NotImplementedError
+                self.looked_at = now
+            entry = self.entries.get(sha256(secret).digest())
+            if entry is None or entry.expires <= (instant := time()):
+                await send(START)
+                if self.receives:
+                    await self.end(receive, send)
+                else:
+                    await send(END)
+                return
+            self.used.append((entry.token_id, instant))
+            scope["user"] = entry.user
+            scope["auth"] = entry.auth
+        await self.app(scope, receive, send)

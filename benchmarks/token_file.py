@@ -1,0 +1,24 @@
+"""Token files for the suite."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from freegpt_auth.stores.document import Document
+from freegpt_auth.tokens import digest_of, issue
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def write_tokens(path: Path, size: int) -> list[str]:
+    """Write a token file, and return the secrets."""
+    document, secrets = Document(None), []
+    for number in range(size):
+        token, secret = issue(f"client {number}", now=datetime.now(UTC))
+        document.append(digest_of(secret), token)
+        secrets.append(secret)
+    path.write_bytes(document.encode())
+    path.chmod(0o600)
+    return secrets
