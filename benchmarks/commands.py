@@ -16,7 +16,8 @@ from measure import TIMES, Result, in_turns, ratio, spread
 from token_file import write_tokens
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.usage.sqlite import add_usage
+from freegpt_auth.usage.base import Batch
+from freegpt_auth.usage.sqlite import UsageDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -93,7 +94,7 @@ def site(size: int) -> Generator[Site]:
         ids = [token.id for token in FileTokenStore(path).tokens().values()]
         now = time.time()
         uses = {token_id: (1 + number % 1000, now - number) for number, token_id in enumerate(ids)}
-        add_usage(str(path.with_suffix(".usage.db")), uses, 5.0)
+        UsageDatabase(str(path.with_suffix(".usage.db"))).add(Batch("bench", 1, uses), 5.0)
         yield Site(str(path), iter(ids[size // 2 :]))
 
 

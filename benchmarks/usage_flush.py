@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from measure import Result, in_turns, longest_turn, over, single, spread
 
+from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
-from freegpt_auth.usage.sqlite import UsageDatabase, add_usage, read_usage
+from freegpt_auth.usage.sqlite import UsageDatabase, read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -96,7 +97,7 @@ def database() -> Generator[tuple[str, list[str]]]:
     with tempfile.TemporaryDirectory() as folder:
         ids = [os.urandom(6).hex() for _ in range(TOKENS)]
         path = str(Path(folder, "api_tokens.usage.db"))
-        add_usage(path, dict.fromkeys(ids, (1, time.time())), 5.0)
+        UsageDatabase(path).add(Batch("bench", 1, dict.fromkeys(ids, (1, time.time()))), 5.0)
         yield path, ids
 
 

@@ -23,7 +23,8 @@ import pytest
 from freegpt_auth.cli import main
 from freegpt_auth.stores import file
 from freegpt_auth.tokens import digest_of, generate_secret, has_valid_checksum, prefix_of
-from freegpt_auth.usage.sqlite import add_usage
+from freegpt_auth.usage.base import Batch
+from freegpt_auth.usage.sqlite import UsageDatabase
 
 TOKEN_FILE = Path("api_tokens.json")
 USAGE_FILE = Path("api_tokens.usage.db")
@@ -155,7 +156,7 @@ def test_a_token_that_expires_as_json(run: Run, text: str, seconds: int) -> None
 def test_list_shows_status_and_recorded_use(run: Run) -> None:
     """The list, for a person and in JSON, shows every token with its status, its last use and its number of uses."""
     put(row(SECRET, name="ünï", expires_at="2125-11-26T10:30:00+02:00"), row(OTHER, revoked_at=REVOKED_AT))
-    add_usage(str(USAGE_FILE.absolute()), {kept()[0]["id"]: (2, 1764153923.0)}, 1)
+    UsageDatabase(str(USAGE_FILE)).add(Batch("p", 1, {kept()[0]["id"]: (2, 1764153923.0)}), 1.0)
     used, revoked = json.loads(run("list", "--json").out)
     assert (used["status"], used["use_count"], used["last_used_at"]) == ("active", 2, "2025-11-26T10:45:23+00:00")
     assert (revoked["status"], revoked["use_count"], revoked["last_used_at"]) == ("revoked", 0, None)

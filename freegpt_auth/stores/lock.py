@@ -17,6 +17,9 @@ from .disk import access_to_keep, explain
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+_POLL_INTERVAL = 0.001
+"""Seconds after which a writer looks again whether it is its turn. filelock's own 50 ms are longer than most writes."""
+
 
 @contextlib.contextmanager
 def locked(path: str, seconds: float) -> Generator[None]:
@@ -33,7 +36,7 @@ def locked(path: str, seconds: float) -> Generator[None]:
     # No soft lock where flock is missing: a reused inode breaks it, and two writers lose tokens.
     lock = UnixFileLock(f"{path}.lock", timeout=seconds, mode=0o600, fallback_to_soft=False)
     try:
-        lock.acquire()
+        lock.acquire(poll_interval=_POLL_INTERVAL)
     except Timeout:
         raise StoreBusyError(f"{path}: another process held its lock for {seconds:g} s; try again") from None
     except (OSError, NotImplementedError) as error:

@@ -1,8 +1,11 @@
 """The usage database beside the token file: counts and instants of each token, in SQLite.
 
 Counts are added as differences and the last use only moves forward, so any number of processes write side by side and
-none can undo what another wrote. One transaction for 1,000 used tokens takes 0.3 ms among 100 tokens and 12 ms among
-100,000; rewriting the token file instead took 1 ms and 400 ms, with four processes 3 s.
+none can undo what another wrote. Each batch is entered with its process and number in the same transaction: one that
+was written, though SQLite said that it was not, is counted once when it is given again.
+
+One transaction for 1,000 used tokens takes 0.3 ms among 100 tokens and 12 ms among 100,000; rewriting the token file
+instead took 1 ms and 400 ms, with four processes 3 s.
 """
 
 from __future__ import annotations
@@ -16,26 +19,35 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..exceptions import StoreError, UsageError
+from ..exceptions import StoreBusyError, TokenFileError, UsageError
 from ..stores.disk import explain
 from ..stores.lock import locked
-from .base import Usage
+from .base import Batch, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
-    from .base import Batch
+    Change = Callable[[sqlite3.Connection], object]
 
 READ_TIMEOUT = 5.0
 """Seconds that a reader waits at most for a writer."""
 
-_WAIT = 0.001
-"""Seconds after which a writer looks again whether it is its turn."""
+_REMEMBERED = 30 * 86_400.0
+"""Seconds for which the last batch of a process that has ended stays known."""
 
-_SCHEMA = """
+_USAGE = """
     CREATE TABLE IF NOT EXISTS usage (
         token_id TEXT PRIMARY KEY, use_count INTEGER NOT NULL, last_used_at REAL NOT NULL
     ) WITHOUT ROWID
+"""
+_BATCHES = """
+    CREATE TABLE IF NOT EXISTS batches (
+        process TEXT PRIMARY KEY, sequence INTEGER NOT NULL, written_at REAL NOT NULL
+    ) WITHOUT ROWID
+"""
+_ENTER = """
+    INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT (process) DO UPDATE SET
+        sequence = excluded.sequence, written_at = excluded.written_at WHERE sequence < excluded.sequence
 """
 _ADD = """
     INSERT INTO usage VALUES (?, ?, ?) ON CONFLICT (token_id) DO UPDATE SET
@@ -54,6 +66,8 @@ _logger = logging.getLogger("freegpt_auth")
 class UsageDatabase:
     """A :class:`~freegpt_auth.usage.base.UsageStore` in a SQLite database, for the processes of one host.
 
+    A corrupt database is moved aside, said, and started afresh by whoever writes next.
+
     Args:
         path: the database; made when the first use is written.
     """
@@ -62,9 +76,9 @@ class UsageDatabase:
         self.source: str = os.path.abspath(path)
 
     def add(self, batch: Batch, timeout: float) -> None:
-        """Add a batch. A corrupt database is moved aside, said, and started afresh."""
+        """Add a batch, unless it was added before."""
         with _explained():
-            add_usage(self.source, batch.counts, timeout)
+            _change(self.source, lambda connection: _add(connection, batch), timeout)
 
     def read(self) -> Mapping[str, Usage]:
         """Return the usage of each used token by its id; of none if there is no database yet."""
@@ -73,9 +87,9 @@ class UsageDatabase:
 
     def merge(self, usage: Mapping[str, Usage]) -> None:
         """Raise counts and last uses to at least these."""
-        counts = {token_id: (one.use_count, one.last_used_at.timestamp()) for token_id, one in usage.items()}
+        rows = [(token_id, one.use_count, one.last_used_at.timestamp()) for token_id, one in usage.items()]
         with _explained():
-            add_usage(self.source, counts, READ_TIMEOUT, _RAISE)
+            _change(self.source, lambda connection: connection.executemany(_RAISE, rows), READ_TIMEOUT)
 
     def close(self) -> None:
         """Do nothing: nothing is open while nothing happens."""
@@ -87,58 +101,52 @@ def _explained() -> Generator[None]:
         yield
     except (OSError, sqlite3.Error) as error:
         raise UsageError(explain(error) if isinstance(error, OSError) else str(error)) from None
+    except TokenFileError as error:
+        raise UsageError(error.problem) from None
+    except StoreBusyError:
+        raise UsageError("other processes write to it for too long") from None
 
 
-def add_usage(path: str, counts: Mapping[str, tuple[int, float]], timeout: float, statement: str = _ADD) -> None:
-    """Add to each token's count and move its last use forward: all of *counts*, or nothing.
-
-    The database is made if it is missing; a corrupt one is moved aside, said, and started afresh.
-
-    Args:
-        path: the database.
-        counts: for each token id how many uses to add, and the last of them in seconds since the epoch.
-        timeout: seconds to wait at most for other writers.
-        statement: what is done with them.
-
-    Raises:
-        OSError: the database cannot be made.
-        sqlite3.Error: it cannot be written.
-    """
-    try:
-        _add(path, counts, timeout, statement)
-    except sqlite3.DatabaseError as error:
-        # What cannot be opened was there a moment ago: another process may have moved it aside meanwhile.
-        if _code_of(error) == sqlite3.SQLITE_CANTOPEN or (_means_corrupt(error) and _move_aside(path, timeout)):
-            _add(path, counts, timeout, statement)
-        else:
-            raise
+def _add(connection: sqlite3.Connection, batch: Batch) -> None:
+    now = time.time()
+    if not connection.execute(_ENTER, (batch.process, batch.sequence, now)).rowcount:
+        return
+    if batch.sequence == 1:  # once in the life of each process is often enough
+        connection.execute("DELETE FROM batches WHERE written_at < ?", (now - _REMEMBERED,))
+    connection.executemany(_ADD, ((token_id, *use) for token_id, use in batch.counts.items()))
 
 
-def _add(path: str, counts: Mapping[str, tuple[int, float]], timeout: float, statement: str) -> None:
+def _change(path: str, change: Change, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    # SQLite has locks of its own, but they belong to the file: who still had it open when it is moved aside would take
+    # the journal of the new database for its own, by the name, and delete it.
+    with locked(path, timeout):
+        try:
+            _write(path, change, deadline)
+        except sqlite3.DatabaseError as error:
+            if _code_of(error) not in _NOT_OURS:
+                raise
+            _move_aside(path)
+            _write(path, change, deadline)
+
+
+def _write(path: str, change: Change, deadline: float) -> None:
     # Born readable by its owner only; SQLite gives its journal the same permissions.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with _connected(f"{Path(path).as_uri()}?mode=rw", 0.0) as connection:
-        _begin(connection, timeout)
-        connection.execute(_SCHEMA)
-        connection.executemany(statement, ((key, *value) for key, value in counts.items()))
+    with _connected(f"{Path(path).as_uri()}?mode=rw", max(0.0, deadline - time.monotonic())) as connection:
+        connection.execute("BEGIN EXCLUSIVE")  # nobody reads any more
+        connection.execute(_USAGE)
+        connection.execute(_BATCHES)
+        change(connection)
         connection.execute("COMMIT")
 
 
-def _begin(connection: sqlite3.Connection, timeout: float) -> None:
-    """Begin to write when nobody else reads or writes any more; wait for that for at most *timeout* seconds."""
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if _code_of(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
-                raise
-            # SQLite itself would look ever more seldom, at last every 100 ms: of four writers the last one then took 3.9
-            # to 5.4 times as long as one alone, and 3.2 to 4 times like this.
-            time.sleep(_WAIT)
-        else:
-            return
+def _move_aside(path: str) -> None:
+    aside = f"{path}.corrupt-{int(time.time())}"
+    Path(path).replace(aside)
+    # SQLite deletes the old journal itself, when it finds a new database beside it.
+    _logger.warning("%s was corrupt and is now %s; usage is counted afresh", path, aside)
 
 
 def read_usage(path: str) -> dict[str, Usage]:
@@ -164,17 +172,6 @@ def read_usage(path: str) -> dict[str, Usage]:
             raise sqlite3.DataError(f"it holds no usage: {error}") from None
 
 
-def _is_corrupt(path: str) -> bool:
-    try:
-        with _connected(f"{Path(path).as_uri()}?mode=rw", 0.0) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute(_SCHEMA)
-            connection.executemany(_ADD, [("", 0, 0.0)])
-            return bool(connection.execute("PRAGMA quick_check").fetchone() != ("ok",))  # closed without a commit
-    except sqlite3.DatabaseError as error:
-        return _means_corrupt(error)
-
-
 @contextlib.contextmanager
 def _connected(uri: str, timeout: float) -> Generator[sqlite3.Connection]:
     # One connection a write: nothing is open while nothing happens, and nothing crosses a fork.
@@ -189,25 +186,6 @@ def _connected(uri: str, timeout: float) -> Generator[sqlite3.Connection]:
         connection.close()
 
 
-def _means_corrupt(error: sqlite3.Error) -> bool:
-    return _code_of(error) in _NOT_OURS
-
-
 def _code_of(error: sqlite3.Error) -> int:
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF  # an extended code has more bits
-
-
-def _move_aside(path: str, timeout: float) -> bool:
-    """Put a corrupt database out of the way, and tell whether a new one can be started."""
-    try:
-        with locked(path, timeout):
-            if _is_corrupt(path):  # else another process was faster
-                aside = f"{path}.corrupt-{int(time.time())}"
-                Path(path).replace(aside)
-                # The old journal must not be played back into the new database.
-                Path(f"{path}-journal").unlink(missing_ok=True)
-                _logger.warning("%s was corrupt and is now %s; usage is counted afresh", path, aside)
-    except (OSError, StoreError):
-        return False
-    return True

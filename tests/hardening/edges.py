@@ -33,8 +33,9 @@ from freegpt_auth import FileTokenStore
 from freegpt_auth.stores.disk import SIZE_LIMIT
 from freegpt_auth.stores.file import FRESHNESS, LOCK_TIMEOUT, RETRY_INTERVAL
 from freegpt_auth.tokens import digest_of, generate_secret
+from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import SHUTDOWN_TIMEOUT
-from freegpt_auth.usage.sqlite import add_usage, read_usage
+from freegpt_auth.usage.sqlite import UsageDatabase, read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -543,7 +544,7 @@ def test_a_fault_of_the_usage_database_fails_no_request(start: Start, secrets: d
     (Path("blocked") / USAGE.name).mkdir(parents=True)
     Path("disk").mkdir()
     link(USAGE.parent, "disk")
-    add_usage(str(USAGE.absolute()), {f"!{number:063}": (1, 0.0) for number in range(20_000)}, 5.0)
+    UsageDatabase(str(USAGE)).add(Batch("p", 1, {f"!{number:063}": (1, 0.0) for number in range(20_000)}), 5.0)
     watch = start(answers(), FREEGPT_AUTH_USAGE=str(USAGE))
     for make, mend, reason in (
         (partial(link, USAGE.parent, "nowhere"), partial(link, USAGE.parent, "disk"), "no such file or directory"),

@@ -27,7 +27,8 @@ import pytest
 from freegpt_auth import FileTokenStore
 from freegpt_auth.stores import file
 from freegpt_auth.tokens import digest_of, issue
-from freegpt_auth.usage.sqlite import add_usage
+from freegpt_auth.usage.base import Batch
+from freegpt_auth.usage.sqlite import UsageDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -173,7 +174,7 @@ def a_file(home: Path) -> None:
     for name, secret in ("kept", issue("kept", now=CREATED)[1]), ("doomed", SECRET):
         token, _ = issue(name, now=CREATED)
         store.add(digest_of(secret), token)
-    add_usage(str(home / "api_tokens.usage.db"), {token.id: (7, CREATED.timestamp())}, 1.0)
+    UsageDatabase(str(home / "api_tokens.usage.db")).add(Batch("p", 1, {token.id: (7, CREATED.timestamp())}), 1.0)
 
 
 def a_link(home: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import Mock
@@ -42,6 +46,26 @@ def test_a_lock_held_by_another_process_is_waited_for_only_so_long(path: Path) -
         raise RuntimeError("failed")
     with locked(str(path), 0):  # an error releases it too
         pass
+
+
+def test_a_writer_looks_often_for_its_turn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several writers none waits much longer than the others write: it looks again each millisecond."""
+    waits: list[float] = []
+    sleep, this_thread = time.sleep, threading.get_ident()
+    holder = os.open(f"{path}.lock", os.O_CREAT)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+
+    def watched(seconds: float) -> None:
+        if threading.get_ident() != this_thread:
+            sleep(seconds)
+            return
+        waits.append(seconds)
+        if len(waits) == 50:
+            os.close(holder)
+
+    monkeypatch.setattr(time, "sleep", watched)
+    with locked(str(path), 5):
+        assert (len(waits), max(waits)) == (50, 0.001)
 
 
 def test_a_lock_that_cannot_be_made_is_a_fault(path: Path) -> None:

@@ -115,6 +115,18 @@ def test_counts_add_up_and_the_last_use_moves_forward(opener: Opener) -> None:
             assert usage[token_id].last_used_at.utcoffset() == at().utcoffset()
 
 
+def test_a_batch_that_is_given_again_counts_once(opener: Opener) -> None:
+    """However often a process gives a batch, an old one too, it counts once; other processes' are their own."""
+    store, other = opener(), opener()
+    for each in (store, store, other):
+        each.add(batch(1, t0=(2, 0.0)), 1.0)
+    store.add(batch(2, t0=(10, 0.0), t1=(1, 0.0)), 1.0)
+    for sequence in (1, 2):
+        store.add(batch(sequence, t0=(100, 0.0)), 1.0)
+    other.add(batch(1, "q", t0=(1000, 0.0)), 1.0)
+    assert counts(store) == {"t0": 1012, "t1": 1}
+
+
 def test_merged_usage_is_raised_to_and_not_added(store: UsageStore) -> None:
     """Copied usage is at least what was given, never less than what is there, and the same when it is copied again."""
     store.add(batch(t0=(5, 0.0), t1=(1, 60.0)), 1.0)

@@ -124,17 +124,6 @@ class Proxy:
 # --- each use once
 
 
-def test_a_batch_that_is_sent_again_counts_once(filled: str, usage: PostgresUsage) -> None:
-    """However often a process sends a batch, an old one too, it counts once; other processes' are their own."""
-    for _ in range(3):
-        usage.add(batch(1, a=2), 1.0)
-    usage.add(batch(2, a=10, b=1), 1.0)
-    for sequence in (1, 2):
-        usage.add(batch(sequence, a=100), 1.0)
-    usage.add(batch(1, "q", a=1000), 1.0)
-    assert counts(filled) == {"a": 1012, "b": 1}
-
-
 def test_an_answer_that_is_lost_after_the_commit_costs_and_doubles_nothing(
     cluster: Any, filled: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from freegpt_auth.exceptions import UsageError
-from freegpt_auth.usage.base import Usage
-from freegpt_auth.usage.sqlite import UsageDatabase, add_usage
+from freegpt_auth.usage.base import Batch, Usage
+from freegpt_auth.usage.sqlite import UsageDatabase
 
 NOON = datetime(2025, 11, 26, 12, tzinfo=UTC)
 
@@ -51,15 +51,29 @@ def test_what_is_no_database_says_what_it_is(tmp_path: Path) -> None:
     Path("loop.db").symlink_to("loop.db")
     with pytest.raises(UsageError, match="too many levels of symbolic links"):
         store.read()
-    with pytest.raises(UsageError, match="no such file or directory"):
+    with pytest.raises(UsageError, match=r"^its folder does not exist; create the folder first$"):
         UsageDatabase(str(tmp_path / "missing" / "usage.db")).merge({"a": Usage(1, NOON)})
 
 
 def test_a_last_use_that_is_no_instant_is_an_error() -> None:
     """A row that nobody can read is one error, and no traceback in the middle of a list."""
-    path = str(Path("usage.db").absolute())
-    add_usage(path, {"a": (1, 1e20)}, 1.0)
+    store = UsageDatabase("usage.db")
+    store.add(Batch("p", 1, {"a": (1, 1e20)}), 1.0)
     with pytest.raises(UsageError, match="it holds no usage"):
-        UsageDatabase(path).read()
-    with contextlib.closing(sqlite3.connect(path)) as connection:
+        store.read()
+    with contextlib.closing(sqlite3.connect("usage.db")) as connection:
         assert connection.execute("SELECT use_count FROM usage").fetchone() == (1,)
+
+
+def test_processes_that_ended_are_forgotten() -> None:
+    """The database does not grow with each process: its last batch is forgotten after 30 days, when another one begins."""
+    store = UsageDatabase("usage.db")
+    for process in ("ended", "alive"):
+        store.add(Batch(process, 1, {"a": (1, 0.0)}), 1.0)
+    with contextlib.closing(sqlite3.connect("usage.db", isolation_level=None)) as connection:
+        connection.execute("UPDATE batches SET written_at = written_at - 30 * 86400 - 1 WHERE process = 'ended'")
+        store.add(Batch("alive", 2, {"a": (1, 0.0)}), 1.0)
+        assert connection.execute("SELECT count(*) FROM batches").fetchone() == (2,)
+        store.add(Batch("new", 1, {"a": (1, 0.0)}), 1.0)
+        assert connection.execute("SELECT process FROM batches ORDER BY 1").fetchall() == [("alive",), ("new",)]
+    assert store.read()["a"].use_count == 4

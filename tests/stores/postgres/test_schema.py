@@ -20,7 +20,8 @@ from postgresql import BINARIES, PASSWORD
 from freegpt_auth import FileTokenStore, StoreError
 from freegpt_auth.stores.postgres import PostgresTokenStore, schema
 from freegpt_auth.tokens import digest_of, issue
-from freegpt_auth.usage.sqlite import add_usage
+from freegpt_auth.usage.base import Batch
+from freegpt_auth.usage.sqlite import UsageDatabase
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -452,7 +453,7 @@ def test_the_admins_role_does_every_command(roles: Roles, command: Command, keep
     file = FileTokenStore("t.json")
     token, secret = keep(file)
     revoked, _ = keep(file)
-    add_usage(str(Path("t.usage.db").absolute()), {token.id: (3, 1764153923.0)}, 1)
+    UsageDatabase("t.usage.db").add(Batch("p", 1, {token.id: (3, 1764153923.0)}), 1.0)
     PostgresTokenStore(roles.admin).merge(file.tokens())
     file.revoke(revoked.id, NOW)
     made = command("--store", roles.admin, "create", "ci").stdout.strip()
