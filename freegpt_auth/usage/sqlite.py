@@ -155,12 +155,26 @@ def read_usage(path: str) -> dict[str, Usage]:
     Raises:
         OSError: it cannot be looked at.
         sqlite3.Error: it cannot be read, or is no usage database.
+        StoreError: a writer was killed in the middle, and what it had begun cannot be taken back.
     """
+    path = os.path.abspath(path)
     try:
         Path(path).stat()  # exists() says no to a loop of links too
     except FileNotFoundError:
         return {}
-    with _connected(f"{Path(path).absolute().as_uri()}?mode=ro", READ_TIMEOUT) as connection:
+    try:
+        return _read(path)
+    except sqlite3.OperationalError as error:
+        if _code_of(error) != sqlite3.SQLITE_READONLY:
+            raise
+    # A writer was killed in the middle. Whoever looks next, and may write, takes back what it had begun.
+    with locked(path, READ_TIMEOUT), _connected(f"{Path(path).as_uri()}?mode=rw", READ_TIMEOUT) as connection:
+        connection.execute("SELECT 1 FROM sqlite_schema")
+    return _read(path)
+
+
+def _read(path: str) -> dict[str, Usage]:
+    with _connected(f"{Path(path).as_uri()}?mode=ro", READ_TIMEOUT) as connection:
         if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'usage'").fetchone():
             return {}
         try:

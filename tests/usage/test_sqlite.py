@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sqlite3
 import stat
 from datetime import UTC, datetime
@@ -63,6 +64,26 @@ def test_a_last_use_that_is_no_instant_is_an_error() -> None:
         store.read()
     with contextlib.closing(sqlite3.connect("usage.db")) as connection:
         assert connection.execute("SELECT use_count FROM usage").fetchone() == (1,)
+
+
+def test_a_writer_that_is_killed_in_the_middle_takes_nothing_with_it(unprivileged: Path) -> None:
+    """What it had begun is taken back by whoever looks next; who may not write is told why, and what was there stays."""
+    whole, path = str(unprivileged / "whole.db"), str(unprivileged / "usage.db")
+    UsageDatabase(whole).add(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(5000)}), 1.0)
+    with contextlib.closing(sqlite3.connect(whole, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size = 2")  # changes reach the disk before they are committed
+        connection.execute("BEGIN EXCLUSIVE")
+        connection.execute("UPDATE usage SET use_count = 77")
+        for end in ("", "-journal"):
+            shutil.copy(f"{whole}{end}", f"{path}{end}")  # as a killed writer leaves them
+    store = UsageDatabase(path)
+    unprivileged.chmod(0o500)
+    with pytest.raises(UsageError, match=r"^cannot lock .*: permission denied; run this as the user who owns it"):
+        store.read()
+    unprivileged.chmod(0o700)
+    assert {usage.use_count for usage in store.read().values()} == {1}
+    assert len(store.read()) == 5000
+    assert not Path(f"{path}-journal").exists()
 
 
 def test_processes_that_ended_are_forgotten() -> None:
