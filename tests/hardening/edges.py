@@ -546,9 +546,10 @@ def test_a_fault_of_the_usage_database_fails_no_request(start: Start, secrets: d
     link(USAGE.parent, "disk")
     UsageDatabase(str(USAGE)).add(Batch("p", 1, {f"!{number:063}": (1, 0.0) for number in range(20_000)}), 5.0)
     watch = start(answers(), FREEGPT_AUTH_USAGE=str(USAGE))
+    to_disk = partial(link, USAGE.parent, "disk")
     for make, mend, reason in (
-        (partial(link, USAGE.parent, "nowhere"), partial(link, USAGE.parent, "disk"), "no such file or directory"),
-        (partial(link, USAGE.parent, "blocked"), partial(link, USAGE.parent, "disk"), "unable to open database file"),
+        (partial(link, USAGE.parent, "nowhere"), to_disk, "its folder does not exist; create the folder first"),
+        (partial(link, USAGE.parent, "blocked"), to_disk, "unable to open database file"),
         (partial(USAGE.chmod, 0o400), partial(USAGE.chmod, 0o600), "attempt to write a readonly database"),
         (partial(limit, watch.workers, 2**20), partial(limit, watch.workers, -1), "disk I/O error"),
     ):

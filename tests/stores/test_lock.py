@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import Mock
@@ -50,22 +52,22 @@ def test_a_lock_held_by_another_process_is_waited_for_only_so_long(path: Path) -
 
 def test_a_writer_looks_often_for_its_turn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several writers none waits much longer than the others write: it looks again each millisecond."""
-    waits: list[float] = []
+    waits: dict[int, list[float]] = defaultdict(list)
     sleep, this_thread = time.sleep, threading.get_ident()
-    holder = os.open(f"{path}.lock", os.O_CREAT)
-    fcntl.flock(holder, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as holder:
+        descriptor = os.open(f"{path}.lock", os.O_CREAT)
+        holder.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
-    def watched(seconds: float) -> None:
-        if threading.get_ident() != this_thread:
+        def watched(seconds: float) -> None:
+            waits[threading.get_ident()].append(seconds)  # others may sleep meanwhile too
+            if len(waits[this_thread]) == 50:
+                holder.close()
             sleep(seconds)
-            return
-        waits.append(seconds)
-        if len(waits) == 50:
-            os.close(holder)
 
-    monkeypatch.setattr(time, "sleep", watched)
-    with locked(str(path), 5):
-        assert (len(waits), max(waits)) == (50, 0.001)
+        monkeypatch.setattr(time, "sleep", watched)
+        with locked(str(path), 5):
+            assert (len(waits[this_thread]), max(waits[this_thread])) == (50, 0.001)
 
 
 def test_a_lock_that_cannot_be_made_is_a_fault(path: Path) -> None:
