@@ -29,6 +29,13 @@ STREAMS = 31
 TURN = 0.1
 """Seconds of one turn: short against the drift of a machine's speed, hundreds of requests for the slowest of a hundred."""
 
+RATE = "requests a second"
+NOTE = (
+    "The floor's ratio says what can be reached. To find the secret among the headers and to digest it takes 4 µs of a "
+    "server's core, whose caches hold other things, and 1.1 µs in a loop."
+)
+"""Where the time goes, by an application that does that and nothing else."""
+
 
 class Turn(NamedTuple):
     """What came of one turn.
@@ -63,8 +70,8 @@ def _small(section: str, servers: dict[str, Server], tokens: Tokens) -> Iterator
     slowest = {name: [turn.load.p99 / 1e3 for turn in values] for name, values in turns.items()}
     waited = spread([100 * turn.load.waited for turn in turns[BARE]])
     yield Result(section, "the load waits for the bare application", waited, "% of the time")
-    yield from _plain(section, "requests a second", rates, "/s")
-    yield from _ratios(section, "requests a second", rates, 0.96, at_least=True)
+    yield from _plain(section, RATE, rates, "/s")
+    yield from _ratios(section, RATE, rates, 0.96, at_least=True)
     yield from _ratios(section, "time of the core for a request", worked)
     yield from _plain(section, "99 of 100 answered within", slowest, "ms")
     yield from _ratios(section, "99 of 100 answered within", slowest, 1.1)
@@ -90,7 +97,8 @@ def _ratios(
         if name != BARE:
             compared = f"{what}: {_title(name)} / {BARE}"
             bound = target if name == OURS else None
-            yield Result(section, compared, ratio(values, figures[BARE]), TIMES, bound, at_least=at_least)
+            note = NOTE if name == OURS and what == RATE else ""
+            yield Result(section, compared, ratio(values, figures[BARE]), TIMES, bound, at_least=at_least, note=note)
 
 
 def _title(name: str) -> str:
