@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from .tokens import printable
 
 if TYPE_CHECKING:
-    from datetime import datetime, tzinfo
-
     from .tokens import Token
     from .usage.base import Usage
 
 _SIGNS = {"active": "✓ Active", "revoked": "✗ Revoked", "expired": "✗ Expired"}
 
 _OFFSET = len("2025-11-26T10:30:00")
+# At either end of the calendar there is no other zone to move to.
+_NO_SUCH_INSTANT = (OverflowError, ValueError, OSError)
 
 
 def entry(number: int, token: Token, usage: Usage | None, now: datetime) -> str:
@@ -55,18 +55,22 @@ def title(token: Token) -> str:
 
 def local(instant: datetime) -> str:
     """Return an instant as a person at this machine reads it, without the offset; JSON has it."""
-    return _moved(instant, None).isoformat(timespec="seconds")[:_OFFSET]
+    try:
+        # In half the time of astimezone, which counts where all of 100,000 tokens are listed.
+        here = datetime.fromtimestamp(instant.timestamp())  # noqa: DTZ006
+    except _NO_SUCH_INSTANT:
+        here = instant
+    return here.isoformat(timespec="seconds")[:_OFFSET]
 
 
 def _iso(instant: datetime | None) -> str | None:
-    return None if instant is None else _moved(instant, UTC).isoformat(timespec="seconds")
-
-
-def _moved(instant: datetime, zone: tzinfo | None) -> datetime:
+    if instant is None:
+        return None
     try:
-        return instant.astimezone(zone)
-    except (OverflowError, ValueError):  # at either end of the calendar there is no other zone to move to
-        return instant
+        moved = instant.astimezone(UTC)
+    except _NO_SUCH_INSTANT:
+        moved = instant
+    return moved.isoformat(timespec="seconds")
 
 
 def _last_used(token: Token, usage: Usage | None) -> datetime | None:
