@@ -119,7 +119,7 @@ def _add(connection: sqlite3.Connection, batch: Batch) -> None:
 def _change(path: str, change: Change, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     # SQLite has locks of its own, but they belong to the file: who still had it open when it is moved aside would take
-    # the journal of the new database for its own, by the name, and delete it.
+    # the journal of the new database for its own, by the name, and delete it (https://www.sqlite.org/howtocorrupt.html).
     with locked(path, timeout):
         try:
             _write(path, change, deadline)

@@ -560,7 +560,7 @@ def test_nobody_opens_the_database_while_another_worker_writes(
 ) -> None:
     """One writes, or moves a corrupt database aside; the others wait without having it open, and their counts with them.
 
-    To move it while somebody has it open is one of the ways to corrupt the next one (sqlite.org/howtocorrupt.html, 2.3).
+    To rename a database in use is one of the ways to corrupt one that https://www.sqlite.org/howtocorrupt.html names.
     """
     spoil()
     recorder = recorder_of({"a": 1})
