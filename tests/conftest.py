@@ -10,8 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import status
 from blockbuster import BlockBuster
 
 from freegpt_auth.tokens import digest_of, issue
@@ -252,15 +251,7 @@ class Server:
 
     def get(self, path: str = "/v1/models", token: str | None = None) -> int:
         """Return the status code that a GET answers."""
-        request = urllib.request.Request(self.url + path)
-        if token is not None:
-            request.add_header("Authorization", f"Bearer {token}")
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return int(response.status)
-        except urllib.error.HTTPError as error:
-            error.close()
-            return error.code
+        return status(self.url + path, token)
 
     def stop(self) -> str:
         """Stop the server as an operator does, and return what it logged."""

@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from asking import status
 from postgresql import free_port
 
 if TYPE_CHECKING:
@@ -23,17 +22,12 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "two_servers.sh"
 COMMAND = re.compile(r'^curl -i (\S+) -H "Authorization: Bearer (\S+)"$', re.MULTILINE)
 
 
-def status(url: str, token: str) -> int:
-    """Return what a server answers; 0 if it does not."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+def is_up(url: str, token: str) -> bool:
+    """Tell whether a server answers anything."""
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
+        return bool(status(url, token))
     except OSError:
-        return 0
+        return False
 
 
 @pytest.fixture
@@ -51,7 +45,7 @@ def commands(cluster: object, database: str, tmp_path: Path) -> Iterator[list[tu
             start_new_session=True,
         )
     deadline = time.monotonic() + 30
-    while len(found := COMMAND.findall(log.read_text())) < 2 or not all(status(*each) for each in found):
+    while len(found := COMMAND.findall(log.read_text())) < 2 or not all(is_up(*each) for each in found):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from applications import LIFESPAN
 
 from freegpt_auth import FileTokenStore
 from freegpt_auth.usage.sqlite import read_usage
@@ -20,15 +21,15 @@ from freegpt_auth.usage.sqlite import read_usage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-APPLICATION = """
+APPLICATION = (
+    LIFESPAN
+    + """
 import json, os
 from freegpt_auth import BearerTokenMiddleware
 
 async def application(scope, receive, send):
     if scope["type"] == "lifespan":
-        for event in ("startup", "shutdown"):
-            await receive()
-            await send({"type": f"lifespan.{event}.complete"})
+        await lifespan(receive, send)
         return
     body = json.dumps({"worker": os.getpid()}).encode()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
@@ -36,6 +37,7 @@ async def application(scope, receive, send):
 
 app = BearerTokenMiddleware(application)
 """
+)
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def _write(path: str, change: Change, deadline: float) -> None:
     # Born readable by its owner only; SQLite gives its journal the same permissions.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with _connected(f"{Path(path).as_uri()}?mode=rw", max(0.0, deadline - time.monotonic())) as connection:
+    with _connected(path, "rw", max(0.0, deadline - time.monotonic())) as connection:
         connection.execute("BEGIN EXCLUSIVE")  # nobody reads any more
         connection.execute(_USAGE)
         connection.execute(_BATCHES)
@@ -168,13 +168,13 @@ def read_usage(path: str) -> dict[str, Usage]:
         if _code_of(error) != sqlite3.SQLITE_READONLY:
             raise
     # A writer was killed in the middle. Whoever looks next, and may write, takes back what it had begun.
-    with locked(path, READ_TIMEOUT), _connected(f"{Path(path).as_uri()}?mode=rw", READ_TIMEOUT) as connection:
+    with locked(path, READ_TIMEOUT), _connected(path, "rw", READ_TIMEOUT) as connection:
         connection.execute("SELECT 1 FROM sqlite_schema")
     return _read(path)
 
 
 def _read(path: str) -> dict[str, Usage]:
-    with _connected(f"{Path(path).as_uri()}?mode=ro", READ_TIMEOUT) as connection:
+    with _connected(path, "ro", READ_TIMEOUT) as connection:
         if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'usage'").fetchone():
             return {}
         try:
@@ -187,8 +187,9 @@ def _read(path: str) -> dict[str, Usage]:
 
 
 @contextlib.contextmanager
-def _connected(uri: str, timeout: float) -> Generator[sqlite3.Connection]:
+def _connected(path: str, mode: str, timeout: float) -> Generator[sqlite3.Connection]:
     # One connection a write: nothing is open while nothing happens, and nothing crosses a fork.
+    uri = f"{Path(path).as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
     try:
         yield connection

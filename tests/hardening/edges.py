@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
+from applications import HELLO
 
 from freegpt_auth import FileTokenStore
 from freegpt_auth.stores.disk import SIZE_LIMIT
@@ -40,7 +41,9 @@ from freegpt_auth.usage.sqlite import UsageDatabase, read_usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-APPLICATION = """
+APPLICATION = (
+    HELLO
+    + """
 import glob, logging, os, time
 from freegpt_auth import BearerTokenMiddleware
 
@@ -50,18 +53,9 @@ time.time = lambda: told() + (os.stat("ahead").st_size if os.path.exists("ahead"
 logging.basicConfig(level=logging.INFO, format="%(process)d %(levelname)s %(message)s")
 logging.getLogger("freegpt_auth").addFilter(lambda record: not record.msg.startswith("refused"))
 
-async def application(scope, receive, send):
-    if scope["type"] == "lifespan":
-        for event in ("startup", "shutdown"):
-            await receive()
-            await send({"type": f"lifespan.{event}.complete"})
-        return
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
-
-guarded = {"/": BearerTokenMiddleware(application, usage_interval=0.1)}
+guarded = {"/": BearerTokenMiddleware(hello, usage_interval=0.1)}
 for folder in glob.glob("start-*"):  # servers within the server, each with a token file of its own
-    guarded[f"/{folder}"] = BearerTokenMiddleware(application, store=f"{folder}/api_tokens.json", usage="off")
+    guarded[f"/{folder}"] = BearerTokenMiddleware(hello, store=f"{folder}/api_tokens.json", usage="off")
 
 async def app(scope, receive, send):
     async def signed(message):
@@ -70,6 +64,7 @@ async def app(scope, receive, send):
         await send(message)
     await guarded[scope.get("path", "/")](scope, receive, signed)
 """
+)
 # Root may read every file, so as root the server goes without that right. What it makes, it makes without a umask.
 UVICORN = """
 import os, sys

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import pytest
+from applications import HELLO
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, authentication, bearer
 from freegpt_auth.bearer import VALUE_LIMIT
@@ -36,20 +37,12 @@ from freegpt_auth.tokens import digest_of, issue
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-APPLICATION = """
+APPLICATION = f"""
+{HELLO}
 import logging
 from freegpt_auth import BearerTokenMiddleware
 
 logging.basicConfig(level=logging.INFO)
-
-async def hello(scope, receive, send):
-    if scope["type"] == "lifespan":
-        for event in ("startup", "shutdown"):
-            await receive()
-            await send({"type": f"lifespan.{event}.complete"})
-        return
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
 
 app = BearerTokenMiddleware(hello)
 """

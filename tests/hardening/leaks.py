@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
+from applications import LIFESPAN
 
 import freegpt_auth
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, FreeGPTAuthError, Settings
@@ -35,7 +36,9 @@ from freegpt_auth.tokens import PREFIX_LENGTH, checked_name, digest_of, find, ge
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-APPLICATION = """
+APPLICATION = (
+    LIFESPAN
+    + """
 import gc, json, logging, os
 from freegpt_auth import BearerTokenMiddleware
 
@@ -54,9 +57,7 @@ def live():
 
 async def hello(scope, receive, send):
     if scope["type"] == "lifespan":
-        for event in ("startup", "shutdown"):
-            await receive()
-            await send({"type": f"lifespan.{event}.complete"})
+        await lifespan(receive, send)
         return
     if scope["path"] == "/fail":
         raise RuntimeError("the application failed")
@@ -71,6 +72,7 @@ async def hello(scope, receive, send):
 
 app = BearerTokenMiddleware(hello, public_paths=["/live"], usage_interval=0.1)
 """
+)
 SERVERS = {
     "h11": ("uvicorn", "--http", "h11", "--ws", "wsproto", "--log-level", "trace"),
     "httptools": ("uvicorn", "--http", "httptools", "--ws", "websockets-sansio", "--log-level", "trace"),

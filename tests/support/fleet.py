@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import psycopg
+from applications import HELLO
 
 from freegpt_auth.stores.postgres import PostgresTokenStore
 from freegpt_auth.tokens import generate_secret
@@ -42,22 +43,14 @@ time.time = lambda: told() + float(os.environ.get("AHEAD", "0"))
 """
 APPLICATION = f"""
 {_CLOCK}
+{HELLO}
 import logging
 from freegpt_auth import BearerTokenMiddleware
 
 logging.basicConfig(level=logging.INFO, format="%(process)d %(levelname)s %(message)s")
 logging.getLogger("freegpt_auth").addFilter(lambda record: not record.msg.startswith("refused"))
 
-async def application(scope, receive, send):
-    if scope["type"] == "lifespan":
-        for event in ("startup", "shutdown"):
-            await receive()
-            await send({{"type": f"lifespan.{{event}}.complete"}})
-        return
-    await send({{"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]}})
-    await send({{"type": "http.response.body", "body": b""}})
-
-app = BearerTokenMiddleware(application, usage_interval=float(os.environ.get("INTERVAL", "0.2")))
+app = BearerTokenMiddleware(hello, usage_interval=float(os.environ.get("INTERVAL", "0.2")))
 """
 _OPERATOR = f"""
 {_CLOCK}
