@@ -148,6 +148,8 @@ def usage_location(
         raise ConfigurationError(
             "FREEGPT_AUTH_USAGE is the URL of another database than the tokens'; name a file, say off, or unset it"
         )
+    if not is_url(location) and os.path.realpath(location) == os.path.realpath(store):
+        raise ConfigurationError("FREEGPT_AUTH_USAGE names the token file; name another file, say off, or unset it")
     return None if location == "off" else location
 
 

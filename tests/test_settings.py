@@ -180,6 +180,7 @@ def test_public_paths(argument: list[str] | None, variable: str, expected: set[s
         ({"store": ""}, "^FREEGPT_AUTH_STORE is set but empty"),
         ({"environ": {"FREEGPT_AUTH_STORE": " "}}, "^FREEGPT_AUTH_STORE is set but empty"),
         ({"store": "/"}, "^/ is a folder; name a token file"),
+        ({"store": "t.json", "usage": "./t.json"}, "^FREEGPT_AUTH_USAGE names the token file; name another file"),
         ({"usage": " "}, "^FREEGPT_AUTH_USAGE is set but empty.*say off"),
         *[({"usage_interval": interval}, "^usage_interval is .* above 0") for interval in (0, -1, float("nan"), 1e99)],
         ({"environ": {"FREEGPT_AUTH_REQUIRED": "treu"}}, "^FREEGPT_AUTH_REQUIRED is 'treu'; set it to 1 or 0"),

@@ -25,7 +25,7 @@ from .document import Document, tokens_in
 from .lock import locked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from ..tokens import Token
@@ -104,11 +104,19 @@ class FileTokenStore:
 
     def revoke(self, token_id: str, at: datetime) -> Token:
         """Refuse the token from now on, in every process of this host."""
-        return self._change(lambda document: document.revoke(token_id, at))
+        return self.revoke_all([token_id], at)[0]
 
     def delete(self, token_id: str) -> Token:
         """Remove the token, in every process of this host. The file stays, and keeps authentication on."""
-        return self._change(lambda document: document.remove(token_id))
+        return self.delete_all([token_id])[0]
+
+    def revoke_all(self, token_ids: Sequence[str], at: datetime) -> list[Token]:
+        """Revoke tokens in one rewrite of the file; see :class:`~freegpt_auth.stores.base.AtOnce`."""
+        return self._change(lambda document: [document.revoke(token_id, at) for token_id in token_ids])
+
+    def delete_all(self, token_ids: Sequence[str]) -> list[Token]:
+        """Remove tokens in one rewrite of the file; see :class:`~freegpt_auth.stores.base.AtOnce`."""
+        return self._change(lambda document: [document.remove(token_id) for token_id in token_ids])
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
         """Add the tokens that are not there, and revoke those that are revoked in *tokens*."""

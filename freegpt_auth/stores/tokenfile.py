@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from ..tokens import Token, digest_of, prefix_of, printable
+from ..names import printable
+from ..tokens import Token, digest_of, prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
