@@ -443,6 +443,15 @@ def test_files_that_share_their_usage_copy_tokens_only(here: Run, monkeypatch: p
     assert not Path("back.usage.db").exists()
 
 
+def test_copy_deletes_usage_with_the_tokens(here: Run) -> None:
+    """The usage of a token that ``copy --delete`` deletes from a file leaves the usage database of that file."""
+    put(FILE, token("plain"))
+    put(BACK, token("revoked"))
+    put_usage("back.usage.db", USED)
+    assert here("copy", FILE, BACK, "--delete").status == 0
+    assert set(usage_at("back.usage.db")) == {"id-plain", "id-of-nobody"}
+
+
 def test_a_wrong_setting_is_said_before_anything_is_changed(
     here: Run, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -355,7 +355,9 @@ def test_a_write_that_fails_after_it_was_done_counts_once(
         context.setattr(sqlite.sqlite3, "connect", without_journal)
         recorder.flush()
     (message,) = log(logging.WARNING)
-    assert message.startswith(f"usage cannot be written to {Path(PATH).absolute()}: the disk failed to read or write it")
+    assert message.startswith(
+        f"usage cannot be written to {Path(PATH).absolute()}: the disk failed to read or write it"
+    )
     assert counts() == {"a": 1}
     for _ in range(2):
         recorder.record(("a", 1.0))

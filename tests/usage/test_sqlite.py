@@ -115,7 +115,7 @@ def test_reading_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None
     store.add(Batch("p", 1, {"a": (1, 0.0)}), 1.0)
     with contextlib.closing(sqlite3.connect("usage.db", isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(UsageError, match="^another program holds its lock; end that program"):
+        with pytest.raises(UsageError, match=r"^another program holds its lock; end that program"):
             store.read()
 
 
