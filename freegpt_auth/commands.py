@@ -20,6 +20,7 @@ from .references import resolve
 from .settings import usage_location
 from .stores import open_store
 from .stores.base import AtOnce, Migrating
+from .stores.disk import explain
 from .tokens import digest_of, issue
 from .usage import open_usage
 
@@ -197,8 +198,9 @@ def _forget_usage(setting: tuple[str, str | None], token_ids: Sequence[str]) -> 
         path = usage_location(*setting)
         if token_ids and path is not None:
             open_usage(path).forget(token_ids)
-    except FreeGPTAuthError as error:
-        say(f"freegpt-auth: the usage of the deleted token(s) could not be removed: {error}")
+    except (FreeGPTAuthError, OSError) as error:  # OSError: the working directory is gone
+        reason = explain(error) if isinstance(error, OSError) else error
+        say(f"freegpt-auth: the usage of the deleted token(s) could not be removed: {reason}")
 
 
 def _now(store: TokenStore) -> datetime:

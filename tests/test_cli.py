@@ -445,6 +445,18 @@ def test_deleting_the_last_token_tells_how_to_turn_authentication_off(run: Run) 
     assert kept() == []
 
 
+def test_delete_in_a_directory_that_is_gone(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the working directory was removed, and usage is named relative to it, the token is deleted all the same."""
+    put(row(SECRET), row(OTHER))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir("gone")
+    monkeypatch.setenv("FREEGPT_AUTH_USAGE", "usage.db")
+    (tmp_path / "gone").rmdir()
+    done = run("--store", str(tmp_path / TOKEN_FILE), "delete", SECRET)
+    assert (done.status, done.err.count("\n")) == (0, 2)
+    assert "could not be removed: no such file or directory" in done.err
+
+
 # --- where the tokens are
 
 

@@ -524,12 +524,13 @@ def limit(workers: set[int], size: int) -> None:
 
 
 def ruin(token_id: str) -> int:
-    """Overwrite the usage database between two writes, and return what it counted."""
+    """Damage the usage database behind its header between two writes, and return what it counted."""
     with contextlib.closing(sqlite3.connect(USAGE, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         ((count,),) = database.execute("SELECT use_count FROM usage WHERE token_id = ?", [token_id])
         with USAGE.open("r+b") as file:
-            file.write(b"no database" * 10)
+            file.seek(100)
+            file.write(b"no database" * 1000)
     return int(count)
 
 
@@ -544,9 +545,21 @@ def test_a_fault_of_the_usage_database_fails_no_request(start: Start, secrets: d
     to_disk = partial(link, USAGE.parent, "disk")
     for make, mend, reason in (
         (partial(link, USAGE.parent, "nowhere"), to_disk, "its folder does not exist; create the folder first"),
-        (partial(link, USAGE.parent, "blocked"), to_disk, "unable to open database file"),
-        (partial(USAGE.chmod, 0o400), partial(USAGE.chmod, 0o600), "attempt to write a readonly database"),
-        (partial(limit, watch.workers, 2**20), partial(limit, watch.workers, -1), "disk I/O error"),
+        (
+            partial(link, USAGE.parent, "blocked"),
+            to_disk,
+            "it is a directory, not a file; move it away, or name another file in FREEGPT_AUTH_USAGE",
+        ),
+        (
+            partial(USAGE.chmod, 0o400),
+            partial(USAGE.chmod, 0o600),
+            "it or its folder is read-only; run this as the user who owns them, or change their permissions",
+        ),
+        (
+            partial(limit, watch.workers, 2**20),
+            partial(limit, watch.workers, -1),
+            "the disk failed to read or write it; look for .*",
+        ),
     ):
         watch.change(
             make, answers(), f"WARNING usage cannot be written to .*: {reason}. It is kept in memory until it can"
