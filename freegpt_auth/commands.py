@@ -26,11 +26,13 @@ from .usage import open_usage
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from .stores.base import TokenStore
     from .tokens import Token
     from .usage.base import Usage
+
+    _UsageSetting = tuple[str, str | None]  # the arguments of usage_location
 
 
 def create(options: argparse.Namespace) -> int:
@@ -75,10 +77,7 @@ def revoke(options: argparse.Namespace) -> int:
     tokens, at = resolve(store, options.references), _now(store)
     # Revoked ones too: the command that revoked them may not have waited for the servers yet.
     ids = [token.id for token in tokens]
-    if isinstance(store, AtOnce):
-        revoked: Iterable[Token] = store.revoke_all(ids, at)
-    else:
-        revoked = (store.revoke(token_id, at) for token_id in ids)
+    revoked = store.revoke_all(ids, at) if isinstance(store, AtOnce) else (store.revoke(each, at) for each in ids)
     for token, _ in zip(tokens, revoked, strict=True):
         if token.revoked_at is not None:
             say(f"Token {title(token)} was already revoked at {local(token.revoked_at)}.")
@@ -91,13 +90,8 @@ def delete(options: argparse.Namespace) -> int:
     """Refuse tokens from now on and remove their records and their usage."""
     store = open_store(options.store)
     tokens = resolve(store, options.references)
-    deleted: list[str] = []
-    try:
-        for token in _deleted(store, tokens):
-            deleted.append(token.id)
-            _say_refused("Deleted", token)
-    finally:
-        _forget_usage((options.store, None), deleted)
+    for token in _deleted(store, tokens, (options.store, None)):
+        _say_refused("Deleted", token)
     if not is_url(options.store):  # a server with a database is never open
         with contextlib.suppress(StoreError):  # the token is deleted whether or not the file can be read once more
             if not store.tokens():
@@ -125,9 +119,8 @@ def copy(options: argparse.Namespace) -> int:
     )
     others = [token for digest, token in there.items() if digest not in tokens]
     if options.delete:
-        for token in _deleted(target, others):
+        for token in _deleted(target, others, _usage_setting(options.target)):
             say(f"Deleted token {title(token)}, which {origin.source} does not hold.")
-        _forget_usage(_usage_setting(options.target), [token.id for token in others])
     elif active := [token for token in others if token.status(_now(target)) == "active"]:
         say(f"{target.source} accepts {len(active)} token(s) more, which {origin.source} does not hold:")
         for token in active:
@@ -148,11 +141,15 @@ def migrate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _deleted(store: TokenStore, tokens: Sequence[Token]) -> Iterable[Token]:
-    """Delete tokens, all in one change where the store can, and return each when it is deleted."""
-    if isinstance(store, AtOnce):
-        return store.delete_all([token.id for token in tokens])
-    return (store.delete(token.id) for token in tokens)
+def _deleted(store: TokenStore, tokens: Sequence[Token], usage: _UsageSetting) -> Iterator[Token]:
+    """Delete tokens, all in one change where the store can; yield each when it is deleted, then remove their usage."""
+    ids, done = [token.id for token in tokens], []
+    try:
+        for token in store.delete_all(ids) if isinstance(store, AtOnce) else map(store.delete, ids):
+            done.append(token.id)
+            yield token
+    finally:
+        _forget_usage(usage, done)
 
 
 def _say_refused(done: str, token: Token) -> None:
@@ -171,7 +168,7 @@ def _usage(location: str) -> Mapping[str, Usage]:
             return {}
 
 
-def _usage_setting(location: str) -> tuple[str, str | None]:
+def _usage_setting(location: str) -> _UsageSetting:
     """Return the arguments of ``usage_location``: a database has its own, for files there may be FREEGPT_AUTH_USAGE."""
     return location, location if is_url(location) else None
 
@@ -184,23 +181,24 @@ def _copy_usage(origin: str, target: str, names: Mapping[str, str]) -> None:
             if usage:
                 after.merge(usage)
         except UsageError as error:
-            raise StoreError(f"the tokens were copied, but their usage could not be: {error}; run it again") from None
+            raise StoreError(
+                "the tokens were copied; their usage could not be copied "
+                f"from {before.source} to {after.source}: {error}; run it again"
+            ) from None
 
 
-def _forget_usage(setting: tuple[str, str | None], token_ids: Sequence[str]) -> None:
-    """Remove the usage of deleted tokens. A fault is one line and no failure: the tokens are deleted.
-
-    Args:
-        setting: the arguments of ``usage_location``.
-        token_ids: the tokens.
-    """
+def _forget_usage(setting: _UsageSetting, token_ids: Sequence[str]) -> None:
+    """Remove the usage of deleted tokens. A fault is one line and no failure: the tokens are deleted."""
+    place = ""
     try:
-        path = usage_location(*setting)
-        if token_ids and path is not None:
-            open_usage(path).forget(token_ids)
+        location = usage_location(*setting)
+        if token_ids and location is not None:
+            store = open_usage(location)
+            place = f" from {store.source}"
+            store.forget(token_ids)
     except (FreeGPTAuthError, OSError) as error:  # OSError: the working directory is gone
         reason = explain(error) if isinstance(error, OSError) else error
-        say(f"freegpt-auth: the usage of the deleted token(s) could not be removed: {reason}")
+        say(f"freegpt-auth: the usage of the deleted token(s) could not be removed{place}: {reason}")
 
 
 def _now(store: TokenStore) -> datetime:

@@ -148,9 +148,13 @@ def usage_location(
         raise ConfigurationError(
             "FREEGPT_AUTH_USAGE is the URL of another database than the tokens'; name a file, say off, or unset it"
         )
+    return None if location == "off" else _other_than_tokens(location, store)
+
+
+def _other_than_tokens(location: str, store: str) -> str:
     if not is_url(location) and os.path.realpath(location) == os.path.realpath(store):
         raise ConfigurationError("FREEGPT_AUTH_USAGE names the token file; name another file, say off, or unset it")
-    return None if location == "off" else location
+    return location
 
 
 def _environment_key(env: Mapping[str, str]) -> EnvironmentKey | None:
