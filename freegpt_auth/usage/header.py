@@ -7,8 +7,8 @@ import os
 import sqlite3
 import stat
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from ..exceptions import StoreBusyError
 
@@ -58,6 +58,12 @@ def obstacle(path: str) -> str | None:
     return None
 
 
+def uri_of(path: str, mode: str) -> str:
+    """Return SQLite's URI of the database at an absolute *path*, which is opened in *mode*."""
+    # Path.as_uri imports urllib when it is called: a fault there would be one of a command that is half done.
+    return f"file:{quote(os.fsencode(path))}?mode={mode}"
+
+
 @contextlib.contextmanager
 def turn(path: str, timeout: float) -> Generator[None]:
     """Let one thread of this process at a time have the database at *path* open.
@@ -95,9 +101,8 @@ def _is_of_first_release(path: str, header: bytes) -> bool:
     if not header.startswith(_MAGIC) or header[_ID_AT] != bytes(4):
         return False
     # Immutable: no lock is taken, no journal rolled back, no file made.
-    uri = f"{Path(path).as_uri()}?mode=ro&immutable=1"
     try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+        with contextlib.closing(sqlite3.connect(uri_of(path, "ro&immutable=1"), uri=True)) as connection:
             tables = connection.execute("SELECT sql FROM sqlite_schema").fetchall()
     except (sqlite3.Error, UnicodeDecodeError):
         return False

@@ -103,7 +103,7 @@ class UsageDatabase:
             path = real_path(self.source)
             with header.turn(path, READ_TIMEOUT):
                 obstacle = header.obstacle(path)
-            if obstacle is not None:
+            if obstacle:
                 raise ConfigurationError(f"{self.source} cannot hold usage: {obstacle}")
 
     def forget(self, token_ids: Collection[str]) -> None:
@@ -166,15 +166,23 @@ def _change(path: str, change: Change, timeout: float) -> None:
     with explained():
         path = real_path(path)
         with header.turn(path, timeout), locked(path, _left(deadline)):
-            _check_ours(path)
-            try:
-                _write(path, change, deadline)
-            except sqlite3.DatabaseError as error:
-                if code_of(error) not in DAMAGED:
-                    raise
+            # Twice: SQLite takes a read error of the disk, which may pass, for damage.
+            if not (_is_written(path, change, deadline) or _is_written(path, change, deadline)):
                 _check_ours(path)
                 _move_aside(path)
                 _write(path, change, deadline)
+
+
+def _is_written(path: str, change: Change, deadline: float) -> bool:
+    """Write a change, and tell whether that could be done: it cannot in a damaged database."""
+    _check_ours(path)
+    try:
+        _write(path, change, deadline)
+    except sqlite3.DatabaseError as error:
+        if code_of(error) not in DAMAGED:
+            raise
+        return False
+    return True
 
 
 def _write(path: str, change: Change, deadline: float) -> None:
@@ -222,16 +230,14 @@ def _is_missing(path: str) -> bool:
 
 
 def _check_ours(path: str) -> None:
-    obstacle = header.obstacle(path)
-    if obstacle is not None:
+    if obstacle := header.obstacle(path):
         raise UsageError(obstacle)
 
 
 @contextlib.contextmanager
 def _connected(path: str, mode: str, timeout: float) -> Generator[sqlite3.Connection]:
     # One connection a write: nothing is open while nothing happens, and nothing crosses a fork.
-    uri = f"{Path(path).as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
+    connection = sqlite3.connect(header.uri_of(path, mode), uri=True, timeout=timeout, isolation_level=None)
     try:
         yield connection
     except UnicodeDecodeError:  # the sqlite3 module's error for damaged text

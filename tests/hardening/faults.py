@@ -208,6 +208,9 @@ def run_once(launcher: Launcher, folder: Path, template: Path, arguments: list[s
     tokens = dict(FileTokenStore(path).tokens())
     another, secret = issue("another", now=CREATED)
     FileTokenStore(path).add(digest_of(secret), another)
+    usage = home / "api_tokens.usage.db"
+    if usage.exists():
+        UsageDatabase(str(usage)).forget([])
     left = {str(one.relative_to(home)): one.lstat().st_mode for one in home.rglob("*")}
     texts = [(folder / name).read_text().replace(str(home), "HOME") for name in ("trace", "out", "err")]
     return Run(texts[0], status, *texts[1:], before, after, known, tokens, left)

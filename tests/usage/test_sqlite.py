@@ -9,6 +9,7 @@ import stat
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,26 @@ def test_sqlite_messages_are_not_repeated(code: int) -> None:
     with pytest.raises(UsageError, match=r"; |memory|result code") as caught, explained():
         raise error
     assert "as SQLite words it" not in str(caught.value)
+
+
+def test_passing_read_error_moves_nothing_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read error of the disk, which SQLite calls damage, is tried again before a healthy database is moved aside."""
+    store = UsageDatabase("usage.db")
+    store.add(Batch("p", 1, {"a": (1, 0.0)}), 1.0)
+    connect, error = sqlite3.connect, sqlite3.DatabaseError()
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    failing = iter([error])
+
+    def once_broken(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        for each in failing:
+            raise each
+        connection: sqlite3.Connection = connect(*args, **kwargs)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", once_broken)
+    store.add(Batch("p", 2, {"a": (1, 0.0)}), 1.0)
+    assert store.read()["a"].use_count == 2
+    assert not list(Path().glob("usage.db.corrupt-*"))
 
 
 def test_what_is_no_database_says_what_it_is(tmp_path: Path) -> None:
