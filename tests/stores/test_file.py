@@ -265,7 +265,7 @@ def test_a_worker_forked_from_an_open_process_is_as_closed_as_its_siblings() -> 
 # --- faults
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero bytes": (Path.touch, "Input data was truncated"),
+    "zero bytes": (Path.touch, "it is empty; a new token file is made by create, not by touch"),
     "deep": (lambda path: path.write_bytes(b"[" * 10**6), "it is nested too deeply"),
     "a directory": (Path.mkdir, "not a regular file"),
     "dangling link": (lambda path: path.symlink_to("nowhere"), "no such file or directory"),
