@@ -238,7 +238,7 @@ def test_run_it(tmp_path: Path) -> None:
         assert "You didn't provide an API key" in answer.stdout
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        server.wait(timeout=60)
 
 
 def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:

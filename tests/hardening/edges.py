@@ -176,7 +176,7 @@ class Watch:
                 began, answer = time.monotonic(), b""
                 with (
                     contextlib.suppress(OSError),
-                    socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as client,
+                    socket.create_connection((address.hostname or "", address.port or 0), timeout=60) as client,
                 ):
                     client.sendall(request)
                     answer = b"".join(iter(partial(client.recv, 65536), b""))
@@ -259,7 +259,7 @@ class Watch:
 
 def until(reached: Callable[[], object], state: Callable[[], object] = tuple) -> None:
     """Wait until something is so."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not reached():
         assert time.monotonic() < deadline, state()
         time.sleep(0.01)
@@ -575,7 +575,7 @@ def test_a_server_stops_though_its_usage_database_is_locked_for_ever(start: Star
         watch.leave()
         began = time.monotonic()
         assert "usage cannot be written" in watch.end()
-        assert time.monotonic() - began < SHUTDOWN_TIMEOUT + 4
+        assert time.monotonic() - began < SHUTDOWN_TIMEOUT + 30
 
 
 def test_a_killed_worker_is_succeeded_by_one_as_closed(start: Start, key: dict[str, str]) -> None:
