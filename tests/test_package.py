@@ -78,6 +78,7 @@ def test_tox_installs_locked_versions() -> None:
                 assert {each for group in names.values() for each in group} <= {str(one) for one in required(lock)}, (
                     name
                 )
+    assert {TOX[name]["deps"] for name in NEWEST} == {""}
     assert not {name.removeprefix("testenv:") for name in NEWEST} & set(TOX["tox"]["env_list"].split())
 
 
@@ -106,12 +107,11 @@ def test_installed_versions_are_locked() -> None:
     assert installed.items() <= lock.items()
 
 
-def test_the_changelog_begins_with_this_version() -> None:
-    """A release is never made without saying what is new in it."""
-    newest = re.search(r"^## \[(.+?)\]", (PROJECT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
-    assert newest is not None
-    assert newest[1] == declared == version("freegpt-auth")
+def test_changelog_covers_this_version() -> None:
+    """The changes since the last release stand first, and then those of the release that is declared."""
+    sections = re.findall(r"^## \[(.+?)\]", (PROJECT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert sections[:2] == ["Unreleased", version("freegpt-auth")]
+    assert PYPROJECT["project"]["version"] == version("freegpt-auth")
 
 
 def test_only_four_packages_are_needed_to_run() -> None:
