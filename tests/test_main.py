@@ -20,7 +20,7 @@ SCRIPT = str(Path(sysconfig.get_path("scripts")) / "freegpt-auth")
 
 def run(*program: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own."""
-    return subprocess.run(program, capture_output=True, text=True, timeout=60, check=False, env=env)
+    return subprocess.run(program, capture_output=True, text=True, timeout=120, check=False, env=env)
 
 
 @pytest.mark.parametrize("program", [(sys.executable, "-m", "freegpt_auth"), (SCRIPT,)], ids=["module", "script"])

@@ -132,9 +132,14 @@ class Target(NamedTuple):
         """Return what it logged of refusals."""
         return [line for line in self.server.log.read_text().splitlines() if "refus" in line]
 
-    def received(self) -> list[int]:
-        """Return how many bytes of each body the middleware has received."""
-        return [int(number) for number in re.findall(r"received (\d+) bytes", self.server.log.read_text())]
+    def received(self, count: int) -> list[int]:
+        """Return how many bytes the middleware received of each of *count* bodies, once it has given up on them."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            found = [int(number) for number in re.findall(r"received (\d+) bytes", self.server.log.read_text())]
+            if len(found) >= count or time.monotonic() > until:
+                return found
+            time.sleep(0.05)
 
 
 @pytest.fixture(params=SERVERS)
@@ -235,8 +240,13 @@ class Upload:
             self.ended = time.monotonic() - self.began
 
 
-def upload(target: Target, bodies: list[str], seconds: float, what: str) -> list[Upload]:
-    """Begin one upload after another, and go on until each was *answered*, or has *ended*, or *seconds* are over."""
+def upload(
+    target: Target, bodies: list[str], seconds: float, what: str, then: Callable[[], object] = tuple
+) -> list[Upload]:
+    """Begin one upload after another, and go on until each was *answered*, or has *ended*, or *seconds* are over.
+
+    What is *then* to be done is done before the connections are closed.
+    """
     uploads = []
     with selectors.DefaultSelector() as selector:
         for body in bodies:
@@ -254,28 +264,35 @@ def upload(target: Target, bodies: list[str], seconds: float, what: str) -> list
                 key.data.go_on(events)
                 if key.data.ended is not None:
                     selector.unregister(key.fileobj)
+    then()
     for one in uploads:
         one.connection.close()
     return uploads
+
+
+def waits(target: Target) -> list[float]:
+    """Return how long each request of a good client waited, in ascending order."""
+    with Clients(target) as clients:
+        time.sleep(2)
+    return sorted(clients.waited)
 
 
 def test_a_refusal_never_waits_for_a_body(patient: Target) -> None:
     """Two hundred bodies stall at once: each refusal comes all the same, and good clients hardly notice."""
     crowd = [name for name, (_, _, rest) in BODIES.items() if not rest] * 67
     before = patient.resident()
-    with Clients(patient) as undisturbed:
-        time.sleep(1)
-    with Clients(patient) as clients:
-        uploads = upload(patient, crowd, PATIENCE, "answered")
+    alone, beside = waits(patient), list[float]()
+    uploads = upload(patient, crowd, PATIENCE, "answered", lambda: beside.extend(waits(patient)))
     slowest = max(one.answered or 999 for one in uploads)
     grown = patient.resident() - before
-    alone, usual, worst = median(undisturbed.waited), median(clients.waited), max(clients.waited)
+    # A busy machine makes some requests wait, and a busy server all of them.
+    usual, undisturbed = beside[len(beside) // 4], alone[len(alone) // 4]
     _logger.info(
-        "%s: %d stalled, slowest refusal %.4f s, good requests %d, median %.4f s, alone %.4f s, worst %.4f s, grown %d bytes",
-        *(patient.kind, len(crowd), slowest, len(clients.waited), usual, alone, worst, grown),
+        "%s: %d stalled, slowest refusal %.4f s, good requests %d, quartile %.4f s, alone %.4f s, grown %d bytes",
+        *(patient.kind, len(crowd), slowest, len(beside), usual, undisturbed, grown),
     )
     assert {one.received[9:12] for one in uploads} == {b"401"}, "it waited for the body"
-    assert usual < 0.1 + 10 * alone
+    assert usual < 0.05 + 10 * undisturbed
     assert grown < GROWTH + len(crowd) * 0x10000
 
 
@@ -286,9 +303,10 @@ def test_a_body_that_does_not_end_is_given_up(target: Target) -> None:
     grown = target.resident() - before
     for name, one in uploads.items():
         _logger.info("%s: %s: ended %s s, sent %.1f MiB", target.kind, name, one.ended, one.sent / MIB)
-    _logger.info("%s: received %s", target.kind, target.received())
+    received = target.received(sum(bool(first) for _, first, _ in BODIES.values()))
+    _logger.info("%s: received %s", target.kind, received)
     assert [name for name, one in uploads.items() if one.ended is None] == []
-    assert max(target.received()) < BODY_LIMIT + MESSAGE
+    assert max(received) < BODY_LIMIT + MESSAGE
     assert min(one.ended or 0 for one in uploads.values() if not one.rest) > 0.9 * BODY_TIMEOUT, (
         "the slow have their time"
     )
