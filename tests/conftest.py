@@ -295,7 +295,8 @@ def _servers(folder: Path) -> Iterator[Callable[..., Server]]:
                 [sys.executable, *program, *arguments, *address],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
+                # By default uvicorn kills a worker that a busy machine keeps from answering it for 5 seconds.
+                env={**os.environ, "UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "120", **environment},
                 cwd=folder,
             )
         server = Server(process, f"http://127.0.0.1:{port}", log)
