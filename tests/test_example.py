@@ -224,8 +224,11 @@ def test_open_mode_until_a_token_is_created(serve: Callable[..., Any], command: 
 def test_key_in_dotenv(
     serve: Callable[..., Any], served: dict[str, Path], environment: dict[str, str], works: str
 ) -> None:
-    """A key in .env works, also under uvicorn's own command, and one in the real environment wins over it."""
-    Path(".env").write_text("FREEGPT_API_KEY=sk-from-dotenv\n")
+    """A key in .env works, also under uvicorn's own command, and one in the real environment wins over it.
+
+    Some editors put a byte order mark before the first line: before python-dotenv 1.2.3 that line was lost.
+    """
+    Path(".env").write_text("FREEGPT_API_KEY=sk-from-dotenv\n", encoding="utf-8-sig")
     arguments = [] if served else ["chat_server:app", "--app-dir", str(EXAMPLE.parent)]
     server = serve(*arguments, **served, **environment)
     for token in (None, "sk-from-dotenv", "sk-from-environment"):

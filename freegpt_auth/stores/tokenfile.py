@@ -91,7 +91,9 @@ def read(content: bytes) -> Contents[dict[bytes, Token]]:
     """
     with contextlib.suppress(ValueError):
         return Contents(_index(chain.from_iterable(batches([content]))))
-    return _read_whole(content.removeprefix(BOM_UTF8))
+    content = content.removeprefix(BOM_UTF8)
+    with explained(content):
+        return _read_whole(content)
 
 
 def batches(pieces: Iterable[bytes]) -> Iterator[tuple[StoredToken, ...]]:
@@ -124,8 +126,7 @@ def _decode_batch(lines: bytes) -> tuple[StoredToken, ...]:
 
 
 def _read_whole(content: bytes) -> Contents[dict[bytes, Token]]:
-    with explained(content):
-        document = _decode_any(content)
+    document = _decode_any(content)
     if not isinstance(document, dict):
         raise ValueError("it is not a JSON object")  # noqa: TRY004  one kind of error for every bad file
     if not document:
