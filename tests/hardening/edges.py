@@ -176,7 +176,7 @@ class Watch:
                 began, answer = time.monotonic(), b""
                 with (
                     contextlib.suppress(OSError),
-                    socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as client,
+                    socket.create_connection((address.hostname or "", address.port or 0), timeout=60) as client,
                 ):
                     client.sendall(request)
                     answer = b"".join(iter(partial(client.recv, 65536), b""))
@@ -259,7 +259,7 @@ class Watch:
 
 def until(reached: Callable[[], object], state: Callable[[], object] = tuple) -> None:
     """Wait until something is so."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not reached():
         assert time.monotonic() < deadline, state()
         time.sleep(0.01)
@@ -318,15 +318,14 @@ def same_size_and_time(path: Path) -> None:
     put(path, content, path.stat().st_mtime_ns)
 
 
+EMPTY = "it is empty; a new token file is made by create, not by touch"
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero bytes": (lambda path: os.truncate(path, 0), "Input data was truncated"),
-    "truncated": (lambda path: os.truncate(path, 300), "Input data was truncated"),
-    "corrupt": (edit(b":", b";"), r"JSON is malformed: expected ':' \(byte 10\)"),
-    "of the wrong shape": (
-        edit(b".+", b'{"version": 1, "tokens": {}}'),
-        r"Expected `array`, got `object` - at `\$\.tokens`",
-    ),
-    "NaN": (edit(b'"expires_at":null', b'"expires_at":NaN'), r"JSON is malformed: invalid character \(byte \d+\)"),
+    "zero bytes": (lambda path: os.truncate(path, 0), EMPTY),
+    "truncated": (lambda path: os.truncate(path, 300), "it is cut off in line 3: its closing brace is missing"),
+    "corrupt": (edit(b":", b";"), "it is not JSON: line 1, column 11 cannot be read"),
+    "of the wrong shape": (edit(b".+", b'{"version": 1, "tokens": {}}'), r"\$\.tokens must be a list"),
+    "NaN": (edit(b'"expires_at":null', b'"expires_at":NaN'), "it holds NaN, which is no number of JSON"),
     "a digest twice": (edit(rb"\$[0-9a-f]{64}", b"$" + b"0" * 64), r"the digest at \$\.tokens\[1\] stands there twice"),
     "an id with an escape twice": (
         edit(rb'"id":"\w+"', rb'"id":"\\u001b[2J"'),
@@ -334,8 +333,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "of another version": (edit(b'"version": 1', b'"version": 2'), "its version is 2; this release reads version 1"),
     "nested deep": (edit(b".+", b"[" * 100_000), "it is nested too deeply"),
-    "a long number": (edit(b"^{", b'{"n": ' + b"9" * 5000 + b", "), "Integer value out of range .*"),
-    "not UTF-8": (edit(b'"name":"', b'"name":"\xff'), "it is not UTF-8"),
+    "a long number": (
+        edit(b"^{", b'{"n": ' + b"9" * 5000 + b", "),
+        "it holds a number out of range, or half of a surrogate pair",
+    ),
+    "not UTF-8": (edit(b'"name":"', b'"name":"\xff'), "it is not UTF-8: line 2 holds the byte 0xff"),
     "too large": (grow, "it is larger than 512 MiB"),
     "unreadable": (lambda path: path.chmod(0), "permission denied; .*"),
     "a directory": (lambda path: link(path, "."), "it is not a regular file"),
@@ -464,7 +466,7 @@ def test_a_clock_that_jumps_moves_expiry_and_nothing_else(start: Start, command:
 
     watch.change(partial(jump, day), answers(valid=401))
     watch.change(partial(jump, 0), answers())
-    watch.change(partial(os.truncate, TOKENS, 0), answers(wrong=503), broken("Input data was truncated", 2))
+    watch.change(partial(os.truncate, TOKENS, 0), answers(wrong=503), broken(EMPTY, 2))
     watch.change(partial(jump, day), answers(valid=401, wrong=503), hold=RETRY_INTERVAL)
     watch.change(partial(jump, 0), answers(wrong=503))
     watch.change(partial(put, TOKENS, good), answers(), read_again())
@@ -586,7 +588,7 @@ def test_a_server_stops_though_its_usage_database_is_locked_for_ever(start: Star
         watch.leave()
         began = time.monotonic()
         assert "usage cannot be written" in watch.end()
-        assert time.monotonic() - began < SHUTDOWN_TIMEOUT + 4
+        assert time.monotonic() - began < SHUTDOWN_TIMEOUT + 30
 
 
 def test_a_killed_worker_is_succeeded_by_one_as_closed(start: Start, key: dict[str, str]) -> None:

@@ -56,7 +56,7 @@ def wait_for(expected: dict[str, int]) -> None:
 
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Wait until something is so."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < deadline, counts()
         time.sleep(0.001)
@@ -454,7 +454,7 @@ def test_a_stuck_write_holds_up_neither_requests_nor_the_shutdown(log: Callable[
         recorder.record(("a", 1.0))
         start = time.monotonic()
         recorder.flush()
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 30
     assert log(logging.WARNING) == ["usage is being written for too long; what came last is lost"]
     recorder.flush()
     assert counts() == {"a": 2}
