@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -361,7 +360,7 @@ async def test_mistyped_store_is_closed(
     """A store named with a stray character, or wrongly, never opens a server: by the variable or by the argument."""
     monkeypatch.setenv("HOME", "/")
     keep(FileTokenStore(TOKEN_FILE))
-    named = spelling.format(os.path.abspath(TOKEN_FILE))
+    named = spelling.format(await anyio.Path(TOKEN_FILE).absolute())
     if not is_argument:
         monkeypatch.setenv("FREEGPT_AUTH_STORE", named)
     guarded = BearerTokenMiddleware(NEVER, store=named if is_argument else None, usage="off")
@@ -375,7 +374,7 @@ def test_mistaken_store_stops_the_start(
 ) -> None:
     """A store that cannot be meant so is an error at the start, which shows no password."""
     keep(FileTokenStore(TOKEN_FILE))
-    named = spelling.format(os.path.abspath(TOKEN_FILE))
+    named = spelling.format(Path(TOKEN_FILE).absolute())
     if not is_argument:
         monkeypatch.setenv("FREEGPT_AUTH_STORE", named)
     with pytest.raises(ConfigurationError) as caught:
