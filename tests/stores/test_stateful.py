@@ -80,8 +80,8 @@ class Lives(RuleBasedStateMachine):
         self.patch.setattr(file, "time", SimpleNamespace(monotonic=lambda: self.ticks, sleep=self.wait))
         for module in (authentication, memory):
             self.patch.setattr(module, "time", SimpleNamespace(time=lambda: self.now))
-        self.patch.setattr(siblings, "_server", lambda: (os.getpid(), self.supervisor))
-        self.patch.setattr(siblings, "_folder", lambda: Path(self.folder.name, "notes"))
+        self.patch.setattr(siblings, "_servers", lambda _: (siblings._Server(os.getpid(), self.supervisor),))
+        self.patch.setattr(siblings, "_folders", lambda: (Path(self.folder.name, "notes"),))
         self.writers = [FileTokenStore(self.path), FileTokenStore(self.path)]
         self.state = "missing"
         self.tokens: dict[str, Known] = {}
