@@ -49,7 +49,7 @@ def is_url(location: str, subject: str = "the store") -> bool:
     if is_complete or _ADDRESS.search(location):
         raise ConfigurationError(
             f"{subject} resembles the address of a database but is no URL of one; "
-            "write postgresql://user:password@host/database, or ./ before a path"
+            "write a postgresql:// URL, or ./ before a path"
         )
     return False
 
