@@ -192,7 +192,7 @@ class Authenticator:
         return Refusal(reason, known.id or None)
 
     def _judge_key(self, digest: bytes, token: Token | None = None) -> Caller | Refusal:
-        """Decide about the environment key, once its secret is that of a revoked *token* for good."""
+        """Return the caller of the environment key, or refuse the key for good once *token* is its revoked token."""
         with self._lock:  # no other thread may cache the caller after the refusal
             if token is not None and token.revoked_at is not None:
                 self._key_refusal = Refusal("revoked", token.id)
