@@ -242,9 +242,7 @@ def _announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> Non
     origin = f"the environment key from {key.source}" if key else "no environment key"
     if mode is AuthMode.TOKEN_FILE and not survey.configured:
         refused = f"{survey.source} is missing or holds no tokens, so requests are refused (there is {origin})"
-        way_out = (
-            f"A first token is accepted at once: python -m freegpt_auth --store {quote(survey.source)} create NAME"
-        )
+        way_out = f"To create a first token, run: python -m freegpt_auth --store {quote(survey.source)} create NAME"
         _logger.warning("%s mode: %s. %s", kind, refused, way_out)
         return
     _logger.info("%s mode: %d active token(s) from %s, and %s", kind, survey.active, survey.source, origin)

@@ -126,7 +126,7 @@ def test_named_store_is_never_open(
     origin = "the environment key from FREEGPT_API_KEY" if key else "no environment key"
     assert line == (
         f"token-file mode: {FILE.absolute()} is missing or holds no tokens, so requests are refused (there is {origin}). "
-        f"A first token is accepted at once: python -m freegpt_auth --store {FILE.absolute()} create NAME"
+        f"To create a first token, run: python -m freegpt_auth --store {FILE.absolute()} create NAME"
     )
     assert authenticator.peek_open() is authenticator.resolve_open() is False
     assert isinstance(decide(authenticator, KEY), Caller) is (key is not None)
