@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from . import commands
-from .exceptions import AmbiguousTokenError, FreeGPTAuthError
+from .exceptions import AmbiguousTokenError, ConfigurationError, FreeGPTAuthError
 from .listing import title
 from .names import checked_name, printable
 from .settings import store_location
@@ -146,8 +146,10 @@ def _add_fleet_commands(group: argparse._SubParsersAction[_Parser]) -> None:
         "copy api_tokens.json postgresql://db/tokens",
         in_store=False,
     )
-    copy.add_argument("origin", metavar="FROM", help="a token file or the URL of a database")
-    copy.add_argument("target", metavar="TO", help="a token file or the URL of a database; what it holds stays")
+    copy.add_argument("origin", metavar="FROM", type=_location, help="a token file or the URL of a database")
+    copy.add_argument(
+        "target", metavar="TO", type=_location, help="a token file or the URL of a database; what it holds stays"
+    )
     copy.add_argument("--delete", action="store_true", help="also delete the tokens of TO that FROM does not hold")
 
     _command(
@@ -184,6 +186,13 @@ def _add_store(parser: argparse.ArgumentParser, default: str | None) -> None:
         default=default,
         help="the token file or database; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory",
     )
+
+
+def _location(text: str) -> str:
+    try:
+        return store_location(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _name(text: str) -> str:

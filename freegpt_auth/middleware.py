@@ -60,8 +60,8 @@ class BearerTokenMiddleware:
     Args:
         app: the application to protect.
         store: where the tokens are: a path, a ``postgresql://`` URL, or any
-            :class:`~freegpt_auth.stores.base.Verifier`.
-            Default: ``FREEGPT_AUTH_STORE``, else ``api_tokens.json`` in the working directory.
+            :class:`~freegpt_auth.stores.base.Verifier`. A server whose store is named, here or by the variable, is never
+            open. Default: ``FREEGPT_AUTH_STORE``, else ``api_tokens.json`` in the working directory.
         public_paths: exact paths that need no token. Default: ``FREEGPT_AUTH_PUBLIC_PATHS``, else none.
         required: raise instead of starting in open mode. Default: ``FREEGPT_AUTH_REQUIRED``, else no.
         usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the tokens;
@@ -94,11 +94,14 @@ class BearerTokenMiddleware:
             store=location, public_paths=public_paths, required=required, usage=usage, usage_interval=usage_interval
         )
         if verifier is None:
-            verifier = open_store(settings.store, lease=settings.lease, cache_limit=settings.cache_limit)
+            verifier = open_store(
+                settings.store, named=settings.store_named, lease=settings.lease, cache_limit=settings.cache_limit
+            )
         self._verifier = verifier
         self._look_up_limit: float = getattr(verifier, "look_up_limit", math.inf)
         self._public_paths = settings.public_paths
-        self._authenticator = Authenticator(verifier, settings.key, required=settings.required)
+        named = settings.store_named or store is not None
+        self._authenticator = Authenticator(verifier, settings.key, required=settings.required, named=named)
         self._refusals = RefusalLog()
         self._usage: UsageRecorder | None = None
         if settings.usage is not None:

@@ -346,6 +346,60 @@ async def test_open_closes_and_never_opens_again(keep: Keep, monkeypatch: pytest
     assert await statuses(guarded, None, secret) == [401, 401]
 
 
+FOLDER = "/a/mounted/volume"
+MISTYPED = [f"{{}}{end}" for end in ("\r", "\n", " ", "\t", "x")] + ["~/api_tokens.json"]
+MISTAKES = ['"{}"', "'{}'", f"{FOLDER}/api_tokens.json", "postgresql:/u:hunter2@h/db", "postgresql//u:hunter2@db"]
+MISTAKES += ["host=db password=hunter2", "~no-such-user/api_tokens.json", "mysql://u:hunter2@h/db", "none"]
+
+
+@pytest.mark.parametrize("is_argument", [False, True])
+@pytest.mark.parametrize("spelling", MISTYPED)
+async def test_mistyped_store_is_closed(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch, statuses: Any, spelling: str, *, is_argument: bool
+) -> None:
+    """A store named with a stray character, or wrongly, never opens a server: by the variable or by the argument."""
+    monkeypatch.setenv("HOME", "/")
+    keep(FileTokenStore(TOKEN_FILE))
+    named = spelling.format(await anyio.Path(TOKEN_FILE).absolute())
+    if not is_argument:
+        monkeypatch.setenv("FREEGPT_AUTH_STORE", named)
+    guarded = BearerTokenMiddleware(NEVER, store=named if is_argument else None, usage="off")
+    assert await statuses(guarded, None, "sk-wrong") == [401, 401]
+
+
+@pytest.mark.parametrize("is_argument", [False, True])
+@pytest.mark.parametrize("spelling", MISTAKES)
+def test_mistaken_store_stops_the_start(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spelling: str, *, is_argument: bool
+) -> None:
+    """A store that cannot be meant so is an error at the start, which shows no password."""
+    keep(FileTokenStore(TOKEN_FILE))
+    named = spelling.format(Path(TOKEN_FILE).absolute())
+    if not is_argument:
+        monkeypatch.setenv("FREEGPT_AUTH_STORE", named)
+    with pytest.raises(ConfigurationError) as caught:
+        BearerTokenMiddleware(NEVER, store=named if is_argument else None)
+    assert "hunter2" not in f"{caught.value}{caplog.text}"
+
+
+async def test_first_token_of_a_named_store(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch, statuses: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server whose named store is missing refuses everything, says so, and accepts the first token at once."""
+    monkeypatch.setenv("FREEGPT_AUTH_STORE", TOKEN_FILE)  # the default place is named too
+    monkeypatch.setattr(file, "FRESHNESS", 0.0)
+    guarded = BearerTokenMiddleware(plain, usage="off")
+    assert "is missing or holds no tokens" in caplog.text
+    assert await statuses(guarded, None) == [401]
+    _, secret = keep(FileTokenStore(TOKEN_FILE))
+    assert await statuses(guarded, None, secret) == [401, 200]
+
+
+async def test_token_source_without_tokens_is_closed(statuses: Any) -> None:
+    """A token source that was passed as an object is named: it never opens a server."""
+    assert await statuses(BearerTokenMiddleware(NEVER, store=FileTokenStore(TOKEN_FILE)), None) == [401]
+
+
 async def test_a_server_that_closes_meanwhile_refuses(
     store: MemoryTokenStore, monkeypatch: pytest.MonkeyPatch, statuses: Any
 ) -> None:

@@ -10,11 +10,11 @@ import errno
 import glob
 import os
 import secrets
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ..exceptions import TokenFileError
+from ..regular import UnsuitableFileError, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,15 +83,15 @@ def read_file(path: str, parse: Callable[[BinaryIO], _T]) -> tuple[os.stat_resul
 
 def _read_once(path: str, parse: Callable[[BinaryIO], _T]) -> tuple[os.stat_result, _T]:
     try:
-        # Not blocking: a FIFO in the file's place would otherwise hold the opening thread for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd, status = open_regular(path, SIZE_LIMIT)
+    except UnsuitableFileError as error:
+        raise TokenFileError(path, str(error)) from None
     except OSError as error:
         if error.errno == errno.ENOENT and not os.path.lexists(path):
             raise FileNotFoundError(errno.ENOENT, "is gone", path) from None
         raise TokenFileError(path, explain(error)) from None
     try:
-        status = os.fstat(fd)
-        _check_readable(path, status)  # before fdopen, which raises on a directory and then leaves it open
+        _check_readable(path, status)
         with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
             try:
                 parsed = parse(file)
@@ -113,10 +113,6 @@ def _close(fd: int) -> None:
 
 
 def _check_readable(path: str, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise TokenFileError(path, "it is not a regular file")
-    if status.st_size > SIZE_LIMIT:
-        raise TokenFileError(path, f"it is larger than {SIZE_LIMIT // 2**20} MiB")
     if status.st_nlink == 0:
         # A file mounted by itself goes on showing its old content after it was replaced on the host.
         raise FileNotFoundError(errno.ENOENT, "was replaced behind its mount (mount its directory instead)", path)

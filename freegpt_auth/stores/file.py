@@ -153,21 +153,24 @@ class FileTokenStore:
         try:
             status, contents = disk.read_file(self.path, table.read)
         except FileNotFoundError as error:
-            return self._gone(error, signature)
+            return self._gone(error, signature, now)
         except (TokenFileError, ValueError) as error:
             return self._failed(error, signature, now)
-        if not contents.blank:
+        if not contents.blank or self._was_closed():
             self._close()
         self._tell_loaded(status, contents)
         return _Snapshot(contents.tokens, disk.signature_of(status))
 
-    def _gone(self, error: FileNotFoundError, signature: disk.Signature) -> _Snapshot:
-        if signature != disk.MISSING or siblings.remembered(self.path):
-            self._close()
+    def _gone(self, error: FileNotFoundError, signature: disk.Signature, now: float) -> _Snapshot:
         if self._configured:
-            what_to_do = "its tokens are refused until it is back. To open this server, restart it without the file"
-            self._tell(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
-        return _Snapshot(table.EMPTY, signature)
+            siblings.remember(self.path)  # again each second: the note may be gone too
+        elif signature != disk.MISSING or self._was_closed():
+            self._close()
+        if not self._configured:
+            return _Snapshot(table.EMPTY, signature)
+        what_to_do = "its tokens are refused until it is back. To open this server, restart it without the file"
+        self._tell(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
+        return _Snapshot(table.EMPTY, signature, retry_at=now + RETRY_INTERVAL)
 
     def _failed(self, error: Exception, signature: disk.Signature, now: float) -> _Snapshot:
         self._close()
@@ -175,6 +178,9 @@ class FileTokenStore:
         kept = f"Tokens read before ({len(self._snapshot.tokens)}) stay in force, all others are refused"
         self._tell(logging.ERROR, f"{self.path} cannot be used: {problem}. {kept}")
         return _Snapshot(self._snapshot.tokens, signature, problem, now + RETRY_INTERVAL)
+
+    def _was_closed(self) -> bool:
+        return not self._configured and siblings.remembered(self.path)
 
     def _close(self) -> None:
         """Ask for authentication from now on, here and in every worker that this server starts."""

@@ -12,10 +12,13 @@ import fcntl
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -83,6 +86,26 @@ if "MOUNTED" not in os.environ:
 import subprocess
 subprocess.run(["mount", "--bind", "api_tokens.json", "mounted.json"], check=True)
 {UVICORN}
+"""
+# Where the folders of the workers' notes are the test's own.
+NOTING = f"""
+import os, sys
+if "NOTING" not in os.environ:
+    os.environ.update(NOTING="yes", TMPDIR=os.path.abspath("temporary"))
+    fresh = ["unshare", "--mount", *["--map-root-user"][:os.geteuid()]]
+    os.execvp("unshare", [*fresh, sys.executable, *sys.argv])
+import subprocess
+subprocess.run(["mount", "--bind", "memory", "/dev/shm"], check=True)
+{UVICORN}
+"""
+NOTES = [
+    Path(folder, f"freegpt_auth-0-{Path('/proc/self/ns/pid').stat().st_ino}") for folder in ("memory", "temporary")
+]
+# A container that shares /dev/shm with another and removes the notes of stopped servers.
+NEIGHBOUR = """
+from freegpt_auth.stores import siblings
+for folder in siblings._folders():
+    siblings._prepare(folder)
 """
 GUNICORN = (
     """
@@ -646,6 +669,117 @@ def test_gunicorn_that_was_open_when_it_forked_stays_closed(
         return server.log.read_text().count("Booting worker") >= 8
 
     until(is_renewed_and_closed)
+
+
+@pytest.fixture
+def _folders_of_notes() -> None:
+    """Make the folders in which a server finds /dev/shm and its temporary files."""
+    for folder in NOTES:
+        folder.parent.mkdir()
+
+
+def clear(folders: list[Path]) -> None:
+    """Remove the notes of all servers, as systemd does at a logout."""
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.usefixtures("_folders_of_notes")
+@pytest.mark.parametrize(("program", "key"), [((NOTING, "--lifespan", "on"), {})], ids=[""])
+def test_cleared_notes_open_no_worker(start: Start) -> None:
+    """Neither a cleaned /dev/shm, nor a container that shares it, nor the loss of all notes opens a worker."""
+    watch = start(answers())
+    notes = {note for folder in NOTES for note in folder.iterdir()}
+    neighbour = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", *["--map-root-user"][: os.geteuid()]]
+    temporary = {**os.environ, "TMPDIR": str(Path("temporary").absolute())}
+    subprocess.run([*neighbour, sys.executable, "-c", NEIGHBOUR], env=temporary, check=True, timeout=30)
+    assert all(note.exists() for note in notes)
+    clear(NOTES[:1])
+
+    def move_and_kill() -> None:
+        TOKENS.rename(ASIDE)
+        os.kill(min(watch.workers), signal.SIGKILL)
+
+    def clear_and_kill() -> None:
+        clear(NOTES)
+        until(lambda: all(note.exists() for note in notes))
+        os.kill(min(watch.workers), signal.SIGKILL)
+
+    watch.may = BROKEN_OFF
+    watch.change(move_and_kill, answers(401), gone(), new=1)
+    watch.change(clear_and_kill, answers(401), gone(), new=1, each=False)
+    watch.end()
+
+
+@pytest.mark.usefixtures("_folders_of_notes")
+def test_foreign_folder_of_notes_opens_no_worker(
+    tmp_path: Path, serve: Callable[..., Any], command: Callable[..., Any]
+) -> None:
+    """Where another user made the folder first, no worker without a token file is open, and the log says why."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    (tmp_path / "launch.py").write_text(NOTING)
+    NOTES[0].mkdir()
+    NOTES[0].chmod(0o777)
+    server = serve(script=tmp_path / "launch.py")
+    assert {server.get("/") for _ in range(30)} == {401}
+    assert server.get("/", token=command("create", "first").stdout.strip()) == 200
+    assert (
+        f"(/dev/shm/{NOTES[0].name}: it is not a folder of this user alone), so none of them is open" in server.stop()
+    )
+
+
+def test_import_of_gunicorn_keeps_no_server_closed(tmp_path: Path, serve: Callable[..., Any], secrets: Any) -> None:
+    """A uvicorn whose application imports gunicorn opens after stop, mv and start, as documented."""
+    (tmp_path / "app.py").write_text(f"import gunicorn.arbiter\n{APPLICATION}")
+    server = serve("app:app")
+    assert server.get("/", token=secrets["valid"]) == 200
+    TOKENS.rename(ASIDE)
+    assert server.get("/") == 401
+    server.stop()
+    assert serve("app:app").get("/") == 200
+
+
+UPGRADABLE = """
+import os, sys
+*arguments, _, host, _, port = sys.argv[1:]
+command = [sys.executable, "-m", "gunicorn", "app:app", "--workers", "2", "--pid", "pid", "--graceful-timeout", "1", *arguments]
+command += ["--worker-class", "uvicorn_worker.UvicornWorker", "--bind", f"{host}:{port}"]
+os.environ["HOME"] = os.getcwd()
+os.execv(sys.executable, command)
+"""
+
+
+@pytest.mark.usefixtures("secrets")
+@pytest.mark.parametrize("arguments", [[], ["--preload"]], ids=["no preload", "preload"])
+def test_gunicorn_upgrade_opens_no_worker(tmp_path: Path, serve: Callable[..., Any], arguments: list[str]) -> None:
+    """After SIGUSR2 the workers of the new arbiter are as closed as those of the old one, and so are their successors."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    (tmp_path / "launch.py").write_text(UPGRADABLE)
+    server = serve(*arguments, script=tmp_path / "launch.py")
+
+    def booted() -> list[int]:
+        return [int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", server.log.read_text())]
+
+    def assert_closed(workers: int) -> None:
+        until(lambda: len(booted()) >= workers and server.log.read_text().count("startup complete") >= workers)
+        for _ in range(30):
+            with contextlib.suppress(OSError):  # see BROKEN_OFF
+                assert server.get("/") == 401
+
+    assert_closed(2)
+    TOKENS.rename(ASIDE)
+    os.kill(server.process.pid, signal.SIGUSR2)
+    try:
+        assert_closed(4)
+        server.process.send_signal(signal.SIGQUIT)
+        server.process.wait(20)
+        for worker in booted()[2:]:
+            os.kill(worker, signal.SIGKILL)
+        assert_closed(6)
+    finally:
+        for arbiter in tmp_path.glob("pid*"):
+            os.kill(int(arbiter.read_text()), signal.SIGTERM)
+        until(lambda: not list(tmp_path.glob("pid*")))
 
 
 def test_names_show_no_escapes(command: Callable[..., Any], secrets: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import stat
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from freegpt_auth import UNRESOLVED, FileTokenStore, StoreError, StoreUnavailableError, Token
 from freegpt_auth.exceptions import StoreBusyError, TokenFileError
-from freegpt_auth.stores import disk, file, table
+from freegpt_auth.stores import disk, file, siblings, table
 from freegpt_auth.stores.document import Document
 from freegpt_auth.stores.file import FRESHNESS
 from freegpt_auth.stores.lock import locked
@@ -260,6 +261,33 @@ def test_a_worker_forked_from_an_open_process_is_as_closed_as_its_siblings() -> 
     """What a preloading server saw before it forked does not open a worker whose siblings have been closed since."""
     output = subprocess.check_output([sys.executable, "-c", _FORK_WHILE_OPEN], timeout=60, text=True)
     assert output.split() == ["False", "UNRESOLVED", "True"]
+
+
+def test_note_is_written_again(
+    path: Path, store: FileTokenStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While the file is gone a worker that is asked writes a lost note again, each second: the next worker needs it."""
+    monkeypatch.setattr(siblings, "_servers", lambda _: (siblings._Server(os.getpid(), b""),))
+    monkeypatch.setattr(siblings, "_folders", lambda: [tmp_path / "notes"])
+    store.add(*_issued())
+    store.survey()
+    path.unlink()
+    for _ in range(2):
+        [note] = (tmp_path / "notes").iterdir()
+        note.unlink()
+        clock(file.RETRY_INTERVAL)
+        assert _look(store, UNKNOWN) is None
+        assert note.exists()
+
+
+@pytest.mark.parametrize("content", [None, b"{}"])
+def test_recycled_worker_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
+    """Where a sibling was closed, neither a missing file nor a blank one opens the worker that replaces it."""
+    if content is not None:
+        _write(path, content)
+    assert not FileTokenStore(path).survey().configured
+    monkeypatch.setattr(siblings, "remembered", lambda _: True)
+    assert FileTokenStore(path).survey().configured
 
 
 # --- faults

@@ -80,8 +80,8 @@ class Lives(RuleBasedStateMachine):
         self.patch.setattr(file, "time", SimpleNamespace(monotonic=lambda: self.ticks, sleep=self.wait))
         for module in (authentication, memory):
             self.patch.setattr(module, "time", SimpleNamespace(time=lambda: self.now))
-        self.patch.setattr(siblings, "_server", lambda: (os.getpid(), self.supervisor))
-        self.patch.setattr(siblings, "_folder", lambda: Path(self.folder.name, "notes"))
+        self.patch.setattr(siblings, "_servers", lambda _: (siblings._Server(os.getpid(), self.supervisor),))
+        self.patch.setattr(siblings, "_folders", lambda: (Path(self.folder.name, "notes"),))
         self.writers = [FileTokenStore(self.path), FileTokenStore(self.path)]
         self.state = "missing"
         self.tokens: dict[str, Known] = {}
@@ -327,7 +327,8 @@ class Lives(RuleBasedStateMachine):
         self.patch.delenv("FREEGPT_API_KEY", raising=False)
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv(*("FREEGPT_API_KEY", KEY) if has_key else ("FREEGPT_AUTH_REQUIRED", "0"))
-            middleware = BearerTokenMiddleware(no_app, store=self.path, usage="off")
+            environment.chdir(self.folder.name)  # the store must not be named: the server could not be open
+            middleware = BearerTokenMiddleware(no_app, usage="off")
         del self.servers[one : one + 1]
         self.servers.append(Server(middleware, has_key, configured=self.ever_configured))
         self.ask(self.servers[-1])
