@@ -18,7 +18,8 @@ def open_store(location: str, *, lease: float = LEASE, cache_limit: int = CACHE_
 
     Args:
         location: the path or the URL.
-        lease: seconds for which a process that cannot reach the database goes on to accept the tokens that it knows.
+        lease: seconds for which a process that cannot reach the database, or cannot read a token file that may have
+            changed, goes on to accept the tokens that it knows.
         cache_limit: how many tokens of a database a process keeps in memory.
 
     Raises:
@@ -31,4 +32,4 @@ def open_store(location: str, *, lease: float = LEASE, cache_limit: int = CACHE_
         return PostgresTokenStore(location, lease=lease, cache_limit=cache_limit)
     from .file import FileTokenStore  # noqa: PLC0415
 
-    return FileTokenStore(location)
+    return FileTokenStore(location, lease=lease)
