@@ -43,6 +43,11 @@ _PROBLEMS = {
 _LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
 """Errors that say what is at the path. Any other, such as EMFILE, EACCES or EIO, may hide a change of the file."""
 
+_DIRECTORY = (
+    "it is a directory, as Docker makes one in the place of a missing file that is mounted by itself; "
+    "remove it, and mount the directory of the token file instead"
+)
+
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP)  # some file systems have no hard links
 
 _ATTEMPTS = 5  # a writer can replace the file while it is read, but not five times in a row
@@ -131,6 +136,8 @@ def _unreadable(path: str, error: OSError) -> TokenFileError:
 
 
 def _check_readable(path: str, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise TokenFileError(path, _DIRECTORY)
     if not stat.S_ISREG(status.st_mode):
         raise TokenFileError(path, "it is not a regular file")
     if status.st_size > SIZE_LIMIT:

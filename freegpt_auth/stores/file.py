@@ -17,14 +17,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from .. import clock as clocks
-from ..exceptions import StoreError, StoreUnavailableError, TokenFileError
+from ..exceptions import StoreUnavailableError, TokenFileError
 from ..settings import LEASE
 from ..tokens import find
-from . import disk, reading, siblings, table
+from . import disk, editing, reading, siblings, table
 from .access import exposure
 from .base import UNRESOLVED, Merged, Survey, Unresolved
-from .document import Document, tokens_in
-from .lock import locked
+from .document import tokens_in
 from .reading import NEVER, Snapshot
 from .spare import Reserve
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from ..tokens import Token
+    from .document import Document
 
 FRESHNESS = 0.010
 """Seconds for which a look at the file may be relied on. A look takes 2 µs, so they cost 0.02 % of a processor."""
@@ -92,7 +92,7 @@ class FileTokenStore:
 
     def tokens(self) -> Mapping[bytes, Token]:
         """Return every token by its digest, oldest first. A missing file holds none."""
-        return self._read(tokens_in)
+        return editing.read(self.path, tokens_in)
 
     def find(self, reference: str) -> list[Token]:
         """Return the tokens that *reference* may mean; see :func:`freegpt_auth.tokens.find`."""
@@ -160,11 +160,9 @@ class FileTokenStore:
         if not found.contents.blank:
             self._close()
         self._tell_loaded(found.status, found.contents)
+        compare_at = now + found.unsettled if found.unsettled else NEVER
         return Snapshot(
-            found.contents.tokens,
-            disk.signature_of(found.status),
-            retry_at=now + found.unsettled if found.unsettled else NEVER,
-            fingerprint=found.fingerprint,
+            found.contents.tokens, disk.signature_of(found.status), retry_at=compare_at, fingerprint=found.fingerprint
         )
 
     def _gone(self, error: FileNotFoundError, signature: disk.Signature) -> Snapshot:
@@ -207,28 +205,8 @@ class FileTokenStore:
 
     # --- writing: what commands do
 
-    def _read(self, parse: Callable[[bytes | None], _T]) -> _T:
-        try:
-            return disk.read_file(self.path, lambda file: parse(file.read()))[1]
-        except FileNotFoundError as error:
-            if disk.signature_at(self.path) != disk.MISSING:  # never start afresh over a file that was not read
-                raise TokenFileError(self.path, f"it {error.strerror}") from None
-            return parse(None)
-        except ValueError as error:
-            raise TokenFileError(self.path, f"{error}; restore a copy, or move it away and create new tokens") from None
-
-    def _change(self, change: Callable[[Document], _T]) -> _T:
-        target = disk.real_path(self.path)
-        with locked(target, LOCK_TIMEOUT):
-            document = self._read(Document)
-            try:
-                result = change(document)
-                content = document.encode() if document.changed else None
-            except ValueError as error:
-                problem = f"nothing was changed, since the change cannot be kept: {error}"
-                raise StoreError(f"{self.path}: {problem}") from None
-            if content is not None:
-                disk.replace_file(target, content)
+    def _change(self, edit: Callable[[Document], _T]) -> _T:
+        result = editing.change(self.path, edit, LOCK_TIMEOUT)
         # Who looked just before relies on that for FRESHNESS; and who made the change that was found may still be waiting.
         time.sleep(2 * FRESHNESS)
         return result

@@ -272,7 +272,10 @@ def test_a_worker_forked_from_an_open_process_is_as_closed_as_its_siblings() -> 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero bytes": (Path.touch, "Input data was truncated"),
     "deep": (lambda path: path.write_bytes(b"[" * 10**6), "it is nested too deeply"),
-    "a directory": (Path.mkdir, "not a regular file"),
+    "a directory": (
+        Path.mkdir,
+        "as Docker makes one in the place of a missing file that is mounted by itself; remove it",
+    ),
     "dangling link": (lambda path: path.symlink_to("nowhere"), "no such file or directory"),
     "link to itself": (lambda path: path.symlink_to(path), "too many levels"),
 }
