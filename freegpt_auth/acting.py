@@ -72,6 +72,38 @@ def as_owner_of(location: str) -> Generator[None]:
         _root.reset(token)
 
 
+@contextlib.contextmanager
+def thread_as_owner_of(location: str) -> Generator[None]:
+    """Let a server of root touch files as the owner of the folder of *location*, in this thread alone.
+
+    Only the user and group that the kernel checks for files change: setfsuid(2) takes from the thread the capabilities of
+    root that concern files, while other threads serve on. Supplementary groups stay.
+
+    Raises:
+        StoreError: the system does not offer that or forbids it, or others may write a folder of root.
+    """
+    root = _current()
+    owner = root if root.user != 0 or is_url(location) else _owner_of(os.path.abspath(location), root)
+    if owner == root:
+        yield
+        return
+    import ctypes  # noqa: PLC0415  commands do without
+
+    libc = ctypes.CDLL(None)
+    refusal = StoreError(f"{location}: its folder belongs to user {owner.user}; run the server as that user")
+    if not hasattr(libc, "setfsuid"):  # not Linux
+        raise refusal
+    try:
+        libc.setfsgid(owner.group)
+        libc.setfsuid(owner.user)
+        if libc.setfsuid(-1) != owner.user:  # changes nothing and returns the user
+            raise refusal
+        yield
+    finally:
+        libc.setfsuid(root.user)
+        libc.setfsgid(root.group)
+
+
 def _current() -> _Identity:
     return _Identity(os.geteuid(), os.getegid(), tuple(os.getgroups()))
 

@@ -5,6 +5,7 @@ The tests hold for any user, who stays itself; for root they show the change of 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import pwd
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator  # noqa: TC003  beside the annotations that pytest may resolve
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +24,7 @@ import freegpt_auth
 from freegpt_auth import acting, cli
 from freegpt_auth.acting import as_owner_of
 from freegpt_auth.usage.base import Batch
+from freegpt_auth.usage.recorder import UsageRecorder
 from freegpt_auth.usage.sqlite import UsageDatabase
 
 IS_ROOT = os.geteuid() == 0
@@ -175,6 +178,38 @@ def test_root_without_capabilities_fails_in_one_line(
     assert (status, advice in capsys.readouterr().err) == (int(IS_ROOT), IS_ROOT)
 
 
+def _record(home: Path) -> None:
+    """Write usage as a server does."""
+    recorder = UsageRecorder(UsageDatabase(str(home / "t.usage.db")), interval=60)
+    recorder.record(("id", 1.0))
+    recorder.flush()
+
+
+def test_server_writes_usage_as_owner(home: Path) -> None:
+    """The usage database of a server that runs as root belongs to the owner of its folder, and no other thread changes."""
+    _record(home)
+    assert {each.stat().st_uid for each in home.iterdir()} == {OWNER}
+    (home / "after").touch()
+    assert (home / "after").stat().st_uid == os.geteuid()
+
+
+@pytest.mark.parametrize(
+    "libc", [SimpleNamespace(), SimpleNamespace(setfsuid=lambda _: 0, setfsgid=lambda _: 0)], ids=["other", "forbidden"]
+)
+def test_server_that_may_not_change_its_user_writes_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, libc: SimpleNamespace
+) -> None:
+    """Elsewhere than on Linux, or where it is forbidden, a server of root keeps the uses in memory and says why."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
+    recorder = UsageRecorder(UsageDatabase(str(home / "t.usage.db")), interval=60)
+    recorder.record(("id", 1.0))
+    recorder.flush()
+    assert (home / "t.usage.db").exists() is not IS_ROOT
+    refused = f"its folder belongs to user {OWNER}; run the server as that user. It is kept in memory"
+    assert (refused in caplog.text) is IS_ROOT
+    recorder.forget()
+
+
 # --- the attacks
 
 
@@ -204,7 +239,13 @@ def test_lock_replaced_by_a_file_of_root(home: Path, roots: Path) -> None:
     assert secret.read_bytes() == b"of root"
 
 
-def test_planted_journal_deletes_no_file(home: Path, roots: Path) -> None:
+def _list(home: Path) -> None:
+    """Show the tokens, with their usage."""
+    assert cli.main(["--store", str(home / "t.json"), "list"]) == 0
+
+
+@pytest.mark.parametrize("work", [_list, _record], ids=["command", "server"])
+def test_planted_journal_deletes_no_file(home: Path, roots: Path, work: Callable[[Path], None]) -> None:
     """SQLite deletes the file that a journal names, with the rights of the process that opens the database."""
     victim = made(roots / "folder") / "victim"
     victim.write_bytes(b"of root")
@@ -217,7 +258,7 @@ def test_planted_journal_deletes_no_file(home: Path, roots: Path) -> None:
     record = struct.pack(">I", 1) + name + struct.pack(">II", len(name), sum(name)) + bytes.fromhex("d9d505f920a163d7")
     (home / "t.usage.db-journal").write_bytes(b"x" * 512 + record)
     own(home / "t.usage.db-journal")
-    assert cli.main(["--store", str(home / "t.json"), "list"]) == 0
+    work(home)
     assert victim.exists()
 
 
