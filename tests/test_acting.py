@@ -183,6 +183,7 @@ def _record(home: Path) -> None:
     recorder = UsageRecorder(UsageDatabase(str(home / "t.usage.db")), interval=60)
     recorder.record(("id", 1.0))
     recorder.flush()
+    recorder.forget()
 
 
 def test_server_writes_usage_as_owner(home: Path) -> None:

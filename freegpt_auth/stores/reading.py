@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 
-RETRY_INTERVAL = 1.0
-"""Seconds after which a file that could not be read is tried again even though it looks the same."""
-
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -83,23 +80,25 @@ def read(path: str, reserve: Reserve, snapshot: Snapshot, signature: disk.Signat
 
 
 def failed(
-    last: Snapshot, signature: disk.Signature, error: Exception, *, now: float, confirmed_at: float, lease: float
+    last: Snapshot, signature: disk.Signature, error: Exception, *, now: float, lease: tuple[float, float], retry: float
 ) -> tuple[Snapshot, str]:
-    """Return the snapshot after a failed reading, and its effect in words for the log.
+    """Return the snapshot after a failed reading at the instant *now*, and its effect in words for the log.
 
-    The last good tokens stay. If *error* may hide a change, they end a *lease* after the last look that found none.
+    The last good tokens stay. If *error* may hide a change, they end with the *lease*, given by its length and its end.
+    The next attempt is *retry* seconds later.
     """
+    length, lease_ends = lease
     problem = str(error)
     ends, bound = NEVER, ""
     if isinstance(error, TokenFileError):
         problem = error.problem
         if error.transient:
-            ends, bound = min(last.lease_ends, confirmed_at + lease), f" for {lease:g} s"
+            ends, bound = min(last.lease_ends, lease_ends), f" for {length:g} s"
     if now < ends:
         effect = f". Tokens read before ({len(last.tokens)}) stay in force{bound}, all others are refused"
-        return Snapshot(last.tokens, signature, problem, min(now + RETRY_INTERVAL, ends), ends), effect
-    effect = f". It could not be read for {lease:g} s: all tokens are refused until it can be"
-    return Snapshot(table.EMPTY, signature, problem, now + RETRY_INTERVAL, ends), effect
+        return Snapshot(last.tokens, signature, problem, min(now + retry, ends), ends), effect
+    effect = f". It could not be read for {length:g} s: all tokens are refused until it can be"
+    return Snapshot(table.EMPTY, signature, problem, now + retry, ends), effect
 
 
 def _fingerprint(file: BinaryIO) -> bytes:

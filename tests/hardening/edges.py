@@ -338,7 +338,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "not UTF-8": (edit(b'"name":"', b'"name":"\xff'), "it is not UTF-8"),
     "too large": (grow, "it is larger than 512 MiB"),
     "unreadable": (lambda path: path.chmod(0), "permission denied; .*"),
-    "a directory": (lambda path: link(path, "."), "it is not a regular file"),
+    "a directory": (lambda path: link(path, "."), "it is a directory, as Docker makes one .*"),
     "a FIFO": (pipe, "it is not a regular file"),
     "a dangling link": (lambda path: link(path, "nowhere"), "no such file or directory"),
     "out of reach": (link_into_a_locked_folder, "permission denied; .*"),
@@ -357,12 +357,12 @@ LOADED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "readable by others": (
         lambda path: path.chmod(0o644),
         200,
-        (read_again(), "WARNING .* can be read or written by others"),
+        (read_again(), "WARNING .* can be read by every user; run chmod o-r on it"),
     ),
     "writable by the group": (
         lambda path: path.chmod(0o620),
         200,
-        (read_again(), "WARNING .* can be read or written by others"),
+        (read_again(), "WARNING .* can be written by others; run chmod go-w on it"),
     ),
 }
 """Other token files, what a token of the one before gets, and what is logged."""
@@ -444,7 +444,12 @@ def test_a_token_file_moves_in_its_ways(start: Start, command: Callable[..., Any
     watch.change(partial(link, TOKENS, f"..data/{TOKENS}"), answers(), read_again())
     watch.change(partial(link, Path("..data"), "v2"), answers(valid=401), read_again(0))
     watch.change(partial(link, Path("..data"), "v1"), answers(), read_again())
-    watch.change(partial(TOKENS.chmod, 0o622), answers(), read_again(), "WARNING .* can be read or written by others")
+    watch.change(
+        partial(TOKENS.chmod, 0o622),
+        answers(),
+        read_again(),
+        "WARNING .* can be written by others; run chmod go-w on it",
+    )
     watch.change(partial(command, "create", "another", umask=0), answers(), read_again(2))
     assert [stat.S_IMODE(path.stat().st_mode) for path in (TOKENS, *Path("v1").iterdir())] == [0o600] * 3
     assert TOKENS.is_symlink()

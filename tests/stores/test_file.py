@@ -26,9 +26,9 @@ from freegpt_auth import UNRESOLVED, FileTokenStore, StoreError, StoreUnavailabl
 from freegpt_auth.exceptions import StoreBusyError, TokenFileError
 from freegpt_auth.stores import access, disk, file, table, ticks
 from freegpt_auth.stores.document import Document
-from freegpt_auth.stores.file import FRESHNESS
+from freegpt_auth.stores.file import FRESHNESS, RETRY_INTERVAL
 from freegpt_auth.stores.lock import locked
-from freegpt_auth.stores.reading import RETRY_INTERVAL, Snapshot
+from freegpt_auth.stores.reading import Snapshot
 from freegpt_auth.stores.table import SHARDS, Table
 from freegpt_auth.tokens import digest_of, issue
 
