@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -520,6 +521,40 @@ def test_a_server_starts_closed_on_a_broken_file(start: Start, key: dict[str, st
     expected = {(path, presented): answers(401)["/", presented] for path, presented in expected}
     watch.change(remove, expected, *(gone(place) for place in ("", *files)))
     watch.end()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_no_descriptor_left_hides_no_revocation(
+    tmp_path: Path, serve: Callable[..., Any], command: Callable[..., Any], secrets: dict[str, str], loop: str
+) -> None:
+    """Idle connections take every descriptor of the server, and a revoked token is refused once revoke has returned."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    few = "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
+    (tmp_path / "launch.py").write_text(f"{few}; runpy.run_module('uvicorn', run_name='__main__')")
+    # With its default of 2048 asyncio logs as many tracebacks in a row.
+    server = serve("app:app", "--loop", loop, "--backlog", "64", "--no-access-log", script=tmp_path / "launch.py")
+    address = urlsplit(server.url)
+    headers = {"Authorization": f"Bearer {secrets['valid']}"}
+
+    def ask(client: HTTPConnection) -> int:
+        client.request("GET", "/", headers=headers)
+        answer = client.getresponse()
+        answer.read()
+        return answer.status
+
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(contextlib.closing(HTTPConnection(address.netloc, timeout=30)))
+        assert ask(client) == 200
+        for _ in range(400):
+            idle = stack.enter_context(socket.socket())
+            idle.setblocking(False)  # noqa: FBT003
+            idle.connect_ex((address.hostname, address.port))
+        descriptors = Path(f"/proc/{server.process.pid}/fd")
+        until(lambda: len(list(descriptors.iterdir())) == 256 and ask(client))
+        for _ in range(10):
+            assert ask(client) == 200
+        assert command("revoke", secrets["valid"]).returncode == 0
+        assert {ask(client) for _ in range(100)} == {401}
 
 
 def limit(workers: set[int], size: int) -> None:
