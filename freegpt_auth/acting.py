@@ -13,6 +13,7 @@ import os
 import pwd
 import stat
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,49 +127,72 @@ def _become(identity: _Identity) -> None:
 
 
 def _owner_of(path: str, root: _Identity) -> _Identity:
-    user, place, shared = _resolve(path)
+    way, place = _resolve(path)
     status = _status_or_none(place)
-    if shared and not user:
+    user = way.user
+    if way.shared and not user:
         user = status.st_uid if status else 0
         if not user:
-            advice = "use a folder that only one user may write, or run the command as the user of the server"
-            raise StoreError(f"{path}: others may write {shared}, so root does not work there; {advice}")
-    if not user:
-        return root
+            advice = "use a folder that only one user may write, or run this as the user of the server"
+            raise StoreError(f"{path}: others may write {way.shared}, so root does not work there; {advice}")
+    return _identity_of(user, [status, _status_or_none(place.parent)]) if user else root
+
+
+def _identity_of(user: int, files: list[os.stat_result | None]) -> _Identity:
+    """Return the user with its groups; for a user without an entry, such as in a container, the group of its *files*."""
     try:
         entry = pwd.getpwuid(user)
     except KeyError:
-        known = (status, _status_or_none(place.parent))
-        group = next((one.st_gid for one in known if one and one.st_uid == user and one.st_gid), user)
+        groups = [one.st_gid for one in files if one and one.st_uid == user]
+        group = next(filter(None, groups), user)  # never root's
         return _Identity(user, group, (group,))
     return _Identity(user, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)))
 
 
-def _resolve(path: str) -> tuple[int, Path, Path | None]:
-    """Follow *path* name by name; return the user that decides what is there, the place itself, and a shared folder.
+@dataclass
+class _Way:
+    """Who decides what a path means, by the folders passed so far.
 
-    The user is the owner of the last folder, or of the nearest one above that is not root's, and 0 if all are. A link in
-    a folder of a user, or of a user, ends the way: its target is reached with that user's rights. So does a missing folder.
+    Attributes:
+        user: owner of the last folder, or of the nearest one above that is not root's; 0 if all are.
+        shared: a folder of root in which others may replace a name of the path.
     """
-    user, shared, links = 0, None, 0
+
+    user: int = 0
+    shared: Path | None = None
+
+    def enter(self, folder: Path, status: os.stat_result, *, is_last: bool) -> None:
+        """Take a folder into account, in which the next name is looked up."""
+        if status.st_uid and (is_last or status.st_uid != _OVERFLOW):
+            self.user = status.st_uid
+            return
+        is_sticky = status.st_mode & stat.S_ISVTX and not is_last
+        if not is_sticky and written_by_others(str(folder), status, trusted_group=0):
+            self.shared = folder
+
+
+def _resolve(path: str) -> tuple[_Way, Path]:
+    """Follow *path* name by name; return who decides what is there, and the place itself.
+
+    A link in a folder of a user, or of a user, ends the way: its target is reached with that user's rights. So does a
+    folder that is missing.
+    """
+    way, links = _Way(), 0
     folder, place, names = Path("/"), Path(path), _names(path)
     while names and (status := _status_or_none(folder)):
         place = folder / names.pop()
-        if status.st_uid and (status.st_uid != _OVERFLOW or not names):
-            user = status.st_uid
-        elif not names or not status.st_mode & stat.S_ISVTX:
-            shared = shared or (folder if written_by_others(str(folder), status, trusted_group=0) else None)
+        way.enter(folder, status, is_last=not names)
         entry = _status_or_none(place)
         if entry is None or not stat.S_ISLNK(entry.st_mode):
             folder = place
             continue
-        user, links = user or entry.st_uid, links + 1
-        if user or shared or links > _LINK_LIMIT:
+        way.user, links = way.user or entry.st_uid, links + 1
+        if way.user or way.shared or links > _LINK_LIMIT:
             break
         target = place.readlink()
         names += _names(str(target))
         folder = Path("/") if target.is_absolute() else folder
-    return user, place, shared
+    return way, place
 
 
 def _names(path: str) -> list[str]:
