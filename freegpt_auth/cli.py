@@ -11,9 +11,11 @@ import os
 import re
 import sys
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from . import commands
+from .acting import as_owner_of
 from .exceptions import AmbiguousTokenError, ConfigurationError, FreeGPTAuthError
 from .listing import title
 from .names import checked_name, printable
@@ -175,8 +177,14 @@ def _command(
     )
     if in_store:
         _add_store(command, default=argparse.SUPPRESS)
-    command.set_defaults(run=run)
+    command.set_defaults(run=partial(_as_owner, run, "store" if in_store else "target"))
     return command
+
+
+def _as_owner(run: Callable[[argparse.Namespace], int], changed: str, options: argparse.Namespace) -> int:
+    """Run a command with no more rights than the owner of the store that it changes."""
+    with as_owner_of(getattr(options, changed)):
+        return run(options)
 
 
 def _add_store(parser: argparse.ArgumentParser, default: str | None) -> None:

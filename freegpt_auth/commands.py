@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
+from .acting import as_owner_of
 from .exceptions import FreeGPTAuthError, StoreError, UsageError
 from .listing import entry, local, record, title
 from .location import is_url
@@ -104,7 +105,8 @@ def delete(options: argparse.Namespace) -> int:
 def copy(options: argparse.Namespace) -> int:
     """Put the tokens of one store, and their usage, into another. What is revoked in either is revoked in the second."""
     origin, target = open_store(options.origin), open_store(options.target)
-    tokens = origin.tokens()
+    with as_owner_of(options.origin):
+        tokens = origin.tokens()
     if not tokens:
         raise StoreError(f"{origin.source} holds no tokens, so nothing was copied; is it the right one?")
     # Before anything is changed: a setting may be wrong.
@@ -160,7 +162,7 @@ def _usage(location: str) -> Mapping[str, Usage]:
     path = usage_location(location)
     if path is None:
         return {}
-    with contextlib.closing(open_usage(path)) as store:
+    with as_owner_of(path), contextlib.closing(open_usage(path)) as store:
         try:
             return store.read()
         except UsageError as error:
@@ -177,9 +179,11 @@ def _copy_usage(origin: str, target: str, names: Mapping[str, str]) -> None:
     """Copy the usage of each token, which may have another id in the second store."""
     with contextlib.closing(open_usage(origin)) as before, contextlib.closing(open_usage(target)) as after:
         try:
-            usage = {names[token_id]: used for token_id, used in before.read().items() if token_id in names}
+            with as_owner_of(origin):
+                usage = {names[token_id]: used for token_id, used in before.read().items() if token_id in names}
             if usage:
-                after.merge(usage)
+                with as_owner_of(target):
+                    after.merge(usage)
         except UsageError as error:
             raise StoreError(
                 "the tokens were copied; their usage could not be copied "
@@ -195,7 +199,8 @@ def _forget_usage(setting: _UsageSetting, token_ids: Sequence[str]) -> None:
         if token_ids and location is not None:
             store = open_usage(location)
             place = f" from {store.source}"
-            store.forget(token_ids)
+            with as_owner_of(location):
+                store.forget(token_ids)
     except (FreeGPTAuthError, OSError) as error:  # OSError: the working directory is gone
         reason = explain(error) if isinstance(error, OSError) else error
         say(f"freegpt-auth: the usage of the deleted token(s) could not be removed{place}: {reason}")

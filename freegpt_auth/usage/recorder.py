@@ -17,7 +17,8 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ..exceptions import UsageError
+from ..acting import thread_as_owner_of
+from ..exceptions import StoreError, UsageError
 from .base import Batch
 
 if TYPE_CHECKING:
@@ -146,8 +147,9 @@ class UsageRecorder:
             self._batch = Batch(self._process, self._batch.sequence + 1, self._counts)
             self._counts = {}
         try:
-            self._store.add(self._batch, timeout)
-        except UsageError as error:
+            with thread_as_owner_of(self._store.source):
+                self._store.add(self._batch, timeout)
+        except (StoreError, UsageError) as error:
             self._tell(f"usage cannot be written to {self._store.source}: {error}. It is kept in memory until it can")
             return False
         self._batch = self._batch._replace(counts={})

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -363,7 +364,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "not UTF-8": (edit(b'"name":"', b'"name":"\xff'), "it is not UTF-8: line 2 holds the byte 0xff"),
     "too large": (grow, "it is larger than 512 MiB"),
     "unreadable": (lambda path: path.chmod(0), "permission denied; .*"),
-    "a directory": (lambda path: link(path, "."), "it is not a regular file"),
+    "a directory": (lambda path: link(path, "."), "it is a directory, as Docker makes one .*"),
     "a FIFO": (pipe, "it is not a regular file"),
     "a dangling link": (lambda path: link(path, "nowhere"), "no such file or directory"),
     "out of reach": (link_into_a_locked_folder, "permission denied; .*"),
@@ -382,12 +383,12 @@ LOADED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "readable by others": (
         lambda path: path.chmod(0o644),
         200,
-        (read_again(), "WARNING .* can be read or written by others"),
+        (read_again(), "WARNING .* can be read by every user; run chmod o-r on it"),
     ),
     "writable by the group": (
         lambda path: path.chmod(0o620),
         200,
-        (read_again(), "WARNING .* can be read or written by others"),
+        (read_again(), "WARNING .* can be written by others; run chmod go-w on it"),
     ),
 }
 """Other token files, what a token of the one before gets, and what is logged."""
@@ -469,7 +470,12 @@ def test_a_token_file_moves_in_its_ways(start: Start, command: Callable[..., Any
     watch.change(partial(link, TOKENS, f"..data/{TOKENS}"), answers(), read_again())
     watch.change(partial(link, Path("..data"), "v2"), answers(valid=401), read_again(0))
     watch.change(partial(link, Path("..data"), "v1"), answers(), read_again())
-    watch.change(partial(TOKENS.chmod, 0o622), answers(), read_again(), "WARNING .* can be read or written by others")
+    watch.change(
+        partial(TOKENS.chmod, 0o622),
+        answers(),
+        read_again(),
+        "WARNING .* can be written by others; run chmod go-w on it",
+    )
     watch.change(partial(command, "create", "another", umask=0), answers(), read_again(2))
     assert [stat.S_IMODE(path.stat().st_mode) for path in (TOKENS, *Path("v1").iterdir())] == [0o600] * 3
     assert TOKENS.is_symlink()
@@ -540,6 +546,40 @@ def test_a_server_starts_closed_on_a_broken_file(start: Start, key: dict[str, st
     expected = {(path, presented): answers(401)["/", presented] for path, presented in expected}
     watch.change(remove, expected, *(gone(place) for place in ("", *files)))
     watch.end()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_no_descriptor_left_hides_no_revocation(
+    tmp_path: Path, serve: Callable[..., Any], command: Callable[..., Any], secrets: dict[str, str], loop: str
+) -> None:
+    """Idle connections take every descriptor of the server, and a revoked token is refused once revoke has returned."""
+    (tmp_path / "app.py").write_text(APPLICATION)
+    few = "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
+    (tmp_path / "launch.py").write_text(f"{few}; runpy.run_module('uvicorn', run_name='__main__')")
+    # With its default of 2048 asyncio logs as many tracebacks in a row.
+    server = serve("app:app", "--loop", loop, "--backlog", "64", "--no-access-log", script=tmp_path / "launch.py")
+    address = urlsplit(server.url)
+    headers = {"Authorization": f"Bearer {secrets['valid']}"}
+
+    def ask(client: HTTPConnection) -> int:
+        client.request("GET", "/", headers=headers)
+        answer = client.getresponse()
+        answer.read()
+        return answer.status
+
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(contextlib.closing(HTTPConnection(address.netloc, timeout=30)))
+        assert ask(client) == 200
+        for _ in range(400):
+            idle = stack.enter_context(socket.socket())
+            idle.setblocking(False)  # noqa: FBT003
+            idle.connect_ex((address.hostname, address.port))
+        descriptors = Path(f"/proc/{server.process.pid}/fd")
+        until(lambda: len(list(descriptors.iterdir())) == 256 and ask(client))
+        for _ in range(10):
+            assert ask(client) == 200
+        assert command("revoke", secrets["valid"]).returncode == 0
+        assert {ask(client) for _ in range(100)} == {401}
 
 
 def limit(workers: set[int], size: int) -> None:

@@ -86,6 +86,9 @@ FAULTS = {
         "getcwd": "ENOENT EACCES",
         "getdents64": "EIO EACCES retval=0",
         "lseek": "EIO EINVAL",
+        "getxattr fgetxattr": "EIO EACCES",
+        "setxattr fsetxattr fremovexattr": _CHANGE,
+        "utimensat": "EIO EPERM EROFS EINTR",
         "ioctl": "",  # asks the terminal for its width
     }.items()
     for call in calls.split()
