@@ -55,7 +55,7 @@ class Copyable:
                 "process. Give it the path or URL of a store, or construct it in the other process"
             )
         settings, is_open = self._settings, self._authenticator.mode is AuthMode.OPEN
-        construct: Callable[..., Self] = type(self)
+        construct: Callable[..., Copyable] = type(self)
         elsewhere = functools.partial(
             construct,
             # The other process may run in another directory.

@@ -49,11 +49,7 @@ class Lifespan:
             if self._has_answered or (self._due and not self._is_foreign):
                 raise
             if not self._is_foreign:
-                _logger.warning(
-                    "the application does not take part in the lifespan (%s: %s); its startup and shutdown are skipped",
-                    type(error).__name__,
-                    error,
-                )
+                _logger.warning("the application raised %r before its startup, and is served without a lifespan", error)
         while not self._is_over:
             event = self._due or (await self._forward_event())["type"]
             await self._forward_answer({"type": f"{event}.complete"})
