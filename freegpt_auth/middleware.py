@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .stores.base import Verifier
 
-_REQUESTS = frozenset({"http", "websocket"})
+_REQUESTS: tuple[str, ...] = ("http", "websocket")
 _MISSING, _MALFORMED, _UNAVAILABLE = Refusal("missing"), Refusal("malformed"), Refusal("unavailable")
 
 
@@ -87,7 +87,7 @@ class BearerTokenMiddleware(Copyable):
             )
             parts = assemble(self._settings, self._source)
         except Exception as error:  # noqa: BLE001  whatever it is, most servers would serve all the same
-            self._guarded, self._unusable = frozenset(), Unusable(error)
+            self._guarded, self._unusable = (), Unusable(error)
             return
         self._public_paths = self._settings.public_paths
         self._authenticator, self._look_ups, self._refusals, self._usage, self._counted = parts
@@ -111,10 +111,10 @@ class BearerTokenMiddleware(Copyable):
                     return
                 known = decision
             caller = known
-            token = caller.token
-            if token is not None and self._usage is not None and self._counted not in scope:
+            token, usage = caller.token, self._usage
+            if token is not None and usage is not None and self._counted not in scope:
                 scope[self._counted] = True
-                self._usage.record((token.id, time.time()))
+                usage.record((token.id, time.time()))
         if kind == "websocket":
             scope = without_secret(scope)
         scope["user"] = caller.user

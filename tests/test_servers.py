@@ -200,7 +200,7 @@ def test_unusable_settings_end_the_server(tmp_path: Path, name: str) -> None:
         start_new_session=True,
     )
     try:
-        output = process.communicate(timeout=60)[0].decode()
+        output = process.communicate(timeout=180)[0].decode()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
