@@ -209,7 +209,7 @@ def test_unusable_settings_end_the_server(tmp_path: Path, name: str) -> None:
     assert ("Traceback" in output) is (module == "hypercorn")  # its own, whatever fails a startup
 
 
-@pytest.mark.parametrize("name", ["uvicorn-h11", "hypercorn-trio", "granian"])
+@pytest.mark.parametrize("name", ["uvicorn-h11", "hypercorn-trio"])
 def test_shutdown_without_a_lifespan_writes_usage(
     tmp_path: Path, serve: Callable[..., Any], keep: Callable[..., Any], name: str
 ) -> None:
