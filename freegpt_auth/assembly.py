@@ -42,14 +42,15 @@ def assemble(settings: Settings, source: Verifier | None) -> Parts:
         ConfigurationError: *settings* cannot be used.
     """
     verifier = _store(settings) if source is None else source
-    one = id(verifier)  # is no other's while the parts live: the look-ups hold the verifier
+    one = id(verifier)  # not used again while a part holds the verifier
     look_ups = shared(lambda: LookUps(verifier), LookUps, one)
     authenticator = shared(
         lambda: Authenticator(verifier, settings.key, required=settings.required),
         *(Authenticator, one, settings.key, settings.required),
     )
-    usage = None if settings.usage is None else _recorder(place(settings.usage), settings.usage_interval)
-    counted = f"freegpt_auth.counted.{hash(settings.usage and place(settings.usage)):x}"  # a URL may hold a password
+    place_of_usage = None if settings.usage is None else place(settings.usage)
+    usage = None if place_of_usage is None else _recorder(place_of_usage, settings.usage_interval)
+    counted = f"freegpt_auth.counted.{hash(place_of_usage):x}"  # hashed: a URL may hold a password
     return Parts(authenticator, look_ups, shared(RefusalLog, RefusalLog, one), usage, counted)
 
 
