@@ -26,6 +26,9 @@ class Unusable:
     Args:
         error: raised by the settings or by the token source.
 
+    Attributes:
+        message: the reason in one sentence.
+
     Raises:
         Exception: *error*, if no event loop runs: no server is constructing the middleware then.
     """
@@ -33,8 +36,9 @@ class Unusable:
     def __init__(self, error: Exception) -> None:
         if not _in_event_loop():
             raise error
-        known = isinstance(error, ConfigurationError)
-        self.message = str(error) if known else f"the middleware cannot be constructed: {type(error).__name__}: {error}"
+        self.message: str = str(error)
+        if not isinstance(error, ConfigurationError):
+            self.message = f"the middleware cannot be constructed: {type(error).__name__}: {error}"
         self._is_reported = False
         if _scope_type() is None:  # a mounted application that is being imported: no lifespan will show the message
             self.report()
