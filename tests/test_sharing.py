@@ -37,7 +37,7 @@ def test_one_location_is_one_store(keep: Any, caplog: pytest.LogCaptureFixture) 
     """A middleware for each route costs one store and one recorder, and announces the mode once."""
     caplog.set_level(logging.INFO, "freegpt_auth")
     keep(FileTokenStore(TOKEN_FILE))
-    guards = [BearerTokenMiddleware(plain, store=store) for store in (None, TOKEN_FILE, os.path.abspath(TOKEN_FILE))]
+    guards = [BearerTokenMiddleware(plain, store=store) for store in (TOKEN_FILE, os.path.abspath(TOKEN_FILE))]
     for part in (lambda guard: guard._look_ups.verifier, lambda guard: guard._usage, lambda guard: guard._refusals):
         assert len({id(part(guard)) for guard in guards}) == 1
     assert len(caplog.messages) == 1
