@@ -11,12 +11,13 @@ import anyio
 from anyio import to_thread
 from anyio.lowlevel import RunVar
 
-from . import denials
+from . import cors, denials
 from .authentication import Authenticator, Decision, Refusal
-from .bearer import plain_digest, presented, without_secret
+from .bearer import NOT_PLAIN, plain, withdraw
 from .callers import ANONYMOUS, Caller
 from .delivery import deny_http, deny_websocket, end_http
-from .exceptions import MalformedCredentialsError
+from .exemptions import is_preflight, is_public
+from .judging import MARK, judge
 from .refusals import RefusalLog
 from .settings import FLUSH_INTERVAL, Settings
 from .stores import open_store
@@ -41,7 +42,7 @@ class _Lane(NamedTuple):
 
 
 _LAST = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
-_MISSING, _MALFORMED, _UNAVAILABLE = Refusal("missing"), Refusal("malformed"), Refusal("unavailable")
+_UNAVAILABLE = Refusal("unavailable")
 
 _lanes: RunVar[_Lane] = RunVar("freegpt_auth")
 _LANE_WIDTH = 4
@@ -67,6 +68,10 @@ class BearerTokenMiddleware:
         usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the tokens;
             with a verifier of one's own: off.
         usage_interval: seconds between two writes of usage: what a killed process can lose.
+        keep_credentials: leave the verified credential in the scope, for an application, or a guard over another
+            store, that checks the same one. Default: ``FREEGPT_AUTH_KEEP_CREDENTIALS``, else no.
+        cors_origins: origins of web pages that may read a refusal, or ``*``; for a guard outside the CORS middleware.
+            Default: ``FREEGPT_AUTH_CORS_ORIGINS``, else none.
 
     Raises:
         ConfigurationError: the settings cannot be used; a server must not start on them.
@@ -81,6 +86,8 @@ class BearerTokenMiddleware:
         required: bool | None = None,
         usage: str | PathLike[str] | None = None,
         usage_interval: float = FLUSH_INTERVAL,
+        keep_credentials: bool | None = None,
+        cors_origins: Iterable[str] | None = None,
     ) -> None:
         self.app = app
         location: str | PathLike[str] | None = None
@@ -91,13 +98,21 @@ class BearerTokenMiddleware:
             verifier = store
             usage = "off" if usage is None else usage
         settings = Settings.from_env(
-            store=location, public_paths=public_paths, required=required, usage=usage, usage_interval=usage_interval
+            store=location,
+            public_paths=public_paths,
+            required=required,
+            usage=usage,
+            usage_interval=usage_interval,
+            keep_credentials=keep_credentials,
+            cors_origins=cors_origins,
         )
         if verifier is None:
             verifier = open_store(settings.store, lease=settings.lease, cache_limit=settings.cache_limit)
         self._verifier = verifier
         self._look_up_limit: float = getattr(verifier, "look_up_limit", math.inf)
         self._public_paths = settings.public_paths
+        self._keeps = settings.keep_credentials
+        self._cors_origins = settings.cors_origins
         self._authenticator = Authenticator(verifier, settings.key, required=settings.required)
         self._refusals = RefusalLog()
         self._usage: UsageRecorder | None = None
@@ -110,47 +125,58 @@ class BearerTokenMiddleware:
         if kind not in ("http", "websocket"):
             await self.app(scope, receive, self._flushing(scope, send))
             return
-        if self._public_paths and _route_path(scope) in self._public_paths:
+        if self._public_paths and is_public(scope, self._public_paths):
             caller = ANONYMOUS
         else:
-            digest = plain_digest(scope["headers"]) if kind == "http" else None
-            known = None if digest is None else self._authenticator.recognise(digest)
+            digest, place = plain(scope["headers"]) if kind == "http" else NOT_PLAIN
+            known = self._authenticator.recognise(digest) if digest else None
             if known is None:
                 decision = await self._decide(scope, digest)
                 if isinstance(decision, Refusal):
                     await self._refuse(scope, receive, send, decision)
                     return
-                known = decision
-            caller = known
+                caller = decision
+                if caller is not ANONYMOUS:
+                    self._withdraw(scope, caller)
+            else:
+                caller = known
+                if not self._keeps:
+                    del scope["headers"][place]
+            digest = b""  # tracebacks show it, and a key that a person chose can be guessed from its digest
             token = caller.token
             if token is not None and self._usage is not None:
                 self._usage.record((token.id, time.time()))
-        if kind == "websocket":
-            scope = without_secret(scope)
-        scope["user"] = caller.user
-        scope["auth"] = caller.auth
+        if caller is ANONYMOUS:  # a user that an outer middleware set stays
+            scope.setdefault("user", caller.user)
+            scope.setdefault("auth", caller.auth)
+        else:
+            scope["user"] = caller.user
+            scope["auth"] = caller.auth
+            scope[MARK] = caller
         await self.app(scope, receive, send)
 
-    async def _decide(self, scope: Scope, digest: bytes | None) -> Caller | Refusal:
+    def _withdraw(self, scope: Scope, caller: Caller) -> None:
+        """Remove the credential of *caller*, and each other one that is valid here, from *scope*."""
+        if not self._keeps:
+            withdraw(scope, lambda digest: digest == caller.digest or self._authenticator.accepts(digest))
+
+    async def _decide(self, scope: Scope, digest: bytes) -> Caller | Refusal:
         """Decide about a caller who is not known from an earlier request."""
         decision = self._peek(scope, digest)
         settled = await self._in_turn(scope) if decision is UNRESOLVED else decision
-        return ANONYMOUS if isinstance(settled, Refusal) and _is_preflight(scope) else settled
+        return ANONYMOUS if isinstance(settled, Refusal) and is_preflight(scope) else settled
 
-    def _peek(self, scope: Scope, digest: bytes | None = None) -> Decision:
+    def _peek(self, scope: Scope, digest: bytes = b"") -> Decision:
         """Decide from memory: on the event loop."""
         passes = self._authenticator.peek_open()
         if passes is not False:
             return ANONYMOUS if passes is True else UNRESOLVED
-        digests = _digests(scope) if digest is None else [digest]
-        return digests if isinstance(digests, Refusal) else self._authenticator.peek(digests)
+        return judge(scope, self._authenticator.peek, self._verifier, digest)
 
     def _resolve(self, scope: Scope) -> Caller | Refusal:
         """Decide from the store: in a thread, where memory cannot."""
-        if self._authenticator.resolve_open():
-            return ANONYMOUS
-        digests = _digests(scope)
-        return digests if isinstance(digests, Refusal) else self._authenticator.resolve(digests)
+        authenticator = self._authenticator
+        return ANONYMOUS if authenticator.resolve_open() else judge(scope, authenticator.resolve, self._verifier)
 
     async def _in_turn(self, scope: Scope) -> Caller | Refusal:
         """Decide from the store, if memory still cannot when it is this request's turn."""
@@ -164,7 +190,9 @@ class BearerTokenMiddleware:
             return await to_thread.run_sync(self._resolve, scope, limiter=lane.threads)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
-        denial = denials.denial(_route_path(scope), refusal.reason)
+        denial = denials.denial(scope, refusal.reason)
+        if self._cors_origins:
+            denial = denial._replace(headers=[*denial.headers, *cors.headers_for(scope, self._cors_origins)])
         unfinished = False
         try:
             if scope["type"] == "http":
@@ -202,28 +230,3 @@ def _lane() -> _Lane:
         lane = _Lane(anyio.Semaphore(_LANE_WIDTH), anyio.CapacityLimiter(_LANE_WIDTH))
         _lanes.set(lane)
     return lane
-
-
-def _digests(scope: Scope) -> list[bytes] | Refusal:
-    """Return what a request presents, or why it is refused for that."""
-    try:
-        return presented(scope) or _MISSING
-    except MalformedCredentialsError:
-        return _MALFORMED
-
-
-def _is_preflight(scope: Scope) -> bool:
-    """Tell whether a browser asks if it may send the real request; by the Fetch standard it asks without credentials."""
-    if scope["type"] != "http" or scope["method"] != "OPTIONS":
-        return False
-    names = {name for name, _ in scope["headers"]}
-    return b"origin" in names and b"access-control-request-method" in names
-
-
-def _route_path(scope: Scope) -> str:
-    """Return the path below the mount point, as Starlette's router sees it."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if root and (path == root or path.startswith(root + "/")):
-        return path[len(root) :]
-    return path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bearer import VALUE_LIMIT
+from .cors import checked_origins
 from .exceptions import ConfigurationError
 from .location import is_url
 from .tokens import digest_of
@@ -59,6 +60,8 @@ class Settings:
         usage_interval: seconds between two writes to it.
         lease: seconds for which known tokens are accepted while the database cannot be reached.
         cache_limit: how many tokens of a database are kept in memory.
+        keep_credentials: leave the verified credential in the scope.
+        cors_origins: origins of web pages that may read a refusal.
     """
 
     store: str = field(default=DEFAULT_STORE, repr=False)
@@ -69,6 +72,8 @@ class Settings:
     usage_interval: float = FLUSH_INTERVAL
     lease: float = LEASE
     cache_limit: int = CACHE_LIMIT
+    keep_credentials: bool = False
+    cors_origins: frozenset[str] = frozenset()
 
     @classmethod
     def from_env(
@@ -79,6 +84,8 @@ class Settings:
         required: bool | None = None,
         usage: str | os.PathLike[str] | None = None,
         usage_interval: float = FLUSH_INTERVAL,
+        keep_credentials: bool | None = None,
+        cors_origins: Iterable[str] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Settings:
         """Read the settings. An argument that is given wins over its variable.
@@ -89,6 +96,8 @@ class Settings:
             required: ``FREEGPT_AUTH_REQUIRED``; by default no.
             usage: ``FREEGPT_AUTH_USAGE``, or ``off``; by default beside the tokens.
             usage_interval: seconds between two writes of usage: what a killed process can lose.
+            keep_credentials: ``FREEGPT_AUTH_KEEP_CREDENTIALS``; by default no.
+            cors_origins: ``FREEGPT_AUTH_CORS_ORIGINS``, separated by commas there; by default none.
             environ: the environment; by default ``os.environ``.
 
         Raises:
@@ -99,7 +108,9 @@ class Settings:
             raise ConfigurationError(f"usage_interval is {usage_interval}; give it a number of seconds above 0")
         location = store_location(store, env)
         if public_paths is None:
-            public_paths = filter(None, (path.strip() for path in env.get("FREEGPT_AUTH_PUBLIC_PATHS", "").split(",")))
+            public_paths = _listed(env, "FREEGPT_AUTH_PUBLIC_PATHS")
+        if cors_origins is None:
+            cors_origins = _listed(env, "FREEGPT_AUTH_CORS_ORIGINS")
         return cls(
             store=location,
             key=_environment_key(env),
@@ -109,6 +120,10 @@ class Settings:
             usage_interval=usage_interval,
             lease=_positive(env, "FREEGPT_AUTH_LEASE", LEASE),
             cache_limit=int(_positive(env, "FREEGPT_AUTH_CACHE", CACHE_LIMIT)),
+            keep_credentials=(
+                _flag(env, "FREEGPT_AUTH_KEEP_CREDENTIALS") if keep_credentials is None else keep_credentials
+            ),
+            cors_origins=checked_origins(cors_origins),
         )
 
 
@@ -181,6 +196,10 @@ def _checked_key(name: str, key: str) -> str:
     if len(key.encode("utf-8", "surrogateescape")) > VALUE_LIMIT:
         raise ConfigurationError(f"{name} is longer than {VALUE_LIMIT} bytes, which no request may be; shorten it")
     return key
+
+
+def _listed(env: Mapping[str, str], name: str) -> list[str]:
+    return [entry for entry in (part.strip() for part in env.get(name, "").split(",")) if entry]
 
 
 def _flag(env: Mapping[str, str], name: str) -> bool:

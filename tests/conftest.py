@@ -27,7 +27,11 @@ App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[N
 
 VARIABLES = [
     *("OPENAI_API_KEY", "FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE"),
-    *(f"FREEGPT_AUTH_{name}" for name in ("STORE", "PUBLIC_PATHS", "REQUIRED", "USAGE", "LEASE", "CACHE")),
+    *(
+        f"FREEGPT_AUTH_{name}"
+        for name in ("STORE", "PUBLIC_PATHS", "REQUIRED", "USAGE", "LEASE", "CACHE", "KEEP_CREDENTIALS")
+    ),
+    "FREEGPT_AUTH_CORS_ORIGINS",
 ]
 
 
