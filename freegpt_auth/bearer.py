@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import re
 from hashlib import sha256
-from operator import length_hint
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from .exceptions import MalformedCredentialsError
 
@@ -36,23 +35,12 @@ _CARRIERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 _OFFERS = b"sec-websocket-protocol"
 _PLAIN_SCHEME = b"Bearer "
 _SCHEME = b"bearer "
+_SPACE, _COMMA = b" ,"
 _BLANK = b" \t"  # OWS of RFC 9110, 5.6.3; a plain strip() would also eat \x0b, \x0c, \x1c-\x1f
-_QUOTES = b"\"'"
+_WRAPPING = b"\t\"'"
+_QUOTES = frozenset(b"\"'")
+_NOT_TO_BE_GUESSED = bytes(VALUE_LIMIT + 1)
 _JOINED = re.compile(rb",[ \t]*(?:bearer|basic)[ \t]", re.IGNORECASE)
-
-
-class Credential(NamedTuple):
-    """One secret that a request presents, without the secret.
-
-    Attributes:
-        digest: its SHA-256 digest; ``b""`` for one that need not be looked up to be refused.
-        fault: the mistake in it, if it has one.
-        place: the index of its header; ``None`` for a subprotocol.
-    """
-
-    digest: bytes
-    fault: Fault | None
-    place: int | None
 
 
 def plain(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int]:
@@ -63,39 +51,54 @@ def plain(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int]:
     """
     if type(headers) is not list:
         return NOT_PLAIN
-    carrier = secret = b""
+    carrier = value = b""
     left = 0
-    scan = iter(headers)
-    for name, value in scan:
-        if name in _CARRIERS:
+    scan: Any = iter(headers)
+    for header in scan:
+        if header[0] in _CARRIERS:
             if carrier:
                 return NOT_PLAIN
-            carrier, secret, left = name, value, length_hint(scan)  # counting the headers would cost more
-    if carrier == b"authorization":
-        value = secret
-        secret = value.removeprefix(_PLAIN_SCHEME)
-        if secret is value:
-            return NOT_PLAIN
-    if 0 < len(secret) <= VALUE_LIMIT and b" " not in secret and secret.strip(b"\t\"'") == secret:
+            carrier, value = header
+            left = scan.__length_hint__()  # counting the headers would take a tenth longer
+    secret = value.removeprefix(_PLAIN_SCHEME)
+    if (
+        (secret is value) is not (carrier == b"authorization")
+        and 0 < len(secret) <= VALUE_LIMIT
+        and _SPACE not in secret
+        and secret.strip(_WRAPPING) is secret  # CPython returns the same object; a copy would only take the long way
+    ):
         return sha256(secret).digest(), -1 - left
     return NOT_PLAIN
 
 
-def presented(scope: Any) -> list[Credential]:
-    """Return the credentials of a request in the order sent, none if it presents none.
+def presented(scope: Any) -> tuple[list[bytes], Fault | None]:
+    """Return the digests of the secrets that a request presents in the order sent, and the first mistake in one of them.
+
+    A secret of over 4 KB, or with a mistake, is ``b""``, which is no digest: it need not be hashed to be refused.
 
     Raises:
         MalformedCredentialsError: one carrier comes more than once.
     """
-    found: dict[bytes, Credential | None] = {}
-    for place, (name, value) in enumerate(_listed(scope, "headers")):
+    secrets: list[bytes] = []
+    found: set[bytes] = set()
+    for name, value in _listed(scope, "headers"):
         if name in _CARRIERS:
-            if name in found or (name == b"authorization" and _JOINED.search(value)):
+            if name in found or (name == b"authorization" and _COMMA in value and _JOINED.search(value)):
                 raise MalformedCredentialsError(f"the {name.decode()} header is sent more than once")
-            found[name] = _credential(_after_scheme(value) if name == b"authorization" else value.strip(_BLANK), place)
+            found.add(name)
+            secrets.append(_secret(name, value))
     if scope["type"] == "websocket":
-        found[_OFFERS] = _offered_credential(scope)
-    return [credential for credential in found.values() if credential is not None]
+        offered = _offered_secrets(scope)
+        if len(offered) > 1:
+            raise MalformedCredentialsError(f"the subprotocol {SUBPROTOCOL}… is sent more than once")
+        secrets += offered
+    digests: list[bytes] = []
+    fault: Fault | None = None
+    for secret in filter(None, secrets):
+        mistake = _fault(secret)
+        fault = fault or mistake
+        digests.append(b"" if mistake else _digest(secret))
+    return digests, fault
 
 
 def withdraw(scope: Any, is_valid: Callable[[bytes], bool]) -> None:
@@ -103,12 +106,13 @@ def withdraw(scope: Any, is_valid: Callable[[bytes], bool]) -> None:
 
     The list of headers is changed in place: layers outside that share it (error trackers, tracing) lose the secret too.
     """
-    for credential in reversed(presented(scope)):  # from the end: the places before stay right
-        if is_valid(credential.digest):
-            if credential.place is None:
-                _withdraw_subprotocol(scope)
-            else:
-                del scope["headers"][credential.place]
+    headers = _listed(scope, "headers")
+    carried = [(place, _digest(_secret(*header))) for place, header in enumerate(headers) if header[0] in _CARRIERS]
+    for place, digest in reversed(carried):  # from the end: the places before stay right
+        if is_valid(digest):
+            del headers[place]
+    if scope["type"] == "websocket" and any(map(is_valid, map(_digest, _offered_secrets(scope)))):
+        _withdraw_subprotocol(scope)
 
 
 def _listed(scope: Any, key: str) -> list[Any]:
@@ -119,22 +123,22 @@ def _listed(scope: Any, key: str) -> list[Any]:
     return entry
 
 
-def _credential(secret: bytes, place: int | None) -> Credential | None:
-    if not secret:
-        return None
-    fault: Fault | None = None
-    if secret[: len(_SCHEME)].lower() == _SCHEME:
-        fault = "prefixed"
-    elif len(secret) > 1 and secret[0] == secret[-1] and secret[0] in _QUOTES:
-        fault = "quoted"
-    unhashed = fault is not None or len(secret) > VALUE_LIMIT
-    return Credential(b"" if unhashed else sha256(secret).digest(), fault, place)
-
-
-def _after_scheme(value: bytes) -> bytes:
-    """Return the secret behind the scheme, in any case and behind one or more spaces (RFC 9110, 11.1 and 11.4)."""
+def _secret(name: bytes, value: bytes) -> bytes:
+    """Return the secret in a header: behind the scheme, in any case and after one or more spaces (RFC 9110, 11.1 and 11.4)."""
     stripped = value.strip(_BLANK)
+    if name != b"authorization":
+        return stripped
     return stripped[len(_SCHEME) :].lstrip(_BLANK) if stripped[: len(_SCHEME)].lower() == _SCHEME else b""
+
+
+def _digest(secret: bytes) -> bytes:
+    return sha256(secret).digest() if len(secret) <= VALUE_LIMIT else b""
+
+
+def _fault(secret: bytes) -> Fault | None:
+    if _SPACE in secret and secret[: len(_SCHEME)].lower() == _SCHEME:
+        return "prefixed"
+    return "quoted" if secret[0] in _QUOTES and secret[0] == secret[-1] and len(secret) > 1 else None
 
 
 def _offers(scope: Any) -> list[str]:
@@ -142,14 +146,10 @@ def _offers(scope: Any) -> list[str]:
     return [offer.strip(" \t") for value in _listed(scope, "subprotocols") for offer in value.split(",")]
 
 
-def _offered_credential(scope: Any) -> Credential | None:
+def _offered_secrets(scope: Any) -> list[bytes]:
     values = [offer[len(SUBPROTOCOL) :] for offer in _offers(scope) if offer.startswith(SUBPROTOCOL)]
-    if len(values) > 1:
-        raise MalformedCredentialsError(f"the subprotocol {SUBPROTOCOL}… is sent more than once")
-    for value in values:
-        # A header holds bytes; what a server made of those outside ASCII is not to be guessed.
-        return _credential(value.encode(), None) if value.isascii() else Credential(b"", None, None)
-    return None
+    # A header holds bytes; what a server made of those outside ASCII is not to be guessed.
+    return [value.encode() if value.isascii() else _NOT_TO_BE_GUESSED for value in values]
 
 
 def _withdraw_subprotocol(scope: Any) -> None:

@@ -20,8 +20,8 @@ RETRY_AFTER = 5
 JSON_RPC_CODE = -32001
 """Error code for MCP clients, of the range that MCP leaves to implementations (-32000 to -32019)."""
 
-_VERSION_HEADERS = {b"mcp-protocol-version": "mcp", b"anthropic-version": "anthropic"}
-_MCP_TYPES = (b"application/json", b"text/event-stream")
+_VERSIONS = {b"mcp-protocol-version": "mcp", b"anthropic-version": "anthropic"}
+_TELLING = frozenset({*_VERSIONS, b"accept"})
 _OPENAI_OWNERS = frozenset({"threads", "completions"})
 
 # Both wordings are needed: "Invalid API key provided" is what our guide promises, and by "Incorrect API key provided"
@@ -83,15 +83,16 @@ def denial(scope: Any, reason: str) -> Denial:
 def _dialect(scope: Any) -> str:
     """Return the protocol of a client: by the version header that it sends, else by the path, else by its ``Accept``."""
     accept = b""
-    for name, value in scope["headers"]:
-        if name in _VERSION_HEADERS:
-            return _VERSION_HEADERS[name]
-        if name == b"accept":
-            accept = value
-    if _is_messages(scope["path"]):
+    for header in scope["headers"]:
+        if header[0] in _TELLING:
+            if header[0] != b"accept":
+                return _VERSIONS[header[0]]
+            accept = header[1]
+    if "messages" in scope["path"] and _is_messages(scope["path"]):
         return "anthropic"
     # MCP, "Streamable HTTP": the first POST has no version yet, and every POST accepts both types.
-    return "mcp" if scope.get("method") == "POST" and all(kind in accept for kind in _MCP_TYPES) else "openai"
+    is_mcp = b"text/event-stream" in accept and b"application/json" in accept and scope.get("method") == "POST"
+    return "mcp" if is_mcp else "openai"
 
 
 def _is_messages(path: str) -> bool:

@@ -31,16 +31,16 @@ def judge(
         source: the store. A secret that a guard outside verified with the same one is judged again, by its digest.
         digest: that of the only credential, where it is known already.
     """
-    try:
-        found = [] if digest else presented(scope)
-    except MalformedCredentialsError:
-        return _MALFORMED
-    digests = [digest] if digest else [credential.digest for credential in found]
+    digests, fault = [digest], None
+    if not digest:
+        try:
+            digests, fault = presented(scope)
+        except MalformedCredentialsError:
+            return _MALFORMED
     outer = scope.get(MARK)
-    if isinstance(outer, Caller) and outer.source is source:
+    if outer is not None and isinstance(outer, Caller) and outer.source is source:
         digests.insert(0, outer.digest)
     if not digests:
         return _MISSING
     decision = decide(digests)
-    fault = next((credential.fault for credential in found if credential.fault), None)
     return Refusal(fault) if fault is not None and decision == _UNKNOWN else decision

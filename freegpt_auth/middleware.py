@@ -128,7 +128,7 @@ class BearerTokenMiddleware:
         if self._public_paths and is_public(scope, self._public_paths):
             caller = ANONYMOUS
         else:
-            digest, place = plain(scope["headers"]) if kind == "http" else NOT_PLAIN
+            digest, place = NOT_PLAIN if kind == "websocket" and scope.get("subprotocols") else plain(scope["headers"])
             known = self._authenticator.recognise(digest) if digest else None
             if known is None:
                 decision = await self._decide(scope, digest)

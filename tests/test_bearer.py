@@ -28,12 +28,11 @@ def websocket(*subprotocols: str, headers: tuple[tuple[bytes, bytes], ...] = ())
 
 def read(scope: dict[str, Any]) -> list[bytes]:
     """Return the digests of what is presented; the quick look at a request's headers says the same, or nothing."""
-    found = presented(scope)
+    found, _ = presented(scope)
     if scope["type"] == "http":
         digest, place = plain(scope["headers"])
-        count = len(scope["headers"])
-        assert not digest or [(digest, place + count)] == [(each.digest, each.place) for each in found]
-    return [each.digest for each in found]
+        assert not digest or ([digest] == found and scope["headers"][place][0] in CARRIERS)
+    return found
 
 
 def left(scope: dict[str, Any], *secrets: bytes) -> dict[str, Any]:
@@ -93,9 +92,8 @@ def test_mistakes_show_without_a_look_up(value: bytes, fault: str | None) -> Non
     """The scheme inside a secret and quotation marks round it are named, and the secret is not even hashed."""
     scopes = [http((carrier, scheme + value)) for carrier, scheme in CARRIERS.items()]
     for scope in [*scopes, websocket(SUBPROTOCOL + value.decode())]:
-        (credential,) = presented(scope)
-        assert (credential.fault, credential.digest == b"") == (fault, fault is not None)
-        assert read(scope) == [credential.digest]
+        assert presented(scope)[1] == fault
+        assert (read(scope) == [b""]) is (fault is not None)
 
 
 @pytest.mark.parametrize("other", [b"Bearer sk-2", b"bearer\tsk-2", b"Basic eA=="])
