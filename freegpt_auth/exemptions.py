@@ -24,16 +24,16 @@ def route_path(scope: Any) -> str:
 def is_public(scope: Any, paths: Container[str]) -> bool:
     """Return whether a request asks for one of the public *paths*.
 
-    Never by a root path that the client may have chosen: daphne takes it from the header ``Daphne-Root-Path`` and hides the
-    header, so behind daphne a root path from the server makes no path public. One from a mount point does: Starlette
-    keeps the server's own beside it, in ``app_root_path``.
+    None is, where the client may have chosen the root path: daphne takes it from the header ``Daphne-Root-Path`` and hides
+    that header, so behind daphne no path is public below a root path of the server. A mount point is another matter:
+    Starlette keeps the server's root path beside it, in ``app_root_path``.
     """
-    path = route_path(scope)
-    if path not in paths:
+    if route_path(scope) not in paths:
         return False
-    if path == scope["path"]:
+    root = scope.get("root_path", "")
+    if not root:
         return True
-    by_server = scope.get("app_root_path", scope["root_path"])
+    by_server = scope.get("app_root_path", root)
     return not (by_server and _DAPHNE in sys.modules) and all(name != _ROOT_PATH_HEADER for name, _ in scope["headers"])
 
 

@@ -26,7 +26,9 @@ HEADER = [(b"daphne-root-path", b"/v1/files")]
         (BEHIND_A_ROOT, [], False, True),
         (BEHIND_A_ROOT, [], True, False),
         (MOUNTED, [], True, True),
-        (UNMOVED, HEADER, True, True),
+        (UNMOVED, [], True, False),
+        (UNMOVED, [], False, True),
+        ({"path": "/health"}, HEADER, False, True),
     ],
 )
 def test_clients_choose_no_root_path(
