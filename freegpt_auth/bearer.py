@@ -40,7 +40,7 @@ _BLANK = b" \t"  # OWS of RFC 9110, 5.6.3; a plain strip() would also eat \x0b, 
 _WRAPPING = b"\t\"'"
 _QUOTES = frozenset(b"\"'")
 _NOT_TO_BE_GUESSED = bytes(VALUE_LIMIT + 1)
-_JOINED = re.compile(rb",[ \t]*(?:bearer|basic)[ \t]", re.IGNORECASE)
+_JOINED = re.compile(rb",[ \t]*(?:bearer|basic) ", re.IGNORECASE)
 
 
 def plain(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int]:

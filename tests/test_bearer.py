@@ -96,7 +96,7 @@ def test_mistakes_show_without_a_look_up(value: bytes, fault: str | None) -> Non
         assert (read(scope) == [b""]) is (fault is not None)
 
 
-@pytest.mark.parametrize("other", [b"Bearer sk-2", b"bearer\tsk-2", b"Basic eA=="])
+@pytest.mark.parametrize("other", [b"Bearer sk-2", b"bEARER  sk-2", b"Basic eA=="])
 def test_joined_authorization_is_malformed(other: bytes) -> None:
     """A proxy that joins two Authorization headers with a comma changes nothing: two credentials are malformed."""
     for first, second in ((b"Bearer sk-1", other), (other, b"Bearer sk-1")):

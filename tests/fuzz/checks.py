@@ -126,7 +126,7 @@ def credentials(kind: str, headers: Headers, subprotocols: list[str]) -> tuple[l
     keys = [offer.removeprefix(PREFIX) for offer in offers if offer.startswith(PREFIX)]
     values = [match[1] for match in matches if match and match[1]]
     values += [key.encode() if key.isascii() else b"not to be guessed" for key in keys if key]
-    joined = [name for name, value in carriers if re.search(rb"(?i),[ \t]*(?:bearer|basic)[ \t]", value)]
+    joined = [name for name, value in carriers if re.search(rb"(?i),[ \t]*(?:bearer|basic) ", value)]
     malformed = len({name for name, _ in carriers}) < len(carriers) or len(keys) > 1 or b"authorization" in joined
     return values, malformed
 
