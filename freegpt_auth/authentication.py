@@ -45,7 +45,7 @@ class AuthMode(StrEnum):
     """The active tokens, of a file or of any other store, and the environment key if one is set."""
 
 
-Reason = Literal["missing", "malformed", "unknown", "revoked", "expired", "unavailable"]
+Reason = Literal["missing", "malformed", "prefixed", "quoted", "unknown", "revoked", "expired", "unavailable"]
 
 
 class Refusal(msgspec.Struct, frozen=True):  # which is made in a third of the time of a named tuple
@@ -90,7 +90,7 @@ class Authenticator:
         self._verifier = verifier
         self._now: Callable[[], float] = getattr(verifier, "now", time.time)
         self._key_digest = key.digest if key else None
-        self._environment = environment_caller()
+        self._environment = environment_caller(self._key_digest or _NOTHING, verifier)
         self._callers: dict[bytes, Caller] = {}
         self._caller_limit: float = getattr(verifier, "cache_limit", math.inf)
         self._key_refusal: Refusal | None = None
@@ -131,6 +131,10 @@ class Authenticator:
         decision = self._decide(digests, self._verifier.resolve)
         self._watch_key()
         return _UNAVAILABLE if decision is UNRESOLVED else decision
+
+    def accepts(self, digest: bytes) -> bool:
+        """Return whether memory alone shows that a secret is valid. Never blocks."""
+        return isinstance(self.peek([digest]), Caller)
 
     def peek_open(self) -> bool | Literal[Unresolved.UNRESOLVED]:
         """Tell whether every request passes, from memory."""
@@ -214,7 +218,7 @@ class Authenticator:
         """Return what the application is told of a token, made once for as long as the store answers this object."""
         caller = self._callers.get(digest)
         if caller is None or caller.token is not token:
-            caller = caller_of(token)
+            caller = caller_of(token, digest, self._verifier)
             # Each holds its token: of more than the store keeps in memory, memory would not be bounded by the store.
             if len(self._callers) >= min(CALLER_LIMIT, self._caller_limit):
                 self._callers.clear()

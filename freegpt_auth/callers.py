@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from starlette.authentication import AuthCredentials, BaseUser, UnauthenticatedUser
@@ -53,23 +53,29 @@ class Caller:
         auth: for ``scope["auth"]``.
         token: the token presented; ``None`` for the environment key and in open mode.
         expires: seconds since the epoch at which the token stops working.
+        digest: SHA-256 digest of the secret that was verified.
+        source: the store that verified it; a guard over another store must not rely on this caller.
     """
 
     user: BaseUser
     auth: AuthCredentials
     token: Token | None = None
     expires: float = NEVER
+    digest: bytes = field(default=b"", repr=False)
+    source: object = field(default=None, repr=False)
 
 
-def caller_of(token: Token) -> Caller:
+def caller_of(token: Token, digest: bytes, source: object) -> Caller:
     """Return what the application is told of a token."""
     expires = token.expires_at.timestamp() if token.expires_at is not None else NEVER
-    return Caller(TokenUser(token.id, token.name), _credentials("authenticated", *token.scopes), token, expires)
+    auth = _credentials("authenticated", *token.scopes)
+    return Caller(TokenUser(token.id, token.name), auth, token, expires, digest, source)
 
 
-def environment_caller() -> Caller:
+def environment_caller(digest: bytes, source: object) -> Caller:
     """Return what the application is told of the environment key."""
-    return Caller(TokenUser(_ENVIRONMENT, _ENVIRONMENT), _credentials("authenticated"))
+    user = TokenUser(_ENVIRONMENT, _ENVIRONMENT)
+    return Caller(user, _credentials("authenticated"), digest=digest, source=source)
 
 
 def _credentials(*scopes: str) -> AuthCredentials:

@@ -64,5 +64,7 @@ class Copyable:
             public_paths=settings.public_paths,
             usage="off" if settings.usage is None else place(settings.usage),
             usage_interval=settings.usage_interval,
+            keep_credentials=settings.keep_credentials,
+            cors_origins=settings.cors_origins,
         )
         return elsewhere, (self.app,)

@@ -1,18 +1,28 @@
 """What a refusal looks like on the wire: statuses, challenges (RFC 6750, section 3) and error bodies. Pure.
 
-The bodies are the ones that OpenAI's clients turn into their own exceptions, and on ``/v1/messages`` Anthropic's. Nothing
-that was presented is ever echoed, not even in part.
+The bodies are the ones that the clients of three protocols turn into their own errors: OpenAI's, Anthropic's and MCP's.
+Nothing that was presented is ever echoed, not even in part.
 """
 
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 REALM = "freegpt_auth"
 
 RETRY_AFTER = 5
 """Seconds after which to try again while the tokens cannot be read. An hour would make some clients sleep an hour."""
+
+JSON_RPC_CODE = -32001
+"""Error code for MCP clients, of the range that MCP leaves to implementations (-32000 to -32019)."""
+
+_VERSIONS = {b"mcp-protocol-version": "mcp", b"anthropic-version": "anthropic"}
+_TELLING = frozenset({*_VERSIONS, b"accept"})
+_OPENAI_OWNERS = frozenset({"threads", "completions"})
 
 # Both wordings are needed: "Invalid API key provided" is what our guide promises, and by "Incorrect API key provided"
 # LiteLLM, and aider through it, know an authentication error; without it their users read "bad request".
@@ -24,6 +34,14 @@ _MISSING = (
     "You didn't provide an API key. Send yours in an Authorization header with Bearer auth: "
     "'Authorization: Bearer YOUR_KEY'. (Invalid API key provided: none. Incorrect API key provided: none.)"
 )
+_PREFIXED = (
+    "Invalid API key provided: it begins with the word Bearer. Send that word once in an Authorization header, "
+    "'Authorization: Bearer YOUR_KEY', and not at all elsewhere, 'x-api-key: YOUR_KEY'. (Incorrect API key provided.)"
+)
+_QUOTED = (
+    "Invalid API key provided: it is wrapped in quotation marks. Send it without them. (Incorrect API key provided.)"
+)
+_MALFORMED = "Invalid API key provided: the request sends its credentials more than once. Send them once."
 _UNAVAILABLE = "The server cannot check API keys at the moment. Try again later."
 
 
@@ -41,54 +59,93 @@ class Denial(NamedTuple):
     body: bytes
 
 
-def denial(path: str, reason: str) -> Denial:
-    """Return the refusal for a *reason* in the form that clients of *path* read.
+class _Answer(NamedTuple):
+    """One refusal in no protocol's form yet: *kind* is OpenAI's error type, *anthropic_kind* Anthropic's."""
 
-    ``missing``, ``malformed`` and ``unavailable`` have answers of their own; every other reason has the face of an
-    invalid token, so that nobody learns which tokens once were valid.
+    status: int
+    message: str
+    kind: str
+    code: str
+    anthropic_kind: str
+    header: tuple[bytes, bytes]
+
+
+def denial(scope: Any, reason: str) -> Denial:
+    """Return the refusal for a *reason* in the form that the client of *scope* reads.
+
+    ``missing``, ``malformed``, ``prefixed``, ``quoted`` and ``unavailable`` have answers of their own; every other reason
+    has the face of an invalid token, so that nobody learns which tokens once were valid.
     """
-    answers = _ANTHROPIC if path.startswith("/v1/messages") else _OPENAI
+    answers = _DENIALS[_dialect(scope)]
     return answers.get(reason, answers["unknown"])
 
 
-def _denial(status: int, content: object, *headers: tuple[bytes, bytes]) -> Denial:
-    body = json.dumps(content, separators=(",", ":")).encode()
+def _dialect(scope: Any) -> str:
+    """Return the protocol of a client: by the version header that it sends, else by the path, else by its ``Accept``."""
+    accept = b""
+    for header in scope["headers"]:
+        if header[0] in _TELLING:
+            if header[0] != b"accept":
+                return _VERSIONS[header[0]]
+            accept = header[1]
+    if "messages" in scope["path"] and _is_messages(scope["path"]):
+        return "anthropic"
+    # MCP, "Streamable HTTP": the first POST has no version yet, and every POST accepts both types.
+    is_mcp = b"text/event-stream" in accept and b"application/json" in accept and scope.get("method") == "POST"
+    return "mcp" if is_mcp else "openai"
+
+
+def _is_messages(path: str) -> bool:
+    """Return whether *path* is Anthropic's ``…/messages`` or below it, and not one of OpenAI's.
+
+    OpenAI has ``/v1/threads/{id}/messages`` and ``/v1/chat/completions/{id}/messages``.
+    """
+    segments = path.split("/")
+    if "messages" not in segments:
+        return False
+    place = segments.index("messages")
+    return segments[place - 1] == "v1" or segments[max(place - 2, 0)] not in _OPENAI_OWNERS
+
+
+def _openai(answer: _Answer) -> object:
+    return {"error": {"message": answer.message, "type": answer.kind, "param": None, "code": answer.code}}
+
+
+def _anthropic(answer: _Answer) -> object:
+    return {"type": "error", "error": {"type": answer.anthropic_kind, "message": answer.message}}
+
+
+def _mcp(answer: _Answer) -> object:
+    return {"jsonrpc": "2.0", "id": None, "error": {"code": JSON_RPC_CODE, "message": answer.message}}
+
+
+def _denial(answer: _Answer, form: Callable[[_Answer], object]) -> Denial:
+    body = json.dumps(form(answer), separators=(",", ":")).encode()
     common = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"cache-control", b"no-store"),
     ]
-    return Denial(status, [*common, *headers], body)
+    return Denial(answer.status, [*common, answer.header], body)
 
 
-def _challenge(error: str = "") -> tuple[bytes, bytes]:
+def _refused(status: int, message: str, error: str, anthropic_kind: str = "authentication_error") -> _Answer:
     # RFC 6750, 3.1: no error attribute where no credentials came
     attribute = f', error="{error}"' if error else ""
-    return b"www-authenticate", f'Bearer realm="{REALM}"{attribute}'.encode()
+    challenge = (b"www-authenticate", f'Bearer realm="{REALM}"{attribute}'.encode())
+    return _Answer(status, message, "invalid_request_error", "invalid_api_key", anthropic_kind, challenge)
 
 
-def _openai(message: str, kind: str, code: str) -> object:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def _anthropic(message: str, kind: str) -> object:
-    return {"type": "error", "error": {"type": kind, "message": message}}
-
-
-_MALFORMED = "Invalid API key provided: the request sends its credentials more than once. Send them once."
 _RETRY = (b"retry-after", str(RETRY_AFTER).encode())
-
-_OPENAI = {
-    "missing": _denial(401, _openai(_MISSING, "invalid_request_error", "invalid_api_key"), _challenge()),
-    "unknown": _denial(401, _openai(_INVALID, "invalid_request_error", "invalid_api_key"), _challenge("invalid_token")),
-    "malformed": _denial(
-        400, _openai(_MALFORMED, "invalid_request_error", "invalid_api_key"), _challenge("invalid_request")
-    ),
-    "unavailable": _denial(503, _openai(_UNAVAILABLE, "server_error", "service_unavailable"), _RETRY),
+_ANSWERS = {
+    "missing": _refused(401, _MISSING, ""),
+    "unknown": _refused(401, _INVALID, "invalid_token"),
+    "prefixed": _refused(401, _PREFIXED, "invalid_token"),
+    "quoted": _refused(401, _QUOTED, "invalid_token"),
+    "malformed": _refused(400, _MALFORMED, "invalid_request", "invalid_request_error"),
+    "unavailable": _Answer(503, _UNAVAILABLE, "server_error", "service_unavailable", "api_error", _RETRY),
 }
-_ANTHROPIC = {
-    "missing": _denial(401, _anthropic(_MISSING, "authentication_error"), _challenge()),
-    "unknown": _denial(401, _anthropic(_INVALID, "authentication_error"), _challenge("invalid_token")),
-    "malformed": _denial(400, _anthropic(_MALFORMED, "invalid_request_error"), _challenge("invalid_request")),
-    "unavailable": _denial(503, _anthropic(_UNAVAILABLE, "api_error"), _RETRY),
+_DENIALS = {
+    dialect: {reason: _denial(answer, form) for reason, answer in _ANSWERS.items()}
+    for dialect, form in (("openai", _openai), ("anthropic", _anthropic), ("mcp", _mcp))
 }

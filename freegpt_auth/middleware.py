@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
-from . import denials
+from . import cors, denials
 from .assembly import assemble
 from .authentication import Decision, Refusal
-from .bearer import plain_digest, presented, without_secret
+from .bearer import NOT_PLAIN, plain, withdraw
 from .callers import ANONYMOUS, Caller
 from .construction import Unusable, warn_if_late
 from .copying import Copyable
 from .delivery import deny_http, deny_websocket, end_http
-from .exceptions import MalformedCredentialsError
+from .exemptions import is_preflight, is_public
+from .judging import MARK, judge
 from .lifespan import Lifespan
 from .refusals import RefusalLog
 from .settings import FLUSH_INTERVAL, Settings
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .stores.base import Verifier
 
 _REQUESTS: tuple[str, ...] = ("http", "websocket")
-_MISSING, _MALFORMED, _UNAVAILABLE = Refusal("missing"), Refusal("malformed"), Refusal("unavailable")
+_UNAVAILABLE = Refusal("unavailable")
 
 
 class BearerTokenMiddleware(Copyable):
@@ -53,6 +54,10 @@ class BearerTokenMiddleware(Copyable):
         usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the tokens;
             with a verifier of one's own: off.
         usage_interval: seconds between two writes of usage: what a killed process can lose.
+        keep_credentials: leave the verified credential in the scope, for an application, or a guard over another
+            store, that checks the same one. Default: ``FREEGPT_AUTH_KEEP_CREDENTIALS``, else no.
+        cors_origins: origins of web pages that may read a refusal, or ``*``; for a guard outside the CORS middleware.
+            Default: ``FREEGPT_AUTH_CORS_ORIGINS``, else none.
 
     Raises:
         ConfigurationError: the settings cannot be used, and no event loop runs. While one runs, a server is constructing
@@ -69,11 +74,14 @@ class BearerTokenMiddleware(Copyable):
         required: bool | None = None,
         usage: str | PathLike[str] | None = None,
         usage_interval: float = FLUSH_INTERVAL,
+        keep_credentials: bool | None = None,
+        cors_origins: Iterable[str] | None = None,
     ) -> None:
         self.app = app
         self._guarded = _REQUESTS
         self._unusable: Unusable | None = None
         self._refusals = RefusalLog()
+        self._cors_origins: frozenset[str] = frozenset()
         location: str | PathLike[str] | None = None
         self._source: Verifier | None = None
         if store is None or isinstance(store, (str, PathLike)):
@@ -82,14 +90,22 @@ class BearerTokenMiddleware(Copyable):
             self._source = store
             usage = "off" if usage is None else usage
         try:
-            self._settings = Settings.from_env(
-                store=location, public_paths=public_paths, required=required, usage=usage, usage_interval=usage_interval
+            settings = self._settings = Settings.from_env(
+                store=location,
+                public_paths=public_paths,
+                required=required,
+                usage=usage,
+                usage_interval=usage_interval,
+                keep_credentials=keep_credentials,
+                cors_origins=cors_origins,
             )
-            parts = assemble(self._settings, self._source)
+            parts = assemble(settings, self._source)
         except Exception as error:  # noqa: BLE001  whatever it is, most servers would serve all the same
             self._guarded, self._unusable = (), Unusable(error)
             return
-        self._public_paths = self._settings.public_paths
+        self._public_paths = settings.public_paths
+        self._keeps = settings.keep_credentials
+        self._cors_origins = settings.cors_origins
         self._authenticator, self._look_ups, self._refusals, self._usage, self._counted = parts
         warn_if_late()
 
@@ -99,54 +115,69 @@ class BearerTokenMiddleware(Copyable):
         if kind not in self._guarded:
             await self._attend(scope, receive, send)
             return
-        if self._public_paths and _route_path(scope) in self._public_paths:
+        if self._public_paths and is_public(scope, self._public_paths):
             caller = ANONYMOUS
         else:
-            digest = plain_digest(scope["headers"]) if kind == "http" else None
-            known = None if digest is None else self._authenticator.recognise(digest)
+            digest, place = NOT_PLAIN if kind == "websocket" and scope.get("subprotocols") else plain(scope["headers"])
+            known = self._authenticator.recognise(digest) if digest else None
             if known is None:
                 decision = await self._decide(scope, digest)
                 if isinstance(decision, Refusal):
                     await self._refuse(scope, receive, send, decision)
                     return
-                known = decision
-            caller = known
+                caller = decision
+                if caller is not ANONYMOUS:
+                    self._withdraw(scope, caller)
+            else:
+                caller = known
+                if not self._keeps:
+                    del scope["headers"][place]
+            digest = b""  # tracebacks show it, and a key that a person chose can be guessed from its digest
             token, usage = caller.token, self._usage
             if token is not None and usage is not None and self._counted not in scope:
                 scope[self._counted] = True
                 usage.record((token.id, time.time()))
-        if kind == "websocket":
-            scope = without_secret(scope)
-        scope["user"] = caller.user
-        scope["auth"] = caller.auth
+        if caller is ANONYMOUS:  # a user that an outer middleware set stays
+            scope.setdefault("user", caller.user)
+            scope.setdefault("auth", caller.auth)
+        else:
+            scope["user"] = caller.user
+            scope["auth"] = caller.auth
+            scope[MARK] = caller
         await self.app(scope, receive, send)
 
-    async def _decide(self, scope: Scope, digest: bytes | None) -> Caller | Refusal:
+    def _withdraw(self, scope: Scope, caller: Caller) -> None:
+        """Remove the credential of *caller*, and each other one that is valid here, from *scope*."""
+        if not self._keeps:
+            withdraw(scope, lambda digest: digest == caller.digest or self._authenticator.accepts(digest))
+
+    async def _decide(self, scope: Scope, digest: bytes) -> Caller | Refusal:
         """Decide about a caller who is not known from an earlier request."""
         decision = self._peek(scope, digest)
         if decision is UNRESOLVED:
             settled = await self._look_ups.settle(self._peek, self._resolve, scope)
         else:
             settled = decision
-        return ANONYMOUS if isinstance(settled, Refusal) and _is_preflight(scope) else settled
+        return ANONYMOUS if isinstance(settled, Refusal) and is_preflight(scope) else settled
 
-    def _peek(self, scope: Scope, digest: bytes | None = None) -> Decision:
+    def _peek(self, scope: Scope, digest: bytes = b"") -> Decision:
         """Decide from memory: on the event loop."""
         passes = self._authenticator.peek_open()
         if passes is not False:
             return ANONYMOUS if passes is True else UNRESOLVED
-        digests = _digests(scope) if digest is None else [digest]
-        return digests if isinstance(digests, Refusal) else self._authenticator.peek(digests)
+        return judge(scope, self._authenticator.peek, self._look_ups.verifier, digest)
 
     def _resolve(self, scope: Scope) -> Caller | Refusal:
         """Decide from the store: in a thread, where memory cannot."""
-        if self._authenticator.resolve_open():
-            return ANONYMOUS
-        digests = _digests(scope)
-        return digests if isinstance(digests, Refusal) else self._authenticator.resolve(digests)
+        authenticator = self._authenticator
+        return (
+            ANONYMOUS if authenticator.resolve_open() else judge(scope, authenticator.resolve, self._look_ups.verifier)
+        )
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
-        denial = denials.denial(_route_path(scope), refusal.reason)
+        denial = denials.denial(scope, refusal.reason)
+        if self._cors_origins:
+            denial = denial._replace(headers=[*denial.headers, *cors.headers_for(scope, self._cors_origins)])
         unfinished = False
         try:
             if scope["type"] == "http":
@@ -179,28 +210,3 @@ class BearerTokenMiddleware(Copyable):
         if self._usage:
             await to_thread.run_sync(self._usage.finish)
         await self._look_ups.close(lifespan)
-
-
-def _digests(scope: Scope) -> list[bytes] | Refusal:
-    """Return what a request presents, or why it is refused for that."""
-    try:
-        return presented(scope) or _MISSING
-    except MalformedCredentialsError:
-        return _MALFORMED
-
-
-def _is_preflight(scope: Scope) -> bool:
-    """Tell whether a browser asks if it may send the real request; by the Fetch standard it asks without credentials."""
-    if scope["type"] != "http" or scope["method"] != "OPTIONS":
-        return False
-    names = {name for name, _ in scope["headers"]}
-    return b"origin" in names and b"access-control-request-method" in names
-
-
-def _route_path(scope: Scope) -> str:
-    """Return the path below the mount point, as Starlette's router sees it."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if root and (path == root or path.startswith(root + "/")):
-        return path[len(root) :]
-    return path

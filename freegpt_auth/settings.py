@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cors import checked_origins
 from .environment_key import environment_key
 from .exceptions import ConfigurationError
 from .location import is_url
@@ -45,6 +46,8 @@ class Settings:
         usage_interval: seconds between two writes to it.
         lease: seconds for which known tokens are accepted while the database cannot be reached.
         cache_limit: how many tokens of a database are kept in memory.
+        keep_credentials: leave the verified credential in the scope.
+        cors_origins: origins of web pages that may read a refusal.
     """
 
     store: str = field(default=DEFAULT_STORE, repr=False)
@@ -56,6 +59,8 @@ class Settings:
     usage_interval: float = FLUSH_INTERVAL
     lease: float = LEASE
     cache_limit: int = CACHE_LIMIT
+    keep_credentials: bool = False
+    cors_origins: frozenset[str] = frozenset()
 
     @classmethod
     def from_env(
@@ -66,6 +71,8 @@ class Settings:
         required: bool | None = None,
         usage: str | os.PathLike[str] | None = None,
         usage_interval: float = FLUSH_INTERVAL,
+        keep_credentials: bool | None = None,
+        cors_origins: Iterable[str] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Settings:
         """Read the settings. An argument that is given wins over its variable.
@@ -76,6 +83,8 @@ class Settings:
             required: ``FREEGPT_AUTH_REQUIRED``; by default no.
             usage: ``FREEGPT_AUTH_USAGE``, or ``off``; by default beside the tokens.
             usage_interval: seconds between two writes of usage: what a killed process can lose.
+            keep_credentials: ``FREEGPT_AUTH_KEEP_CREDENTIALS``; by default no.
+            cors_origins: ``FREEGPT_AUTH_CORS_ORIGINS``, separated by commas there; by default none.
             environ: the environment; by default ``os.environ``.
 
         Raises:
@@ -88,6 +97,8 @@ class Settings:
         location = store_location(store, env)
         if public_paths is None:
             public_paths = variables.listed("FREEGPT_AUTH_PUBLIC_PATHS")
+        if cors_origins is None:
+            cors_origins = variables.listed("FREEGPT_AUTH_CORS_ORIGINS")
         return cls(
             store=location,
             store_named=store is not None or "FREEGPT_AUTH_STORE" in variables,
@@ -98,6 +109,10 @@ class Settings:
             usage_interval=usage_interval,
             lease=variables.number("FREEGPT_AUTH_LEASE", LEASE),
             cache_limit=int(variables.number("FREEGPT_AUTH_CACHE", CACHE_LIMIT)),
+            keep_credentials=(
+                variables.flag("FREEGPT_AUTH_KEEP_CREDENTIALS") if keep_credentials is None else keep_credentials
+            ),
+            cors_origins=checked_origins(cors_origins),
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from freegpt_auth.bearer import SUBPROTOCOL, VALUE_LIMIT, plain_digest, presented, without_secret
+from freegpt_auth.bearer import NOT_PLAIN, SUBPROTOCOL, VALUE_LIMIT, plain, presented, withdraw
 from freegpt_auth.exceptions import MalformedCredentialsError
 
 CARRIERS = {b"authorization": b"Bearer ", b"x-api-key": b"", b"api-key": b""}
@@ -28,11 +28,17 @@ def websocket(*subprotocols: str, headers: tuple[tuple[bytes, bytes], ...] = ())
 
 def read(scope: dict[str, Any]) -> list[bytes]:
     """Return the digests of what is presented; the quick look at a request's headers says the same, or nothing."""
-    found = presented(scope)
+    found, _ = presented(scope)
     if scope["type"] == "http":
-        quick = plain_digest(scope["headers"])
-        assert quick is None or [quick] == found
+        digest, place = plain(scope["headers"])
+        assert not digest or ([digest] == found and scope["headers"][place][0] in CARRIERS)
     return found
+
+
+def left(scope: dict[str, Any], *secrets: bytes) -> dict[str, Any]:
+    """Return *scope* without the credentials that hold one of these secrets."""
+    withdraw(scope, lambda digest: digest in digests(*secrets))
+    return scope
 
 
 def digests(*secrets: bytes) -> list[bytes]:
@@ -58,12 +64,46 @@ def test_what_is_not_the_bearer_scheme_presents_nothing(value: bytes) -> None:
 
 
 @pytest.mark.parametrize("around", [[], [(b"accept", b"*/*"), (b"user-agent", b"x-api-key")]])
-def test_nearly_every_request_is_read_at_a_glance(around: list[tuple[bytes, bytes]]) -> None:
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_nearly_every_request_is_read_at_a_glance(carrier: bytes, around: list[tuple[bytes, bytes]]) -> None:
     """What clients send nearly always takes no second look, which would slow every request."""
-    for secret in (b"s", b"sk-1", b"a" * (VALUE_LIMIT - len(b"Bearer "))):
-        headers = [*around, (b"authorization", b"Bearer " + secret), *around]
-        assert plain_digest(headers) == sha256(secret).digest()
-        assert plain_digest([*headers, (b"api-key", b"b")]) is None
+    for secret in (b"s", b"sk-1", b"a" * VALUE_LIMIT):
+        headers = [*around, (carrier, CARRIERS[carrier] + secret), *around]
+        digest, place = plain(headers)
+        assert (digest, headers[place][0]) == (sha256(secret).digest(), carrier)
+        assert plain([*headers, (b"x-api-key", b"b")]) == plain(tuple(headers)) == NOT_PLAIN
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (b"Bearer sk-1", "prefixed"),
+        (b"bEARER   sk-1", "prefixed"),
+        (b'"sk-1"', "quoted"),
+        (b"'sk-1'", "quoted"),
+        (b"Bearer 'sk-1'", "prefixed"),
+        (b"'sk-1\"", None),
+        (b"'sk-1", None),
+        (b"'", None),
+        (b"Bearersk-1", None),
+    ],
+)
+def test_mistakes_show_without_a_look_up(value: bytes, fault: str | None) -> None:
+    """The scheme inside a secret and quotation marks round it are named, and the secret is not even hashed."""
+    scopes = [http((carrier, scheme + value)) for carrier, scheme in CARRIERS.items()]
+    for scope in [*scopes, websocket(SUBPROTOCOL + value.decode())]:
+        assert presented(scope)[1] == fault
+        assert (read(scope) == [b""]) is (fault is not None)
+
+
+@pytest.mark.parametrize("other", [b"Bearer sk-2", b"bEARER  sk-2", b"Basic eA=="])
+def test_joined_authorization_is_malformed(other: bytes) -> None:
+    """A proxy that joins two Authorization headers with a comma changes nothing: two credentials are malformed."""
+    for first, second in ((b"Bearer sk-1", other), (other, b"Bearer sk-1")):
+        for comma in (b",", b", ", b" ,\t"):
+            with pytest.raises(MalformedCredentialsError, match="sent more than once"):
+                read(http((b"authorization", first + comma + second)))
+            assert read(http((b"x-api-key", b"sk-1" + comma + second)))
 
 
 @pytest.mark.parametrize("blank", NOT_BLANK)
@@ -113,7 +153,7 @@ def test_no_other_header_is_read(name: bytes) -> None:
 )
 def test_a_carrier_that_comes_twice_is_malformed(scope: dict[str, Any]) -> None:
     """A proxy and this library can never disagree about which of two credentials counts: neither does."""
-    assert scope["type"] == "websocket" or plain_digest(scope["headers"]) is None
+    assert plain(scope["headers"]) == NOT_PLAIN
     with pytest.raises(MalformedCredentialsError, match="sent more than once") as caught:
         presented(scope)
     assert "sk-" not in str(caught.value)
@@ -139,25 +179,43 @@ def test_subprotocols_outside_ascii(text: str) -> None:
     """Bytes outside ASCII, which some servers decode to lone surrogates, make a wrong token and are no error."""
     scope = websocket("chat" + text, SUBPROTOCOL + "sk" + text)
     assert read(scope) == [b""]
-    assert without_secret(scope)["subprotocols"] == ["chat" + text]
+    assert left(websocket("chat" + text, SUBPROTOCOL + "sk-1"), b"sk-1")["subprotocols"] == ["chat" + text]
 
 
 @pytest.mark.parametrize("others", [[], ["realtime", "v1"]])
 def test_the_application_never_sees_the_secret_subprotocol(others: list[str]) -> None:
     """An application that logs its scope, or accepts the first subprotocol offered, gives nothing away."""
-    seen = without_secret(websocket(*others[:1], SUBPROTOCOL + "sk-1", *others[1:], headers=((b"host", b"x"),)))
-    assert seen == websocket(*others, headers=((b"host", b"x"),))
+    scope = websocket(*others[:1], SUBPROTOCOL + "sk-1", *others[1:], headers=((b"host", b"x"),))
+    outside = scope["headers"], scope["subprotocols"]
+    assert left(scope, b"sk-1") == websocket(*others, headers=((b"host", b"x"),))
+    assert outside == (scope["headers"], scope["subprotocols"])
 
 
 def test_subprotocols_in_one_piece_are_read_one_by_one() -> None:
     """A server that hands on the header's value as it came neither hides the secret from us nor shows it to others."""
     scope = {"type": "websocket", "headers": [], "subprotocols": [f"v1, {SUBPROTOCOL}sk-1,realtime"]}
     assert read(scope) == digests(b"sk-1")
-    assert without_secret(scope)["subprotocols"] == ["v1", "realtime"]
+    assert left(scope, b"sk-1")["subprotocols"] == ["v1", "realtime"]
 
 
-@pytest.mark.parametrize("scope", [websocket("realtime"), websocket(), {"type": "websocket", "headers": []}])
-def test_a_scope_without_secret_stays_the_same(scope: dict[str, Any]) -> None:
-    """A handshake that carries no secret, or names no subprotocols at all, reaches the application untouched."""
-    assert read(scope) == []
-    assert without_secret(scope) is scope
+@pytest.mark.parametrize("scope", [websocket("realtime"), websocket(), websocket(SUBPROTOCOL + "sk-2")])
+def test_other_subprotocols_stay(scope: dict[str, Any]) -> None:
+    """A handshake that carries no secret, or somebody else's, reaches the application untouched."""
+    before = {**scope, "headers": [*scope["headers"]], "subprotocols": [*scope["subprotocols"]]}
+    assert left(scope, b"sk-1") == before
+
+
+@pytest.mark.parametrize("scope", [{"type": "websocket", "headers": iter(())}, http()])
+def test_scopes_without_subprotocols_are_read(scope: dict[str, Any]) -> None:
+    """A handshake without the optional entry presents nothing."""
+    assert read(left(scope)) == []
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_verified_headers_are_withdrawn(kind: Any) -> None:
+    """Each header with a verified secret goes, and all others stay in order, in whatever iterable the server sends them."""
+    headers = [(b"api-key", b"sk-1"), (b"host", b"x"), (b"authorization", b"Bearer sk-2"), (b"x-api-key", b"sk-1")]
+    scope = {"type": "http", "headers": kind(headers)}
+    outside = scope["headers"]
+    assert left(scope, b"sk-1")["headers"] == headers[1:3]
+    assert (scope["headers"] is outside) is (kind is list)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 POST: Any = {"type": "http", "method": "POST", "path": "/v1/files", "headers": [(b"content-length", b"5000")]}
-REFUSED = denial("/v1/files", "missing")
+REFUSED = denial(POST, "missing")
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,7 @@ import pytest
 from pages import PROJECT, blocks
 from starlette.testclient import TestClient
 
-from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Token
+from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Settings, Token
 from freegpt_auth.tokens import digest_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BLOCKS = blocks("README.md")
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 SHELL = [block for block in BLOCKS if block.language == "sh"]
+ARGUMENTS = ["store", "public_paths", "required", "usage", "keep_credentials", "cors_origins"]
 OWN_TESTS = {"More than one host", "Run it", "Test it", "Send the token", "Add it to your server"}
 
 
@@ -71,17 +72,45 @@ async def test_every_python_block_is_a_protected_application(
     assert (await ask(names["app"], headers=[(b"x-api-key", b"a-key")], **scope)).status in (200, 204, 404)
 
 
-def test_a_page_can_read_why_it_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order that the README gives, a preflight passes and a refusal carries the CORS headers."""
+# What the npm packages openai 6.49, @anthropic-ai/sdk 1.14 and, with x-api-key, 0.137 ask for in Chromium 156.
+STAINLESS = ["arch", "lang", "os", "package-version", "retry-count", "runtime", "runtime-version"]
+COMMON = [f"x-stainless-{name}" for name in STAINLESS]
+OPENAI = ["authorization", "content-type", *COMMON]
+ANTHROPIC = [
+    "anthropic-dangerous-direct-browser-access",
+    "anthropic-version",
+    "content-type",
+    *COMMON,
+    "x-stainless-timeout",
+]
+PREFLIGHTS = [
+    ("/v1/chat/completions", "POST", OPENAI),
+    ("/v1/models", "GET", ["authorization", *COMMON]),
+    ("/v1/models/ft-1", "DELETE", ["authorization", *COMMON]),
+    ("/v1/messages", "POST", [*ANTHROPIC, "authorization"]),
+    ("/v1/messages", "POST", [*ANTHROPIC, "x-api-key"]),
+]
+
+
+@pytest.mark.parametrize(("path", "method", "asked"), PREFLIGHTS)
+def test_pages_with_the_usual_clients_can_read_refusals(
+    monkeypatch: pytest.MonkeyPatch, path: str, method: str, asked: list[str]
+) -> None:
+    """In the order that the README gives, the clients' preflights pass, and a refusal and its challenge are readable."""
     monkeypatch.setenv("FREEGPT_API_KEY", "a-key")
     names: dict[str, Any] = {}
     exec(named("With CORS", "python"), names)
     client = TestClient(names["app"], headers={"Origin": "https://chat.example"})
-    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    assert client.options("/v1/chat/completions", headers=preflight).status_code == 200
-    refused = client.post("/v1/chat/completions")
+    headers = ",".join(sorted(asked))
+    preflight = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+    answer = client.options(path, headers=preflight)
+    assert answer.status_code == 200
+    assert {*asked} <= {*answer.headers["access-control-allow-headers"].split(",")}
+    assert method in answer.headers["access-control-allow-methods"]
+    refused = client.request(method, path)
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+    assert "WWW-Authenticate" in refused.headers["access-control-expose-headers"]
 
 
 def test_every_shell_block_is_run_here() -> None:
@@ -167,7 +196,14 @@ def test_a_server_that_takes_a_middleware_by_name() -> None:
 
     vLLM imports the name's module, takes the attribute, and adds a class by ``app.add_middleware(class)``.
     """
-    name = named("Add it to your server").split("--middleware ")[1].strip()
+    variable, serve = named("Add it to your server").splitlines()
+    paths = variable.removeprefix("export FREEGPT_AUTH_PUBLIC_PATHS=")
+    assert Settings.from_env(environ={"FREEGPT_AUTH_PUBLIC_PATHS": paths}).public_paths == {
+        "/health",
+        "/ping",
+        "/metrics",
+    }
+    name = serve.split("--middleware ")[1].strip()
     code = (
         "import importlib, inspect, fastapi\n"
         f"module, _, attribute = {name!r}.rpartition('.')\n"
@@ -253,5 +289,6 @@ def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
 def test_the_middleware_is_what_the_readme_names() -> None:
     """Every argument that the settings table names is one that the middleware takes."""
     table = re.findall(r"^\| `FREEGPT_AUTH_\w+` \| `(\w+)` \|", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    assert len(table) == len(ARGUMENTS)
     annotations = BearerTokenMiddleware.__init__.__annotations__
-    assert set(table) == {"store", "public_paths", "required", "usage"} < set(annotations)
+    assert set(table) == {*ARGUMENTS} < set(annotations)

@@ -120,8 +120,11 @@ def guard() -> BearerTokenMiddleware:
         return BearerTokenMiddleware(mock.AsyncMock(), store=store)
 
 
-def expected(kind: str, method: str, headers: Headers, subprotocols: list[str]) -> object:
-    """Return the name of the caller, or how the request is refused, by the rules of the wire as we tell them."""
+NAMES = {**{secret: f"token {number}" for number, secret in enumerate(LIVE)}, KEY: "environment"}
+
+
+def credentials(kind: str, headers: Headers, subprotocols: list[str]) -> tuple[list[bytes], bool]:
+    """Return the secrets that a request presents, and whether it is malformed, by the rules of the wire as we tell them."""
     carriers = [(name, value) for name, value in headers if name in CARRIERS]
     forms = {b"authorization": rb"(?is)[ \t]*bearer [ \t]*(.*?)[ \t]*"}
     matches = [re.fullmatch(forms.get(name, rb"(?s)[ \t]*(.*?)[ \t]*"), value) for name, value in carriers]
@@ -129,9 +132,15 @@ def expected(kind: str, method: str, headers: Headers, subprotocols: list[str]) 
     keys = [offer.removeprefix(PREFIX) for offer in offers if offer.startswith(PREFIX)]
     values = [match[1] for match in matches if match and match[1]]
     values += [key.encode() if key.isascii() else b"not to be guessed" for key in keys if key]
-    names = {**{secret: f"token {number}" for number, secret in enumerate(LIVE)}, KEY: "environment"}
-    malformed = len({name for name, _ in carriers}) < len(carriers) or len(keys) > 1
-    callers = [names[value] for value in values if value in names] * (not malformed)
+    joined = [name for name, value in carriers if re.search(rb"(?i),[ \t]*(?:bearer|basic) ", value)]
+    malformed = len({name for name, _ in carriers}) < len(carriers) or len(keys) > 1 or b"authorization" in joined
+    return values, malformed
+
+
+def expected(kind: str, method: str, headers: Headers, subprotocols: list[str]) -> object:
+    """Return the name of the caller, or how the request is refused, by the rules of the wire as we tell them."""
+    values, malformed = credentials(kind, headers, subprotocols)
+    callers = [NAMES[value] for value in values if value in NAMES] * (not malformed)
     if not callers and kind == "http" and method == "OPTIONS" and {*PREFLIGHT} <= {name for name, _ in headers}:
         return ""
     error = b'error="invalid_request"' if malformed else b'error="invalid_token"' if values else b""
@@ -139,22 +148,23 @@ def expected(kind: str, method: str, headers: Headers, subprotocols: list[str]) 
 
 
 def check_request(kind: str, method: str, path: str, headers: Headers, subprotocols: list[str]) -> None:
-    """A request reaches the application with the right caller, or gets the right and complete refusal."""
+    """A request reaches the application with the right caller and no valid secret, or gets the right, complete refusal."""
     offer = ", ".join(subprotocols).encode("latin-1", "replace")
     scope: dict[str, Any] = {"type": kind, "path": path, "headers": [*headers, (b"sec-websocket-protocol", offer)]}
     if kind == "http":
         scope["method"] = method
     else:
-        scope |= {"subprotocols": subprotocols, "extensions": {"websocket.http.response": {}}}
+        scope |= {"subprotocols": [*subprotocols], "extensions": {"websocket.http.response": {}}}
     with watched():
         seen, sent = anyio.run(_answer, scope)
     outcome = [each["user"].display_name for each in seen] or [refusal(kind, method, sent)]
     wanted = [expected(kind, method, headers, subprotocols)]
     assert outcome == wanted, f"{outcome} is not {wanted}"
     for each in seen:
-        rest = (value.decode("latin-1") for _, value in each["headers"][len(headers) :])
-        left = [part for one in [*each.get("subprotocols", ()), *rest] for part in one.split(",")]
-        assert kind == "http" or not any(part.strip().startswith(PREFIX) for part in left), left
+        offers = [value.decode("latin-1") for name, value in each["headers"] if name == b"sec-websocket-protocol"]
+        for left in (offers, each.get("subprotocols", [])):
+            values, _ = credentials(kind, each["headers"], left)
+            assert not {*values} & NAMES.keys() or not each["user"].display_name, values
 
 
 async def _answer(scope: dict[str, Any]) -> tuple[list[Any], list[Any]]:

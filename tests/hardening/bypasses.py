@@ -168,7 +168,7 @@ NAMES = {
         X-Original-URL X-Original-URI X-Original-Path X-Rewrite-URL X-Forwarded-URI X-Forwarded-Path Path Referer
         X-Forwarded-Prefix X-Script-Name Script-Name Path-Info Root-Path X-Envoy-Original-Path X-Accel-Redirect
         X-Sendfile""",
-    "/v1/models": "X-Forwarded-Prefix X-Script-Name Script-Name Root-Path",
+    "/v1/models": "X-Forwarded-Prefix X-Script-Name Script-Name Root-Path Daphne-Root-Path",
     "127.0.0.1": """
         X-Forwarded-For X-Real-IP X-Client-IP True-Client-IP CF-Connecting-IP X-Custom-IP-Authorization
         X-Forwarded-Host X-Host X-Forwarded-Server X-ProxyUser-Ip Client-IP X-Remote-Addr""",
@@ -190,14 +190,15 @@ X-User-Id: {TOKEN.id} ¦ X-SSL-Client-Verify: SUCCESS ¦ X-Internal-Request: 1 �
 Via: 1.1 localhost ¦ User-Agent: kube-probe/1.31 ¦ User-Agent: ELB-HealthChecker/2.0 ¦ Origin: http://localhost
 Range: bytes=0-0 ¦ If-None-Match: * ¦ Cache-Control: only-if-cached ¦ Max-Forwards: 0 ¦ Sec-Fetch-Mode: cors
 Sec-WebSocket-Protocol: openai-insecure-api-key.{VALID} ¦ Cookie: Authorization=Bearer {VALID}; api_key={VALID}
-X-Api-Key: "{VALID}" ¦ X-Api-Key: {VALID},{VALID} ¦ X-Api-Key: {VALID}; x ¦ X-Api-Key: key={VALID}
+X-Api-Key: "{VALID}" ¦ X-Api-Key: '{VALID}' ¦ X-Api-Key: Bearer {VALID} ¦ api-key: bearer  {VALID} ¦ X-Api-Key: {VALID},{VALID} ¦ X-Api-Key: {VALID}; x ¦ X-Api-Key: key={VALID}
 X-Api-Key: {TOKEN.prefix} ¦ api-key: {VALID[:-1]} ¦ api-key: sha256${DIGEST.hex()}
-Origin: http://x|Access-Control-Request-Method: GET
+Origin: http://x|Access-Control-Request-Method: GET ¦ MCP-Protocol-Version: 2025-06-18 ¦ Anthropic-Version: 2023-06-01
+freegpt_auth: {VALID} ¦ Accept: application/json, text/event-stream
 """)
 VALUES = listed(f"""
 Bearer ¦ Bearer{VALID} ¦ Bearer:{VALID} ¦ Bearer={VALID} ¦ Bearer: {VALID} ¦ Bearer-Token {VALID} ¦ DPoP {VALID}
 Bearer token={VALID} ¦ Bearer "{VALID}" ¦ Bearer '{VALID}' ¦ Bearer <{VALID}> ¦ Bearer {VALID},{VALID} ¦ Bearer {VALID},
-Bearer {VALID}, Bearer {VALID} ¦ Bearer ,{VALID} ¦ Bearer {VALID}; ¦ Bearer {VALID} {VALID} ¦ Bearer {VALID} realm="x"
+Bearer {VALID}, Bearer {VALID} ¦ Basic eA==, Bearer {VALID} ¦ Bearer {VALID}, Basic eA== ¦ Bearer ,{VALID} ¦ Bearer {VALID}; ¦ Bearer {VALID} {VALID} ¦ Bearer {VALID} realm="x"
 Bearer {VALID}= ¦ Bearer {VALID}A ¦ Bearer {VALID}%00 ¦ Bearer {VALID}\\0 ¦ Bearer {VALID[:-1]} ¦ Bearer {VALID[1:]}
 Bearer {VALID[3:]} ¦ Bearer {VALID.upper()} ¦ Bearer {VALID.lower()} ¦ Bearer {VALID[::-1]} ¦ Bearer {TOKEN.prefix}
 Bearer {TOKEN.prefix}... ¦ Bearer {VALID[:20]}* ¦ Bearer {VALID.replace("-", "%2d")} ¦ Bearer {VALID.encode().hex()}
@@ -267,6 +268,7 @@ REFUSED = [
     ),
     *PIPELINED,
     *(request(lines=line) for line in ("Upgrade: websocket", "Upgrade: h2", "Upgrade: TLS/1.0", "Connection: Upgrade")),
+    request("/v1/models/health", "Daphne-Root-Path: /v1/models"),
 ]
 BROKEN_LINES = listed(f"""
 Authorization: Bearer {VALID}\x00 ¦ Authorization: \x0bBearer {VALID} ¦ Authorization: Bearer\x0b{VALID}
