@@ -21,14 +21,10 @@ from asking import status
 from blockbuster import BlockBuster
 
 from freegpt_auth.tokens import digest_of, issue
+from freegpt_auth.variables import VARIABLES
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
-
-VARIABLES = [
-    *("OPENAI_API_KEY", "FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE"),
-    *(f"FREEGPT_AUTH_{name}" for name in ("STORE", "PUBLIC_PATHS", "REQUIRED", "USAGE", "LEASE", "CACHE")),
-]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -94,7 +94,8 @@ def test_completion(server: Any) -> None:
     assert isinstance(common["created"], int)
     message = {"role": "assistant", "content": "You said: Hello!"}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    assert plain.json() == {**common, "object": "chat.completion", "choices": [choice]}
+    usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert plain.json() == {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
     assert stream.headers["content-type"].startswith("text/event-stream")
     *events, done, end = stream.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
@@ -104,6 +105,18 @@ def test_completion(server: Any) -> None:
     assert [chunk["choices"][0] for chunk in chunks] == [
         {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"} for delta in deltas
     ]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_streamed_usage(server: Any, *, asked: bool) -> None:
+    """A client that asks for usage in a stream gets it in a last chunk without choices; any other client gets none."""
+    stream = chat(server, SECRET, stream=True, stream_options={"include_usage": asked})
+    *chunks, last = [json.loads(event.removeprefix("data: ")) for event in stream.text.split("\n\n")[:-2]]
+    usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert last.get("usage") == (usage if asked else None)
+    assert len(last["choices"]) == (0 if asked else 1)
+    assert [chunk.get("usage", "none") for chunk in chunks] == [None if asked else "none"] * len(chunks)
+    assert all(chunk["choices"] for chunk in chunks)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,19 @@ def test_a_worker_started_anew_is_as_closed_as_its_siblings(
     assert serve("app:app", "--workers", "2").get() == 200
 
 
+def test_named_store_is_closed_until_its_first_token(
+    tmp_path: Path, serve: Callable[..., Any], command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server whose token file is mistyped or not mounted refuses everything, says so, and accepts a first token at once."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "app.py").write_text(APPLICATION)
+    server = serve("app:app", "--workers", "2", FREEGPT_AUTH_STORE="~/tokens.json\r")
+    assert {server.get() for _ in range(20)} == {401}
+    secret = command("--store", "~/tokens.json", "create", "first").stdout.strip()
+    assert {server.get(token=secret) for _ in range(20)} == {200}
+    assert f"token-file mode: {tmp_path}/tokens.json is missing or holds no tokens" in server.stop()
+
+
 def test_usage_is_exact_over_all_workers_after_a_graceful_stop(
     workers: Callable[..., Any], keep: Callable[..., Any], command: Callable[..., Any]
 ) -> None:

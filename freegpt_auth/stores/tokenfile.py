@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from ..tokens import Token, digest_of, prefix_of, printable
+from ..names import printable
+from ..tokens import Token, digest_of, prefix_of
 from .faults import explained, record_fault, shape_fault
 
 if TYPE_CHECKING:
