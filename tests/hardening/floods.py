@@ -245,7 +245,7 @@ def upload(
 ) -> list[Upload]:
     """Begin one upload after another, and go on until each was *answered*, or has *ended*, or *seconds* are over.
 
-    What is *then* to be done is done before the connections are closed.
+    *then* is called before the connections are closed.
     """
     uploads = []
     with selectors.DefaultSelector() as selector:

@@ -372,7 +372,7 @@ import os, sys, threading, time, warnings
 from freegpt_auth.usage import recorder as usage
 from freegpt_auth.usage.sqlite import UsageDatabase
 warnings.simplefilter("ignore")
-usage.SHUTDOWN_TIMEOUT = 2
+usage.SHUTDOWN_TIMEOUT = usage.FORK_TIMEOUT = 60
 recorder = usage.UsageRecorder(UsageDatabase({PATH!r}), interval=3600)
 for number in range(50_000):
     recorder.record((str(number), 1.0))
@@ -388,7 +388,7 @@ if not child:
 sys.exit(os.waitpid(child, 0)[1])
 """
     start = [sys.executable, "-c", program]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(start, capture_output=True, text=True, timeout=200, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert counts() == {**{str(number): 1 for number in range(50_000)}, "parent": 1, "child": 1}
 
