@@ -11,13 +11,15 @@ import os
 import re
 import sys
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from . import commands
+from .acting import as_owner_of
 from .exceptions import AmbiguousTokenError, ConfigurationError, FreeGPTAuthError
 from .listing import title
+from .names import checked_name, printable
 from .settings import store_location
-from .tokens import checked_name, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 _COMMAND = "python -m freegpt_auth"
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _REFERENCE_HELP = (
-    "the prefix that list shows, a longer part of the token, its id, or the whole token; - to read it from stdin"
+    "the prefix that list shows, a longer part of the token, its id, its exact name if no other token has it, or the "
+    "whole token; - to read one from stdin"
 )
 
 
@@ -127,11 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="print records as JSON, with ids and use counts")
 
     for name, run, summary in (
-        ("revoke", commands.revoke, "refuse a token for good and keep its record; this cannot be undone"),
-        ("delete", commands.delete, "refuse a token for good and remove its record"),
+        ("revoke", commands.revoke, "refuse tokens for good and keep their records; this cannot be undone"),
+        ("delete", commands.delete, "refuse tokens for good and remove their records"),
     ):
         command = _command(group, name, run, summary, f"{name} sk-a1b2c3d4e5f")
-        command.add_argument("reference", metavar="TOKEN", help=_REFERENCE_HELP)
+        command.add_argument("references", metavar="TOKEN", nargs="+", help=_REFERENCE_HELP)
     _add_fleet_commands(group)
     return parser
 
@@ -174,8 +177,14 @@ def _command(
     )
     if in_store:
         _add_store(command, default=argparse.SUPPRESS)
-    command.set_defaults(run=run)
+    command.set_defaults(run=partial(_as_owner, run, "store" if in_store else "target"))
     return command
+
+
+def _as_owner(run: Callable[[argparse.Namespace], int], changed: str, options: argparse.Namespace) -> int:
+    """Run a command with no more rights than the owner of the store that it changes."""
+    with as_owner_of(getattr(options, changed)):
+        return run(options)
 
 
 def _add_store(parser: argparse.ArgumentParser, default: str | None) -> None:

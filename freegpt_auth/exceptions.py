@@ -48,12 +48,14 @@ class TokenFileError(StoreError):
     Attributes:
         path: the token file.
         problem: what is wrong with it, in words that follow the path.
+        transient: the file could not be opened or read, which may hide a change of it; a later attempt may succeed.
     """
 
-    def __init__(self, path: str, problem: str) -> None:
+    def __init__(self, path: str, problem: str, *, transient: bool = False) -> None:
         super().__init__(f"{path}: {problem}")
         self.path: str = path
         self.problem: str = problem
+        self.transient: bool = transient
 
 
 class StoreBusyError(StoreError):

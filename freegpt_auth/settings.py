@@ -126,14 +126,18 @@ def usage_location(
         ``None`` for a word for off.
 
     Raises:
-        ConfigurationError: the location cannot be used, or the variable names a database that does not hold the tokens.
+        ConfigurationError: the location cannot be used, it is the token file, or the variable names a database that does
+            not hold the tokens.
     """
     location, subject = _location("FREEGPT_AUTH_USAGE", "the usage database", usage, environ)
     if location is None:
         return _beside(store)
     if is_off(location):
         return None
-    if is_url(location, subject) and usage is None and location != store:  # it could not count these tokens
+    if not is_url(location, subject):
+        if os.path.realpath(location) == os.path.realpath(store):
+            raise ConfigurationError(f"{subject} names the token file; name another file, say off, or unset it")
+    elif usage is None and location != store:  # it could not count these tokens
         raise ConfigurationError(
             "FREEGPT_AUTH_USAGE is the URL of another database than the tokens'; name a file, say off, or unset it"
         )

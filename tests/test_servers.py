@@ -50,7 +50,7 @@ class Connection:
 
     def __init__(self, url: str) -> None:
         address = urlsplit(url)
-        self.socket = socket.create_connection((address.hostname or "", address.port or 0), timeout=10)
+        self.socket = socket.create_connection((address.hostname or "", address.port or 0), timeout=60)
         self.file = self.socket.makefile("rb")
 
     def send(self, data: bytes) -> None:

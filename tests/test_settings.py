@@ -83,7 +83,8 @@ def test_one_key_is_accepted(environ: dict[str, str], source: str, monkeypatch: 
         *[
             ({"FREEGPT_API_KEY_FILE": name}, f"^FREEGPT_API_KEY_FILE does not name a file that can be read: {problem}$")
             for name, problem in (
-                *((irregular, "it is not a regular file") for irregular in (".", "pipe", "/dev/zero")),
+                (".", "it is a directory, as Docker makes one .*"),
+                *((irregular, "it is not a regular file") for irregular in ("pipe", "/dev/zero")),
                 ("binary", "it is not UTF-8 text"),
                 ("large", "it is larger than 1 MiB"),
             )
@@ -236,6 +237,7 @@ def test_public_paths(argument: list[str] | None, variable: str, expected: set[s
         ({"environ": {"FREEGPT_AUTH_STORE": "Off"}}, "^FREEGPT_AUTH_STORE is a word for off"),
         ({"environ": {"FREEGPT_AUTH_STORE": " "}}, "^FREEGPT_AUTH_STORE is set but empty"),
         ({"store": "/"}, "^/ is a folder; name a token file"),
+        ({"store": "t.json", "usage": "./t.json"}, "^the usage database names the token file; name another file"),
         ({"usage": " "}, "^the usage database is set but empty.*say off"),
         *[({"usage_interval": interval}, "^usage_interval is .* above 0") for interval in (0, -1, float("nan"), 1e99)],
         ({"environ": {"FREEGPT_AUTH_REQUIRED": "treu"}}, "^FREEGPT_AUTH_REQUIRED is 'treu'; set it to 1 or 0"),

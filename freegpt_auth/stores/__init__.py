@@ -24,7 +24,8 @@ def open_store(
     Args:
         location: the path or the URL.
         named: a server was given this location, so the folder of a token file must exist.
-        lease: seconds for which a process that cannot reach the database goes on to accept the tokens that it knows.
+        lease: seconds for which a process that cannot reach the database, or cannot read a token file that may have
+            changed, goes on to accept the tokens that it knows.
         cache_limit: how many tokens of a database a process keeps in memory.
 
     Raises:
@@ -40,7 +41,7 @@ def open_store(
 
     if named:
         _check_folder(location)
-    return FileTokenStore(location)
+    return FileTokenStore(location, lease=lease)
 
 
 def _check_folder(path: str) -> None:

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ..exceptions import TokenFileError
 from ..regular import UnsuitableFileError, open_regular
+from . import ticks
+from .access import to_keep
+from .spare import Reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +35,13 @@ _PROBLEMS = {
     errno.ELOOP: "too many levels of symbolic links",
     errno.ENOTDIR: "a part of its path is not a directory",
     errno.EISDIR: "it is a directory, not a file",
+    errno.EMFILE: "this process has no file descriptor left; raise its limit (ulimit -n)",
+    errno.ENFILE: "the system has no file descriptor left",
+    errno.EOVERFLOW: "its modification time is the last that the file system can hold; run touch on it",
 }
+
+_LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
+"""Errors that say what is at the path. Any other, such as EMFILE, EACCES or EIO, may hide a change of the file."""
 
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP)  # some file systems have no hard links
 
@@ -62,8 +71,16 @@ def signature_at(path: str) -> Signature:
         return (error.errno or -1,)
 
 
-def read_file(path: str, parse: Callable[[BinaryIO], _T]) -> tuple[os.stat_result, _T]:
+_NO_RESERVE = Reserve()
+
+
+def read_file(path: str, parse: Callable[[BinaryIO], _T], reserve: Reserve = _NO_RESERVE) -> tuple[os.stat_result, _T]:
     """Return the status of a regular file and what *parse* makes of its content, both of the same moment.
+
+    Args:
+        path: the file.
+        parse: makes a value of the open file.
+        reserve: descriptors to open it with when the process has none left.
 
     Raises:
         ValueError: *parse* raised it.
@@ -73,23 +90,23 @@ def read_file(path: str, parse: Callable[[BinaryIO], _T]) -> tuple[os.stat_resul
     for _ in range(_ATTEMPTS - 1):
         before = signature_at(path)
         try:
-            return _read_once(path, parse)
+            return _read_once(path, parse, reserve)
         except (FileNotFoundError, TokenFileError):
             # A writer that replaces the file in this very moment makes it neither missing nor broken.
             if signature_at(path) == before:
                 break
-    return _read_once(path, parse)
+    return _read_once(path, parse, reserve)
 
 
-def _read_once(path: str, parse: Callable[[BinaryIO], _T]) -> tuple[os.stat_result, _T]:
+def _read_once(path: str, parse: Callable[[BinaryIO], _T], reserve: Reserve) -> tuple[os.stat_result, _T]:
     try:
-        fd, status = open_regular(path, SIZE_LIMIT)
+        fd, status = open_regular(path, SIZE_LIMIT, reserve.open, reserve.close)
     except UnsuitableFileError as error:
         raise TokenFileError(path, str(error)) from None
     except OSError as error:
         if error.errno == errno.ENOENT and not os.path.lexists(path):
             raise FileNotFoundError(errno.ENOENT, "is gone", path) from None
-        raise TokenFileError(path, explain(error)) from None
+        raise _unreadable(path, error) from None
     try:
         _check_readable(path, status)
         with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
@@ -97,19 +114,20 @@ def _read_once(path: str, parse: Callable[[BinaryIO], _T]) -> tuple[os.stat_resu
                 parsed = parse(file)
             finally:  # what is half of one content and half of another need not be well-formed
                 if signature_of(os.fstat(fd)) != signature_of(status):
-                    raise TokenFileError(path, "it changed while it was read")
+                    raise TokenFileError(path, "it changed while it was read", transient=True)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise TokenFileError(path, explain(error)) from None
+        raise _unreadable(path, error) from None
+    except MemoryError:
+        raise TokenFileError(path, "there is not enough memory to read it", transient=True) from None
     finally:
-        _close(fd)
+        reserve.close(fd)
     return status, parsed
 
 
-def _close(fd: int) -> None:
-    with contextlib.suppress(OSError):  # what was only read cannot be lost any more
-        os.close(fd)
+def _unreadable(path: str, error: OSError) -> TokenFileError:
+    return TokenFileError(path, explain(error), transient=error.errno not in _LASTING)
 
 
 def _check_readable(path: str, status: os.stat_result) -> None:
@@ -136,7 +154,8 @@ def replace_file(path: str, content: bytes) -> None:
     """Put *content* in the place of the file at *path*, whole or not at all.
 
     The caller holds the lock. When this has returned, the new content survives a power failure. A new file is readable
-    and writable by its owner only; one that was there keeps its owner, group and permissions to read.
+    and writable by its owner only; one that was there keeps its owner, group, permissions to read and POSIX ACL.
+    Its modification time is later than that of the file replaced, whatever the clock: two files never have one signature.
 
     Raises:
         TokenFileError: it could not be done, and what was there is still there. (Only on a file system that has no hard
@@ -149,7 +168,7 @@ def replace_file(path: str, content: bytes) -> None:
         # Opened first: a folder that may be written but not listed is refused before anything has changed.
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _write_new(temporary, content, access_to_keep(target))
+            _write_new(temporary, content, target)
             put_back = _way_back(target, old)
             temporary.replace(target)
             try:
@@ -158,7 +177,8 @@ def replace_file(path: str, content: bytes) -> None:
                 put_back()
                 raise
         finally:
-            _close(folder)
+            with contextlib.suppress(OSError):
+                os.close(folder)
     except OSError as error:
         raise TokenFileError(path, explain(error)) from None
     finally:
@@ -180,32 +200,16 @@ def _way_back(target: Path, old: Path) -> Callable[[], object]:
     return lambda: old.replace(target)
 
 
-def _write_new(path: Path, content: bytes, access: tuple[int, int, int]) -> None:
-    owner, group, mode = access
+def _write_new(path: Path, content: bytes, target: Path) -> None:
+    access = to_keep(target)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
-        status = os.fstat(fd)
-        if (status.st_uid, status.st_gid) != (owner, group):
-            os.fchown(fd, owner, group)
-        os.fchmod(fd, mode)  # whatever the umask
+        access.grant(fd, str(target))
         file.write(content)
         file.flush()
+        with contextlib.suppress(FileNotFoundError):
+            ticks.set_later(fd, target.stat().st_mtime_ns)
         os.fsync(fd)
-
-
-def access_to_keep(target: Path) -> tuple[int, int, int]:
-    """Return owner, group and mode of the file that takes the place of *target*.
-
-    A server that could read the old file must be able to read the new one, or it would never learn of a revocation:
-    owner, group and the permissions to read stay. A new file is for its owner only.
-    """
-    try:
-        status = target.stat()
-    except FileNotFoundError:
-        return os.geteuid(), os.getegid(), 0o600
-    if os.geteuid() not in (0, status.st_uid):
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-    return status.st_uid, status.st_gid, 0o600 | status.st_mode & 0o044
 
 
 def _sync_folder(folder: int) -> None:

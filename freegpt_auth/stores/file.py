@@ -10,25 +10,29 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import threading
 import time
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from ..exceptions import StoreError, StoreUnavailableError, TokenFileError
+from .. import clock as clocks
+from ..exceptions import StoreUnavailableError, TokenFileError
+from ..settings import LEASE
 from ..tokens import find
-from . import disk, siblings, table
+from . import disk, editing, reading, siblings, table
+from .access import exposure
 from .base import UNRESOLVED, Merged, Survey, Unresolved
-from .document import Document, tokens_in
-from .lock import locked
+from .document import tokens_in
+from .reading import NEVER, Snapshot
+from .spare import Reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from ..tokens import Token
+    from .document import Document
 
 FRESHNESS = 0.010
 """Seconds for which a look at the file may be relied on. A look takes 2 µs, so they cost 0.02 % of a processor."""
@@ -43,36 +47,35 @@ _logger = logging.getLogger("freegpt_auth")
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """What memory holds of one state of the file; replaced whole, never changed."""
-
-    tokens: table.Table
-    signature: disk.Signature | None  # None: not read yet
-    problem: str | None = None  # why the file could not be read; the tokens are then those read last
-    retry_at: float = float("inf")  # by the monotonic clock
-
-
 class FileTokenStore:
     """A :class:`~freegpt_auth.stores.base.TokenStore` in a token file. Nothing is read before it is asked.
 
     Args:
         path: the token file. It need not exist: the first token makes it.
+        lease: seconds for which known tokens are accepted after the file changed or was lost from sight, and cannot be
+            opened or read. They count from the last look that found it unchanged.
+        clock: returns seconds that count the time a host sleeps.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, lease: float = LEASE, clock: Callable[[], float] = clocks.elapsed
+    ) -> None:
         self.path: str = os.path.abspath(path)  # a server may change its directory later
         self.source: str = self.path
-        self._snapshot = _Snapshot(table.EMPTY, signature=None)
+        self._lease = lease
+        self._clock = clock
+        self._snapshot = Snapshot(table.EMPTY, signature=None)
         self._fresh_until = float("-inf")
+        self._confirmed_at = clock()
         self._configured = False
         self._loading = threading.Lock()
+        self._reserve = Reserve()
         self._told: str | None = None
         _stores.add(self)
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
         """Answer from the snapshot, if the file is as it was; see :class:`~freegpt_auth.stores.base.Verifier`."""
-        if time.monotonic() >= self._fresh_until and not self._is_unchanged():
+        if self._clock() >= self._fresh_until and not self._is_unchanged():
             return UNRESOLVED
         if not digest:  # a thread may have read the first token, and the server not yet have been told
             return UNRESOLVED if self._configured else None
@@ -92,7 +95,7 @@ class FileTokenStore:
 
     def tokens(self) -> Mapping[bytes, Token]:
         """Return every token by its digest, oldest first. A missing file holds none."""
-        return self._read(tokens_in)
+        return editing.read(self.path, tokens_in)
 
     def find(self, reference: str) -> list[Token]:
         """Return the tokens that *reference* may mean; see :func:`freegpt_auth.tokens.find`."""
@@ -104,11 +107,19 @@ class FileTokenStore:
 
     def revoke(self, token_id: str, at: datetime) -> Token:
         """Refuse the token from now on, in every process of this host."""
-        return self._change(lambda document: document.revoke(token_id, at))
+        return self.revoke_all([token_id], at)[0]
 
     def delete(self, token_id: str) -> Token:
         """Remove the token, in every process of this host. The file stays, and keeps authentication on."""
-        return self._change(lambda document: document.remove(token_id))
+        return self.delete_all([token_id])[0]
+
+    def revoke_all(self, token_ids: Sequence[str], at: datetime) -> list[Token]:
+        """Revoke tokens in one rewrite of the file; see :class:`~freegpt_auth.stores.base.AtOnce`."""
+        return self._change(lambda document: [document.revoke(token_id, at) for token_id in token_ids])
+
+    def delete_all(self, token_ids: Sequence[str]) -> list[Token]:
+        """Remove tokens in one rewrite of the file; see :class:`~freegpt_auth.stores.base.AtOnce`."""
+        return self._change(lambda document: [document.remove(token_id) for token_id in token_ids])
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
         """Add the tokens that are not there, and revoke those that are revoked in *tokens*."""
@@ -124,52 +135,64 @@ class FileTokenStore:
         return token
 
     def _is_unchanged(self) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         snapshot = self._snapshot
         if now >= snapshot.retry_at or disk.signature_at(self.path) != snapshot.signature:
             return False
-        self._fresh_until = now + FRESHNESS
+        self._rely_on(snapshot, now)
         return True
 
     def _refresh(self) -> None:
         with self._loading:
             if self._is_unchanged():
                 return
-            now = time.monotonic()  # before the file is looked at, so that its age is never taken for less
+            self._reserve.fill()
+            now = self._clock()  # before the file is looked at, so that its age is never taken for less
             snapshot, old = self._load(now), self._snapshot.tokens.pieces()
-            self._snapshot, self._fresh_until = snapshot, now + FRESHNESS
+            self._snapshot = snapshot
+            self._rely_on(snapshot, now)
         table.drop(old)
 
-    def _load(self, now: float) -> _Snapshot:
+    def _rely_on(self, snapshot: Snapshot, now: float) -> None:
+        self._fresh_until = now + FRESHNESS
+        if snapshot.lease_ends == NEVER:
+            self._confirmed_at = now
+
+    def _load(self, now: float) -> Snapshot:
         signature = disk.signature_at(self.path)
         try:
-            status, contents = disk.read_file(self.path, table.read)
+            found = reading.read(self.path, self._reserve, self._snapshot, signature)
         except FileNotFoundError as error:
             return self._gone(error, signature, now)
         except (TokenFileError, ValueError) as error:
             return self._failed(error, signature, now)
-        if not contents.blank or self._was_closed():
+        if found.contents is None:
+            return replace(self._snapshot, retry_at=NEVER)
+        if not found.contents.blank or self._was_closed():
             self._close()
-        self._tell_loaded(status, contents)
-        return _Snapshot(contents.tokens, disk.signature_of(status))
+        self._tell_loaded(found.status, found.contents)
+        compare_at = now + found.unsettled if found.unsettled else NEVER
+        return Snapshot(
+            found.contents.tokens, disk.signature_of(found.status), retry_at=compare_at, fingerprint=found.fingerprint
+        )
 
-    def _gone(self, error: FileNotFoundError, signature: disk.Signature, now: float) -> _Snapshot:
+    def _gone(self, error: FileNotFoundError, signature: disk.Signature, now: float) -> Snapshot:
         if self._configured:
             siblings.remember(self.path)  # again each second: the note may be gone too
         elif signature != disk.MISSING or self._was_closed():
             self._close()
         if not self._configured:
-            return _Snapshot(table.EMPTY, signature)
+            return Snapshot(table.EMPTY, signature)
         what_to_do = "its tokens are refused until it is back. To open this server, restart it without the file"
         self._tell(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
-        return _Snapshot(table.EMPTY, signature, retry_at=now + RETRY_INTERVAL)
+        return Snapshot(table.EMPTY, signature, retry_at=now + RETRY_INTERVAL)
 
-    def _failed(self, error: Exception, signature: disk.Signature, now: float) -> _Snapshot:
+    def _failed(self, error: Exception, signature: disk.Signature, now: float) -> Snapshot:
         self._close()
-        problem = error.problem if isinstance(error, TokenFileError) else str(error)
-        kept = f"Tokens read before ({len(self._snapshot.tokens)}) stay in force, all others are refused"
-        self._tell(logging.ERROR, f"{self.path} cannot be used: {problem}. {kept}")
-        return _Snapshot(self._snapshot.tokens, signature, problem, now + RETRY_INTERVAL)
+        lease = self._lease, self._confirmed_at + self._lease
+        snapshot, effect = reading.failed(self._snapshot, signature, error, now=now, lease=lease, retry=RETRY_INTERVAL)
+        self._tell(logging.ERROR, f"{self.path} cannot be used: {snapshot.problem}{effect}")
+        return snapshot
 
     def _was_closed(self) -> bool:
         return not self._configured and siblings.remembered(self.path)
@@ -185,8 +208,8 @@ class FileTokenStore:
             _logger.info("%s was read again: %d active token(s)", self.path, contents.tokens.count_active())
         if contents.ancestral:
             self._tell(logging.WARNING, f"{self.path} holds plain tokens; the next create, revoke or delete mends it")
-        elif status.st_mode & (stat.S_IROTH | stat.S_IWOTH | stat.S_IWGRP):
-            self._tell(logging.WARNING, f"{self.path} can be read or written by others; chmod 600 it")
+        elif warning := exposure(self.path, status):
+            self._tell(logging.WARNING, warning)
         else:
             self._told = None
 
@@ -198,28 +221,8 @@ class FileTokenStore:
 
     # --- writing: what commands do
 
-    def _read(self, parse: Callable[[bytes | None], _T]) -> _T:
-        try:
-            return disk.read_file(self.path, lambda file: parse(file.read()))[1]
-        except FileNotFoundError as error:
-            if disk.signature_at(self.path) != disk.MISSING:  # never start afresh over a file that was not read
-                raise TokenFileError(self.path, f"it {error.strerror}") from None
-            return parse(None)
-        except ValueError as error:
-            raise TokenFileError(self.path, f"{error}; restore a copy, or move it away and create new tokens") from None
-
-    def _change(self, change: Callable[[Document], _T]) -> _T:
-        target = disk.real_path(self.path)
-        with locked(target, LOCK_TIMEOUT):
-            document = self._read(Document)
-            try:
-                result = change(document)
-                content = document.encode() if document.changed else None
-            except ValueError as error:
-                problem = f"nothing was changed, since the change cannot be kept: {error}"
-                raise StoreError(f"{self.path}: {problem}") from None
-            if content is not None:
-                disk.replace_file(target, content)
+    def _change(self, edit: Callable[[Document], _T]) -> _T:
+        result = editing.change(self.path, edit, LOCK_TIMEOUT)
         # Who looked just before relies on that for FRESHNESS; and who made the change that was found may still be waiting.
         time.sleep(2 * FRESHNESS)
         return result

@@ -6,13 +6,12 @@ Readers do not take it: a file is replaced whole.
 from __future__ import annotations
 
 import contextlib
-import os
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..exceptions import StoreBusyError, TokenFileError
-from .disk import access_to_keep, explain
+from .disk import explain
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -42,7 +41,6 @@ def locked(path: str, seconds: float) -> Generator[None]:
     except (OSError, NotImplementedError) as error:
         raise TokenFileError(path, f"cannot lock {path}.lock: {explain(error)}") from None
     try:
-        _give_to_owner(f"{path}.lock", Path(path))
         yield
     finally:
         with contextlib.suppress(
@@ -60,11 +58,3 @@ def _check_folder(path: str) -> None:
         raise TokenFileError(path, explain(error)) from None
     if not stat.S_ISDIR(status.st_mode):
         raise TokenFileError(path, "a part of its path is not a directory")
-
-
-def _give_to_owner(lock_file: str, target: Path) -> None:
-    """Let the file's owner take the lock too, when root was the first to."""
-    with contextlib.suppress(OSError):  # what is wrong with the file itself is said when it is read
-        if os.geteuid() == 0:
-            owner, group, _ = access_to_keep(target)
-            os.chown(lock_file, owner, group, follow_symlinks=False)

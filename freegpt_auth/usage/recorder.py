@@ -17,7 +17,8 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ..exceptions import UsageError
+from ..acting import thread_as_owner_of
+from ..exceptions import StoreError, UsageError
 from .base import Batch
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class UsageRecorder:
 
     Attributes:
         record: call it to count one use. It never blocks and never fails.
+
+    Raises:
+        ConfigurationError: *store* names something that is no place for usage.
     """
 
     def __init__(self, store: UsageStore, *, interval: float) -> None:
@@ -59,6 +63,7 @@ class UsageRecorder:
         # the file system when it is, which importing this package must not do.
         import filelock  # noqa: F401, PLC0415
 
+        store.check()
         self._store = store
         self._interval = interval
         self._told: str | None = None
@@ -142,8 +147,9 @@ class UsageRecorder:
             self._batch = Batch(self._process, self._batch.sequence + 1, self._counts)
             self._counts = {}
         try:
-            self._store.add(self._batch, timeout)
-        except UsageError as error:
+            with thread_as_owner_of(self._store.source):
+                self._store.add(self._batch, timeout)
+        except (StoreError, UsageError) as error:
             self._tell(f"usage cannot be written to {self._store.source}: {error}. It is kept in memory until it can")
             return False
         self._batch = self._batch._replace(counts={})

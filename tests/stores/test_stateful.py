@@ -77,7 +77,8 @@ class Lives(RuleBasedStateMachine):
         self.aside, self.probe = (self.path.with_name(name) for name in ("moved-away.json", "probe"))
         self.ticks, self.now = 0.0, time.time()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(file, "time", SimpleNamespace(monotonic=lambda: self.ticks, sleep=self.wait))
+        self.patch.setattr(file, "time", SimpleNamespace(sleep=self.wait))
+        self.patch.setitem(FileTokenStore.__init__.__kwdefaults__, "clock", lambda: self.ticks)
         for module in (authentication, memory):
             self.patch.setattr(module, "time", SimpleNamespace(time=lambda: self.now))
         self.patch.setattr(siblings, "_servers", lambda _: (siblings._Server(os.getpid(), self.supervisor),))

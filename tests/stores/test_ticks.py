@@ -1,0 +1,66 @@
+"""Coarse clocks of file systems: how long a state is uncertain, and times that always rise."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from freegpt_auth.exceptions import TokenFileError
+from freegpt_auth.stores import disk, ticks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECOND = 10**9
+FAR = 4_000_000_000 * SECOND  # so far ahead that the file system's clock does not move beyond it
+
+
+@pytest.mark.parametrize(
+    ("changed", "now", "left"),
+    [
+        (100 * SECOND + 1, 100.0, ticks.FINE),
+        (100 * SECOND + 1, 100.005, ticks.FINE - 0.005),
+        (100 * SECOND + 1, 100.021, 0),
+        (100 * SECOND, 100.5, ticks.COARSE - 0.5),
+        (100 * SECOND, 102.0, 0),
+        (100 * SECOND + 1, 40.0, ticks.FINE),
+    ],
+    ids=["young", "younger than a tick", "old", "whole seconds", "old in seconds", "in the future"],
+)
+def test_young_state_is_uncertain_for_one_tick(changed: int, now: float, left: float) -> None:
+    """Times with fractions of a second come from a fine clock; whole seconds may be those of a clock of 1 s or 2 s."""
+    assert ticks.left(changed, now) == pytest.approx(left, abs=1e-6)
+
+
+@pytest.mark.parametrize("granularity", [1, 100, SECOND, 2 * SECOND])
+def test_modification_time_rises_with_each_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: int
+) -> None:
+    """While the file system's clock stands still no later file has the signature of one before, at any granularity."""
+    path, real = tmp_path / "t.json", os.utime
+    path.touch()
+    real(path, ns=(FAR, FAR))
+
+    def coarse(fd: int, ns: tuple[int, int]) -> None:
+        real(fd, ns=(ns[0] // granularity * granularity, ns[1] // granularity * granularity))
+
+    monkeypatch.setattr(os, "utime", coarse)
+    times = [FAR]
+    for _ in range(3):
+        disk.replace_file(str(path), b"content")
+        times.append(path.stat().st_mtime_ns)
+    assert all(later > earlier for earlier, later in itertools.pairwise(times))
+
+
+def test_last_possible_time_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot get a later time is not replaced: servers might take the new one for the old."""
+    path = tmp_path / "t.json"
+    path.write_bytes(b"old")
+    os.utime(path, ns=(FAR, FAR))
+    monkeypatch.setattr(os, "utime", lambda *_, **__: None)
+    with pytest.raises(TokenFileError, match="the last that the file system can hold; run touch on it"):
+        disk.replace_file(str(path), b"new")
+    assert path.read_bytes() == b"old"
