@@ -145,8 +145,7 @@ def main() -> None:
     parser.add_argument("--port", default=8000, type=int, help="default: %(default)s")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    # Starlette makes its middleware when the lifespan starts; "on" stops the server if the settings cannot be used.
-    uvicorn.run(app, host=options.host, port=options.port, lifespan="on")
+    uvicorn.run(app, host=options.host, port=options.port)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,10 @@ from freegpt_auth import (
     FileTokenStore,
     MemoryTokenStore,
     Survey,
-    middleware,
 )
 from freegpt_auth.bearer import SUBPROTOCOL
 from freegpt_auth.denials import RETRY_AFTER
-from freegpt_auth.middleware import _LANE_WIDTH
+from freegpt_auth.lookups import LANE_WIDTH
 from freegpt_auth.stores import disk, file
 from freegpt_auth.tokens import digest_of, issue
 from freegpt_auth.usage.sqlite import read_usage
@@ -519,8 +518,11 @@ def test_the_first_look_up_imports_nothing(tmp_path: Path) -> None:
     """A server whose application does not use anyio has it ready before the first request, which would wait 90 ms for it."""
     program = (
         "import asyncio, sys, freegpt_auth\n"
-        "async def app(scope, receive, send): sys.stdout.write(' '.join(sys.modules))\n"
-        "asyncio.run(freegpt_auth.BearerTokenMiddleware(app)({'type': 'lifespan'}, None, None))\n"
+        "async def app(scope, receive, send):\n"
+        "    sys.stdout.write(' '.join(sys.modules))\n"
+        "    await send({'type': 'lifespan.shutdown.complete'})\n"
+        "async def send(message): pass\n"
+        "asyncio.run(freegpt_auth.BearerTokenMiddleware(app)({'type': 'lifespan'}, None, send))\n"
     )
     served = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True, timeout=30)
     assert b"anyio._backends._asyncio" in served.stdout.split()
@@ -594,7 +596,7 @@ async def test_one_reading_serves_many_requests(keep: Keep, monkeypatch: pytest.
     _, secret = keep(store)
     readings: list[str] = []
     read_file = disk.read_file
-    monkeypatch.setattr(disk, "read_file", lambda path, parse: (readings.append(path), read_file(path, parse))[1])
+    monkeypatch.setattr(disk, "read_file", lambda path, *rest: (readings.append(path), read_file(path, *rest))[1])
     async with anyio.create_task_group() as group:
         for _ in range(25):
             group.start_soon(one, secret, 200)
@@ -707,10 +709,10 @@ async def test_more_than_may_wait_are_asked_to_come_back(ask: Ask) -> None:
 
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:
-            lane, places = _LANE_WIDTH, Waiting.look_up_limit
+            lane, places = LANE_WIDTH, Waiting.look_up_limit
             for _ in range(lane + places):
                 group.start_soon(one)
-            while middleware._lane().gate.statistics().tasks_waiting < places:
+            while guarded._look_ups.lane().gate.statistics().tasks_waiting < places:
                 await anyio.lowlevel.checkpoint()
             answer = await ask(guarded, headers=bearer(LIVE))
             assert (answer.status, answer.headers["retry-after"]) == (503, str(RETRY_AFTER))
@@ -779,8 +781,9 @@ def test_the_settings_of_a_database_reach_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FREEGPT_AUTH_LEASE", "7")
     monkeypatch.setenv("FREEGPT_AUTH_CACHE", "9")
     guarded = BearerTokenMiddleware(plain)
-    assert (guarded._verifier._lease, guarded._verifier._cache.limit) == (7.0, 9)
+    verifier = guarded._look_ups.verifier
+    assert (verifier._lease, verifier._cache.limit) == (7.0, 9)
     assert guarded._usage._store.source == "postgresql://u@h/d"
-    assert guarded._look_up_limit == LOOK_UP_LIMIT
+    assert guarded._look_ups._limit == LOOK_UP_LIMIT
     assert guarded._authenticator.mode is AuthMode.TOKEN_FILE
-    assert "hunter2" not in repr([vars(part) for part in (guarded, guarded._verifier, guarded._usage)])
+    assert "hunter2" not in repr([vars(part) for part in (guarded, verifier, guarded._usage)])

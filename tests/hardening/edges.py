@@ -683,6 +683,22 @@ def test_gunicorn_renews_its_workers_and_stays_closed(start: Start, opened: list
     start(answers(*NO_FILE[True]), *opened, may=BROKEN_OFF).end()
 
 
+def test_gunicorn_ends_on_unusable_settings(tmp_path: Path) -> None:
+    """It shows the reason and ends with all its workers."""
+    (tmp_path / "app.py").write_text(
+        "from fastapi import FastAPI\n"
+        "from freegpt_auth import BearerTokenMiddleware\n"
+        "app = FastAPI()\n"
+        "app.add_middleware(BearerTokenMiddleware, required=True)\n"
+    )
+    program, *arguments = GUNICORN
+    command = [sys.executable, "-c", program, *arguments, "--host", "127.0.0.1", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 3
+    assert "authentication is required, but no environment key is set" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_gunicorn_that_was_open_when_it_forked_stays_closed(
     tmp_path: Path, serve: Callable[..., Any], command: Callable[..., Any]
 ) -> None:

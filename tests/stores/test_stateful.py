@@ -16,12 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, FileTokenStore, StoreError, authentication
+from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, FileTokenStore, StoreError, authentication, sharing
 from freegpt_auth.callers import Caller
 from freegpt_auth.exceptions import TokenNotFoundError
 from freegpt_auth.stores import file, memory, siblings
@@ -329,6 +330,7 @@ class Lives(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv(*("FREEGPT_API_KEY", KEY) if has_key else ("FREEGPT_AUTH_REQUIRED", "0"))
             environment.chdir(self.folder.name)  # the store must not be named: the server could not be open
+            environment.setattr(sharing, "_shared", WeakValueDictionary())  # that of another process
             middleware = BearerTokenMiddleware(no_app, usage="off")
         del self.servers[one : one + 1]
         self.servers.append(Server(middleware, has_key, configured=self.ever_configured))
