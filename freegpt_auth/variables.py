@@ -168,16 +168,16 @@ def _check_unknown(name: str) -> None:
     bare = name.strip(_ENDS + _QUOTES)
     if bare in VARIABLES:
         raise ConfigurationError(
-            f"the variable {name!r} was meant to be {bare}: "
-            "save the file that sets it without a byte order mark, white space or quotes round the name"
+            f"the variable {name!r} is {bare} with a byte order mark, white space or quotes round its name; "
+            "remove them in the file that sets it"
         )
     if not bare.upper().startswith(_PREFIX) or _SERVICE_LINK.fullmatch(bare):
         return
     meant = _most_alike(bare.upper())
     if meant is not None:
-        raise ConfigurationError(f"the variable {name!r} is none of this version: {meant} was meant, or unset it")
+        raise ConfigurationError(f"the variable {name!r} is unknown; rename it to {meant}, or unset it")
     if bare.startswith(_OWN_PREFIX):
-        raise ConfigurationError(f"the variable {name!r} is none of this version; correct its name, or unset it")
+        raise ConfigurationError(f"the variable {name!r} is unknown to this version; correct its name, or unset it")
 
 
 def _most_alike(name: str) -> str | None:

@@ -37,18 +37,18 @@ def test_quoted_password_is_not_shown(value: str) -> None:
     [
         (
             "\ufeffFREEGPT_API_KEY",
-            r"the variable '\\ufeffFREEGPT_API_KEY' was meant to be FREEGPT_API_KEY: save the file",
+            r"the variable '\\ufeffFREEGPT_API_KEY' is FREEGPT_API_KEY with a byte order mark, white",
         ),
-        ("\ufeffOPENAI_API_KEY", "was meant to be OPENAI_API_KEY"),
-        (" FREEGPT_AUTH_STORE", "was meant to be FREEGPT_AUTH_STORE"),
+        ("\ufeffOPENAI_API_KEY", "is OPENAI_API_KEY with a byte order mark"),
+        (" FREEGPT_AUTH_STORE", "is FREEGPT_AUTH_STORE with"),
         (
             "FREEGPT_AUTH_STOER",
-            "^the variable 'FREEGPT_AUTH_STOER' is none of this version: FREEGPT_AUTH_STORE was meant",
+            "^the variable 'FREEGPT_AUTH_STOER' is unknown; rename it to FREEGPT_AUTH_STORE, or unset it",
         ),
-        ("freegpt_api_key", "FREEGPT_API_KEY was meant"),
-        ("FREEGPT_API_KY", "FREEGPT_API_KEY was meant"),
-        ("FREEGPT_API_KEYS", "FREEGPT_API_KEY was meant"),
-        ("FREEGPT_AUTH_TOKEN", "^the variable 'FREEGPT_AUTH_TOKEN' is none of this version; correct its name"),
+        ("freegpt_api_key", "rename it to FREEGPT_API_KEY"),
+        ("FREEGPT_API_KY", "rename it to FREEGPT_API_KEY"),
+        ("FREEGPT_API_KEYS", "rename it to FREEGPT_API_KEY"),
+        ("FREEGPT_AUTH_TOKEN", "^the variable 'FREEGPT_AUTH_TOKEN' is unknown to this version; correct its name"),
     ],
 )
 def test_misspelt_name_stops_the_start(name: str, message: str) -> None:
