@@ -127,7 +127,10 @@ def _become(identity: _Identity) -> None:
 
 
 def _owner_of(path: str, root: _Identity) -> _Identity:
-    way, place = _resolve(path)
+    try:
+        way, place = _resolve(path)
+    except OSError as error:
+        raise StoreError(f"{path}: the way to it cannot be followed: {error.strerror}") from None
     status = _status_or_none(place)
     user = way.user
     if way.shared and not user:
@@ -176,6 +179,9 @@ def _resolve(path: str) -> tuple[_Way, Path]:
 
     A link in a folder of a user, or of a user, ends the way: its target is reached with that user's rights. So does a
     folder that is missing.
+
+    Raises:
+        OSError: a link or an ACL cannot be read.
     """
     way, links = _Way(), 0
     folder, place, names = Path("/"), Path(path), _names(path)

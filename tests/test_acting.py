@@ -5,6 +5,7 @@ The tests hold for any user, who stays itself; for root they show the change of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -23,6 +24,7 @@ import pytest
 import freegpt_auth
 from freegpt_auth import acting, cli
 from freegpt_auth.acting import as_owner_of
+from freegpt_auth.exceptions import StoreError
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
 from freegpt_auth.usage.sqlite import UsageDatabase
@@ -209,6 +211,18 @@ def test_server_that_may_not_change_its_user_writes_nothing(
     refused = f"its folder belongs to user {OWNER}; run the server as that user. It is kept in memory"
     assert (refused in caplog.text) is IS_ROOT
     recorder.forget()
+
+
+def test_way_that_cannot_be_followed_is_reported(roots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root does not guess who may have made a link that it cannot read."""
+
+    def fail(_: Path) -> Path:
+        raise OSError(errno.EIO, "Input/output error")
+
+    link = linked(roots / "t.json", "other.json")
+    monkeypatch.setattr(Path, "readlink", fail)
+    with pytest.raises(StoreError, match="the way to it cannot be followed") if IS_ROOT else contextlib.nullcontext():
+        as_owner_of(str(link)).__enter__()
 
 
 # --- the attacks

@@ -134,10 +134,8 @@ def _own(fd: int, path: str, access: Access) -> None:
     except PermissionError:
         # A group without any permission may change: Docker's -u 1000 gives files the group 0, which user 1000 cannot.
         if status.st_uid != access.owner or access.mode & stat.S_IRWXG or access.acl is not None:
-            member = f"user {status.st_uid} is no member of group {access.group}"
-            raise TokenFileError(
-                path, f"its group cannot be kept: {member}; change the group, or add the user"
-            ) from None
+            kept = f"user {status.st_uid} cannot keep its owner and group ({access.owner}:{access.group})"
+            raise TokenFileError(path, f"{kept}; change them, or add the user to the group") from None
 
 
 def _attribute(place: str | int, name: str) -> bytes | None:
