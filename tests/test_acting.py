@@ -23,7 +23,7 @@ import pytest
 
 import freegpt_auth
 from freegpt_auth import acting, cli
-from freegpt_auth.acting import as_owner_of
+from freegpt_auth.acting import as_owner_of, thread_as_owner_of
 from freegpt_auth.exceptions import StoreError
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
@@ -125,6 +125,14 @@ def test_root_stays_root_in_its_own_folder(roots: Path, kind: str) -> None:
     before = acting._current()
     with as_owner_of(str(STAYS[kind](roots))):
         assert acting._current() == before
+
+
+def test_other_users_stay_themselves(home: Path, unprivileged: Path) -> None:
+    """A user who is not root has nothing to lend, in any folder."""
+    before = acting._current()
+    for folder in (unprivileged, home):
+        with as_owner_of(str(folder / "t.json")), thread_as_owner_of(str(folder / "t.json")):
+            assert acting._current() == before
 
 
 @pytest.mark.parametrize("below", ["", "folder"])
