@@ -154,7 +154,7 @@ def _identity_of(user: int, files: list[os.stat_result | None]) -> _Identity:
 
 @dataclass
 class _Way:
-    """Who decides what a path means, by the folders passed so far.
+    """The user that decides the meaning of a path, by the folders passed so far.
 
     Attributes:
         user: owner of the last folder, or of the nearest one above that is not root's; 0 if all are.
@@ -175,7 +175,7 @@ class _Way:
 
 
 def _resolve(path: str) -> tuple[_Way, Path]:
-    """Follow *path* name by name; return who decides what is there, and the place itself.
+    """Follow *path* name by name; return the deciding user, and the place that the path means.
 
     A link in a folder of a user, or of a user, ends the way: its target is reached with that user's rights. So does a
     folder that is missing.

@@ -1,4 +1,4 @@
-"""Access to a file: what its successor keeps of it, and whether it is wider than its owner can want.
+"""Access to a file: the part that its successor keeps, and warnings about access that is too wide.
 
 A server that could read the old file must be able to read the new one, or it would never see a revocation.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _ACL = "system.posix_acl_access"
 _LABELS = ("system.nfs4_acl", "security.selinux")
-"""Other extended attributes that decide who may read a file."""
+"""Other extended attributes that govern access to a file."""
 
 # linux/posix_acl_xattr.h: a version of 4 bytes, then entries of tag, permissions and id, little-endian.
 _ENTRY = struct.Struct("<HHI")
