@@ -152,13 +152,19 @@ def guarded(folder: str, secrets: list[str]) -> dict[str, Turn]:
         FLOOR_REFUSED_BODY: Turn(Floor(application, secrets, path, receives=True), wrong),
         REFUSED_BODY: Turn(ours, wrong),
         PUBLIC: Turn(with_public_path, right, path="/health"),
-        LIFESPAN: Turn(ours, kind="lifespan"),
-        BARE_LIFESPAN: Turn(application, kind="lifespan"),
+        LIFESPAN: Turn(BearerTokenMiddleware(live, store=path, usage="off"), kind="lifespan"),
+        BARE_LIFESPAN: Turn(live, kind="lifespan"),
     }
     for name, rival in RIVALS.items():
         if len(secrets) in rival.sizes:
             turns[name] = Turn(rival.build(secrets, application), rival.header(secrets[len(secrets) // 2]))
     return turns
+
+
+async def live(_scope: Any, _receive: Any, send: Any) -> None:
+    """Start and end at once."""
+    await send({"type": "lifespan.startup.complete"})
+    await send({"type": "lifespan.shutdown.complete"})
 
 
 async def application(_scope: Any, _receive: Any, send: Any) -> None:

@@ -59,11 +59,13 @@ async def chat_completions(request: Request) -> Response:
     # json.dumps escapes what UTF-8 cannot hold, so every reply has a digest; the same reply has the same id.
     digest = hashlib.sha256(json.dumps(reply).encode()).hexdigest()
     common = {"id": f"chatcmpl-{digest[:24]}", "created": int(time.time()), "model": MODEL}
+    usage = _usage(said, reply)
     if body.get("stream") is True:
-        return StreamingResponse(_events(common, reply), media_type="text/event-stream")
+        events = _events(common, reply, usage if _asks_for_usage(body) else None)
+        return StreamingResponse(events, media_type="text/event-stream")
     message = {"role": "assistant", "content": reply}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    return _json({**common, "object": "chat.completion", "choices": [choice]})
+    return _json({**common, "object": "chat.completion", "choices": [choice], "usage": usage})
 
 
 async def realtime(websocket: WebSocket) -> None:
@@ -88,13 +90,28 @@ def _is_text(part: object) -> bool:
     return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
-async def _events(common: dict[str, Any], reply: str) -> AsyncIterator[str]:
+def _usage(prompt: str, reply: str) -> dict[str, int]:
+    """Count tokens; one is a word here."""
+    counts = len(prompt.split()), len(reply.split())
+    return {"prompt_tokens": counts[0], "completion_tokens": counts[1], "total_tokens": sum(counts)}
+
+
+def _asks_for_usage(body: dict[str, Any]) -> bool:
+    options = body.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+async def _events(common: dict[str, Any], reply: str, usage: dict[str, int] | None) -> AsyncIterator[str]:
     first, *others = reply.split(" ")
     contents = [first, *(f" {word}" for word in others)]
     deltas = [{"role": "assistant", "content": ""}, *({"content": content} for content in contents), {}]
+    # As OpenAI's reference has it: a client that asks for usage gets the field in every chunk, and the counts in one more.
+    chunk: dict[str, Any] = {**common, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
     for delta in deltas:
         choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
-        yield f"data: {json.dumps({**common, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+        yield f"data: {json.dumps({**chunk, 'choices': [choice]})}\n\n"
+    if usage:
+        yield f"data: {json.dumps({**chunk, 'choices': [], 'usage': usage})}\n\n"
     yield "data: [DONE]\n\n"
 
 
@@ -128,8 +145,7 @@ def main() -> None:
     parser.add_argument("--port", default=8000, type=int, help="default: %(default)s")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    # Starlette makes its middleware when the lifespan starts; "on" stops the server if the settings cannot be used.
-    uvicorn.run(app, host=options.host, port=options.port, lifespan="on")
+    uvicorn.run(app, host=options.host, port=options.port)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ set -eu
 cd "$(dirname "$0")/.."
 
 python3 -m venv .venv
-.venv/bin/python -m pip install --quiet '.[server]'
+.venv/bin/python -m pip install --quiet -r requirements/try-it.txt
+.venv/bin/python -m pip install --quiet --no-build-isolation --no-deps .
 TOKEN=$(.venv/bin/python -m freegpt_auth create my-application)
 
 cat << TXT

@@ -1,9 +1,10 @@
 """Bearer tokens for any OpenAI-compatible ASGI server."""
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+# "python -m freegpt_auth" runs this module with the working directory first on the path: a module that the interpreter
+# has not loaded itself, such as typing or __future__, would be imported from there.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from .authentication import AuthMode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -9,20 +10,20 @@ import time
 from datetime import UTC, datetime
 from enum import StrEnum
 from hmac import compare_digest
+from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from .callers import NEVER, Caller, caller_of, environment_caller
 from .exceptions import ConfigurationError, StoreUnavailableError
-from .location import is_url
 from .stores.base import UNRESOLVED, Unresolved
 from .tokens import Token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .settings import EnvironmentKey
+    from .environment_key import EnvironmentKey
     from .stores.base import Survey, Verifier
 
 CALLER_LIMIT = 262_144
@@ -77,23 +78,28 @@ class Authenticator:
         verifier: where tokens are looked up.
         key: the environment key, if one is set.
         required: refuse to be open.
+        named: the operator named the store: never be open, whatever it holds.
 
     Raises:
         ConfigurationError: *required*, and nothing is configured.
     """
 
-    def __init__(self, verifier: Verifier, key: EnvironmentKey | None, *, required: bool = False) -> None:
+    def __init__(
+        self, verifier: Verifier, key: EnvironmentKey | None, *, required: bool = False, named: bool = False
+    ) -> None:
         self._verifier = verifier
         self._now: Callable[[], float] = getattr(verifier, "now", time.time)
         self._key_digest = key.digest if key else None
         self._environment = environment_caller()
         self._callers: dict[bytes, Caller] = {}
         self._caller_limit: float = getattr(verifier, "cache_limit", math.inf)
-        self._closing = threading.Lock()
+        self._key_refusal: Refusal | None = None
+        self._lock = threading.Lock()
         self.mode: AuthMode = AuthMode.OPEN if key is None else AuthMode.ENVIRONMENT
         survey = verifier.survey()
-        if survey.configured:
+        if survey.configured or named:
             self.mode = AuthMode.TOKEN_FILE
+        self._watch_key()
         if required and self.mode is AuthMode.OPEN:
             raise ConfigurationError(
                 f"authentication is required, but no environment key is set and {survey.source} holds no tokens: "
@@ -123,6 +129,7 @@ class Authenticator:
     def resolve(self, digests: Sequence[bytes]) -> Caller | Refusal:
         """Decide from the store. May block."""
         decision = self._decide(digests, self._verifier.resolve)
+        self._watch_key()
         return _UNAVAILABLE if decision is UNRESOLVED else decision
 
     def peek_open(self) -> bool | Literal[Unresolved.UNRESOLVED]:
@@ -142,7 +149,7 @@ class Authenticator:
             except StoreUnavailableError:  # what cannot be known must not let a request through
                 return False
             if survey.configured:
-                with self._closing:  # several requests may find out at once, and only one is to say so
+                with self._lock:  # several requests may find out at once, and only one is to say so
                     is_first, self.mode = self.mode is AuthMode.OPEN, AuthMode.TOKEN_FILE
                 if is_first:
                     _logger.warning(
@@ -161,7 +168,7 @@ class Authenticator:
                 # For the key too: it may be a token's secret, and a token that was revoked is refused as either.
                 verdict = self._judge(digest, look_up(digest), is_key=is_key)
             except StoreUnavailableError:
-                verdict = self._environment if is_key else _UNAVAILABLE
+                verdict = self._judge_key(digest) if is_key else _UNAVAILABLE
             if isinstance(verdict, Caller):
                 return verdict
             decision = verdict if decision is _UNKNOWN else _weightier(decision, verdict)
@@ -171,19 +178,37 @@ class Authenticator:
         if token is UNRESOLVED:
             return UNRESOLVED
         if token is None and is_key:
-            self._callers[digest] = self._environment
-            return self._environment
+            return self._judge_key(digest)
         # Nobody must learn by a stop-watch which tokens once were good: all that follows is done for each refusal alike.
         known = _STRANGER if token is None else token
         revoked, ended = known.revoked_at is not None, (known.expires_at or _ONCE).timestamp() <= self._now()
         expired = ended and known.expires_at is not None
-        if is_key and not revoked:
-            return self._environment
+        if is_key:
+            return self._judge_key(digest, known)
         if not (revoked or expired):
             return self._introduce(digest, known)
         self._callers.pop(digest, None)
         reason: Reason = "unknown" if known is _STRANGER else "revoked" if revoked else "expired"
         return Refusal(reason, known.id or None)
+
+    def _judge_key(self, digest: bytes, token: Token | None = None) -> Caller | Refusal:
+        """Return the caller of the environment key, or refuse the key for good once *token* is its revoked token."""
+        with self._lock:  # no other thread may cache the caller after the refusal
+            if token is not None and token.revoked_at is not None:
+                self._key_refusal = Refusal("revoked", token.id)
+            if self._key_refusal is not None:
+                self._callers.pop(digest, None)
+                return self._key_refusal
+            self._callers[digest] = self._environment
+            return self._environment
+
+    def _watch_key(self) -> None:
+        """Notice a revocation of the environment key in the state just read, also while no request presents the key."""
+        if self._key_digest is None or self._key_refusal is not None:
+            return
+        with contextlib.suppress(StoreUnavailableError):
+            token = self._verifier.peek(self._key_digest)
+            self._judge_key(self._key_digest, token if isinstance(token, Token) else None)
 
     def _introduce(self, digest: bytes, token: Token) -> Caller:
         """Return what the application is told of a token, made once for as long as the store answers this object."""
@@ -205,7 +230,7 @@ def _weightier(
 
 
 def _announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> None:
-    """Say once what the operator must know. Never the key."""
+    """Log the mode, once. Never the key."""
     if mode is AuthMode.OPEN:
         _logger.warning(
             "open mode: every request is let through, since no environment key is set and %s holds no tokens. "
@@ -213,6 +238,11 @@ def _announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> Non
             survey.source,
         )
         return
-    kind = "database" if is_url(survey.source) else mode.value
+    kind = "database" if "://" in survey.source else mode.value
     origin = f"the environment key from {key.source}" if key else "no environment key"
+    if mode is AuthMode.TOKEN_FILE and not survey.configured:
+        refused = f"{survey.source} is missing or holds no tokens, so requests are refused (there is {origin})"
+        way_out = f"To create a first token, run: python -m freegpt_auth --store {quote(survey.source)} create NAME"
+        _logger.warning("%s mode: %s. %s", kind, refused, way_out)
+        return
     _logger.info("%s mode: %d active token(s) from %s, and %s", kind, survey.active, survey.source, origin)

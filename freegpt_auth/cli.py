@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import commands
 from .acting import as_owner_of
-from .exceptions import AmbiguousTokenError, FreeGPTAuthError
+from .exceptions import AmbiguousTokenError, ConfigurationError, FreeGPTAuthError
 from .listing import title
+from .names import checked_name, printable
 from .settings import store_location
-from .tokens import checked_name, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _COMMAND = "python -m freegpt_auth"
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _REFERENCE_HELP = (
-    "the prefix that list shows, a longer part of the token, its id, or the whole token; - to read it from stdin"
+    "the prefix that list shows, a longer part of the token, its id, its exact name if no other token has it, or the "
+    "whole token; - to read one from stdin"
 )
 
 
@@ -129,11 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="print records as JSON, with ids and use counts")
 
     for name, run, summary in (
-        ("revoke", commands.revoke, "refuse a token for good and keep its record; this cannot be undone"),
-        ("delete", commands.delete, "refuse a token for good and remove its record"),
+        ("revoke", commands.revoke, "refuse tokens for good and keep their records; this cannot be undone"),
+        ("delete", commands.delete, "refuse tokens for good and remove their records"),
     ):
         command = _command(group, name, run, summary, f"{name} sk-a1b2c3d4e5f")
-        command.add_argument("reference", metavar="TOKEN", help=_REFERENCE_HELP)
+        command.add_argument("references", metavar="TOKEN", nargs="+", help=_REFERENCE_HELP)
     _add_fleet_commands(group)
     return parser
 
@@ -147,8 +148,10 @@ def _add_fleet_commands(group: argparse._SubParsersAction[_Parser]) -> None:
         "copy api_tokens.json postgresql://db/tokens",
         in_store=False,
     )
-    copy.add_argument("origin", metavar="FROM", help="a token file or the URL of a database")
-    copy.add_argument("target", metavar="TO", help="a token file or the URL of a database; what it holds stays")
+    copy.add_argument("origin", metavar="FROM", type=_location, help="a token file or the URL of a database")
+    copy.add_argument(
+        "target", metavar="TO", type=_location, help="a token file or the URL of a database; what it holds stays"
+    )
     copy.add_argument("--delete", action="store_true", help="also delete the tokens of TO that FROM does not hold")
 
     _command(
@@ -191,6 +194,13 @@ def _add_store(parser: argparse.ArgumentParser, default: str | None) -> None:
         default=default,
         help="the token file or database; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory",
     )
+
+
+def _location(text: str) -> str:
+    try:
+        return store_location(text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _name(text: str) -> str:

@@ -13,22 +13,27 @@ from typing import TYPE_CHECKING, TextIO
 import msgspec
 
 from .acting import as_owner_of
-from .exceptions import AmbiguousTokenError, StoreError, TokenNotFoundError, UsageError
+from .exceptions import FreeGPTAuthError, StoreError, UsageError
 from .listing import entry, local, record, title
 from .location import is_url
+from .names import printable
+from .references import resolve
 from .settings import usage_location
 from .stores import open_store
-from .stores.base import Migrating
-from .tokens import SECRET_LENGTH, digest_of, has_valid_checksum, issue, printable
+from .stores.base import AtOnce, Migrating
+from .stores.disk import explain
+from .tokens import digest_of, issue
 from .usage import open_usage
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from .stores.base import TokenStore
     from .tokens import Token
     from .usage.base import Usage
+
+    _UsageSetting = tuple[str, str | None]  # the arguments of usage_location
 
 
 def create(options: argparse.Namespace) -> int:
@@ -68,27 +73,32 @@ def list_tokens(options: argparse.Namespace) -> int:
 
 
 def revoke(options: argparse.Namespace) -> int:
-    """Refuse a token from now on and keep its record."""
+    """Refuse tokens from now on and keep their records."""
     store = open_store(options.store)
-    token = _referred(store, options.reference)
-    store.revoke(token.id, _now(store))  # a revoked one too: who revoked it may not have waited for the servers yet
-    if token.revoked_at is not None:
-        say(f"Token {title(token)} was already revoked at {local(token.revoked_at)}.")
-    else:
-        say(f"Revoked token {title(token)}. It is refused from now on.")
+    tokens, at = resolve(store, options.references), _now(store)
+    # Revoked ones too: the command that revoked them may not have waited for the servers yet.
+    ids = [token.id for token in tokens]
+    revoked = store.revoke_all(ids, at) if isinstance(store, AtOnce) else (store.revoke(each, at) for each in ids)
+    for token, _ in zip(tokens, revoked, strict=True):
+        if token.revoked_at is not None:
+            say(f"Token {title(token)} was already revoked at {local(token.revoked_at)}.")
+        else:
+            _say_refused("Revoked", token)
     return 0
 
 
 def delete(options: argparse.Namespace) -> int:
-    """Refuse a token from now on and remove its record."""
+    """Refuse tokens from now on and remove their records and their usage."""
     store = open_store(options.store)
-    token = store.delete(_referred(store, options.reference).id)
-    say(f"Deleted token {title(token)}. It is refused from now on.")
+    tokens = resolve(store, options.references)
+    for token in _deleted(store, tokens, (options.store, None)):
+        _say_refused("Deleted", token)
     if not is_url(options.store):  # a server with a database is never open
         with contextlib.suppress(StoreError):  # the token is deleted whether or not the file can be read once more
             if not store.tokens():
+                last = "It was the last one" if len(tokens) == 1 else "They were the last ones"
                 way_out = f"to turn it off, move {store.source} away and restart the server"
-                say(f"It was the last one. Authentication stays on; {way_out}.")
+                say(f"{last}. Authentication stays on; {way_out}.")
     return 0
 
 
@@ -111,8 +121,7 @@ def copy(options: argparse.Namespace) -> int:
     )
     others = [token for digest, token in there.items() if digest not in tokens]
     if options.delete:
-        for token in others:
-            target.delete(token.id)
+        for token in _deleted(target, others, _usage_setting(options.target)):
             say(f"Deleted token {title(token)}, which {origin.source} does not hold.")
     elif active := [token for token in others if token.status(_now(target)) == "active"]:
         say(f"{target.source} accepts {len(active)} token(s) more, which {origin.source} does not hold:")
@@ -134,30 +143,19 @@ def migrate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _referred(store: TokenStore, reference: str) -> Token:
-    """Return the one token that *reference* means."""
-    if reference == "-":
-        reference = _typed()
-    reference = reference.strip()
-    matches = store.find(reference)
-    if not matches:
-        # The reference may be a secret, and is not repeated.
-        mistyped = len(reference) == SECRET_LENGTH and not has_valid_checksum(reference)
-        why = "it is mistyped, since its checksum is wrong" if mistyped else "it is none of them"
-        raise TokenNotFoundError(
-            f"no token of {store.source} matches: {why}; "
-            "give the prefix that list shows, the token id or the whole token"
-        )
-    if len(matches) > 1:
-        raise AmbiguousTokenError(f"{len(matches)} tokens match and nothing was done; give one of these ids:", matches)
-    return matches[0]
-
-
-def _typed() -> str:
+def _deleted(store: TokenStore, tokens: Sequence[Token], usage: _UsageSetting) -> Iterator[Token]:
+    """Delete tokens, all in one change where the store can; yield each when it is deleted, then remove their usage."""
+    ids, done = [token.id for token in tokens], []
     try:
-        return sys.stdin.readline().strip() if sys.stdin else ""
-    except UnicodeDecodeError:
-        return ""
+        for token in store.delete_all(ids) if isinstance(store, AtOnce) else map(store.delete, ids):
+            done.append(token.id)
+            yield token
+    finally:
+        _forget_usage(usage, done)
+
+
+def _say_refused(done: str, token: Token) -> None:
+    say(f"{done} token {title(token)}. It is refused from now on.")
 
 
 def _usage(location: str) -> Mapping[str, Usage]:
@@ -173,7 +171,7 @@ def _usage(location: str) -> Mapping[str, Usage]:
             return {}
 
 
-def _usage_setting(location: str) -> tuple[str, str | None]:
+def _usage_setting(location: str) -> _UsageSetting:
     """Return the arguments of ``usage_location``: a database has its own, for files there may be FREEGPT_AUTH_USAGE."""
     return location, location if is_url(location) else None
 
@@ -188,7 +186,25 @@ def _copy_usage(origin: str, target: str, names: Mapping[str, str]) -> None:
                 with as_owner_of(target):
                     after.merge(usage)
         except UsageError as error:
-            raise StoreError(f"the tokens were copied, but their usage could not be: {error}; run it again") from None
+            raise StoreError(
+                "the tokens were copied; their usage could not be copied "
+                f"from {before.source} to {after.source}: {error}; run it again"
+            ) from None
+
+
+def _forget_usage(setting: _UsageSetting, token_ids: Sequence[str]) -> None:
+    """Remove the usage of deleted tokens. A fault is one line and no failure: the tokens are deleted."""
+    place = ""
+    try:
+        location = usage_location(*setting)
+        if token_ids and location is not None:
+            store = open_usage(location)
+            place = f" from {store.source}"
+            with as_owner_of(location):
+                store.forget(token_ids)
+    except (FreeGPTAuthError, OSError) as error:  # OSError: the working directory is gone
+        reason = explain(error) if isinstance(error, OSError) else error
+        say(f"freegpt-auth: the usage of the deleted token(s) could not be removed{place}: {reason}")
 
 
 def _now(store: TokenStore) -> datetime:

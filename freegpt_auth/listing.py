@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from .tokens import printable
+from .names import printable
 
 if TYPE_CHECKING:
     from .tokens import Token

@@ -1,8 +1,9 @@
-"""What a location names: the path of a token file, or the URL of a database. Pure."""
+"""A location of tokens or usage: the path of a file, or the URL of a database. Pure."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING
 
 from .exceptions import ConfigurationError
@@ -11,26 +12,60 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SCHEMES = ("postgresql", "postgres")
-"""How the URL of a database begins."""
+"""Schemes of a database's URL."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+
+_ADDRESS = re.compile(
+    r"""
+    ^[^/]*postgres\w*(?: : | // )                                  # a URL that lacks a slash or the colon
+    | ^/{0,2}[^/:]+:.*@                                            # user:password@host
+    | ^(?:host|hostaddr|port|dbname|user|passfile|service|sslmode)\s*=   # libpq's keywords and values
+    | password\s*=
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
-def is_url(location: str) -> bool:
-    """Tell a URL from a path."""
-    return "://" in location
+def is_url(location: str, subject: str = "the store") -> bool:
+    """Return whether *location* is the URL of a database; otherwise it is a path.
+
+    Args:
+        location: without white space at its ends.
+        subject: its name in messages.
+
+    Raises:
+        ConfigurationError: it resembles the address of a database but is no ``postgresql://`` URL. As a path it would be
+            logged with its password. The message repeats nothing but the scheme.
+    """
+    scheme, is_complete, _ = location.partition("://")
+    if is_complete and scheme in SCHEMES:
+        return True
+    if is_complete and _SCHEME.fullmatch(scheme):
+        raise ConfigurationError(
+            f"{subject} begins with {scheme}://, which names no store of this version; "
+            "give the path of a token file or a postgresql:// URL"
+        )
+    if is_complete or _ADDRESS.search(location):
+        raise ConfigurationError(
+            f"{subject} resembles the address of a database but is no URL of one; "
+            "write a postgresql:// URL, or ./ before a path"
+        )
+    return False
+
+
+def may_hold_password(location: str) -> bool:
+    """Return whether *location* must not be repeated in a message."""
+    return not {"@", "="}.isdisjoint(location) or "://" in location
 
 
 @contextlib.contextmanager
-def url_needs(location: str) -> Iterator[None]:
-    """Say what is missing where the driver for a URL is imported.
+def driver_required() -> Iterator[None]:
+    """Explain a missing driver where it is imported.
 
     Raises:
-        ConfigurationError: no driver belongs to it, or it is not installed.
+        ConfigurationError: it is not installed.
     """
-    scheme = location.partition("://")[0]
-    if scheme not in SCHEMES:
-        raise ConfigurationError(
-            f"{scheme}:// names no store of this version; give the path of a token file or a postgresql:// URL"
-        )
     try:
         yield
     except ImportError:

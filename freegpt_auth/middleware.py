@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import time
 from os import PathLike
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import anyio
 from anyio import to_thread
-from anyio.lowlevel import RunVar
 
 from . import denials
-from .authentication import Authenticator, Decision, Refusal
+from .assembly import assemble
+from .authentication import Decision, Refusal
 from .bearer import plain_digest, presented, without_secret
 from .callers import ANONYMOUS, Caller
+from .construction import Unusable, warn_if_late
+from .copying import Copyable
 from .delivery import deny_http, deny_websocket, end_http
 from .exceptions import MalformedCredentialsError
+from .lifespan import Lifespan
 from .refusals import RefusalLog
 from .settings import FLUSH_INTERVAL, Settings
-from .stores import open_store
 from .stores.base import UNRESOLVED
-from .usage import open_usage
-from .usage.recorder import UsageRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from .stores.base import Verifier
 
-
-class _Lane(NamedTuple):
-    """How many look-ups of one event loop go to threads at once, and which threads those are."""
-
-    gate: anyio.Semaphore
-    # Not anyio's default threads: the application may hold all of them, and must not hold up authentication.
-    threads: anyio.CapacityLimiter
-
-
-_LAST = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+_REQUESTS: tuple[str, ...] = ("http", "websocket")
 _MISSING, _MALFORMED, _UNAVAILABLE = Refusal("missing"), Refusal("malformed"), Refusal("unavailable")
 
-_lanes: RunVar[_Lane] = RunVar("freegpt_auth")
-_LANE_WIDTH = 4
 
-
-class BearerTokenMiddleware:
+class BearerTokenMiddleware(Copyable):
     """Lets a request through to *app* only with a valid bearer token or key.
 
     With no argument but *app* it is complete: everything else comes from the environment, see
@@ -60,8 +46,8 @@ class BearerTokenMiddleware:
     Args:
         app: the application to protect.
         store: where the tokens are: a path, a ``postgresql://`` URL, or any
-            :class:`~freegpt_auth.stores.base.Verifier`.
-            Default: ``FREEGPT_AUTH_STORE``, else ``api_tokens.json`` in the working directory.
+            :class:`~freegpt_auth.stores.base.Verifier`. A server whose store is named, here or by the variable, is never
+            open. Default: ``FREEGPT_AUTH_STORE``, else ``api_tokens.json`` in the working directory.
         public_paths: exact paths that need no token. Default: ``FREEGPT_AUTH_PUBLIC_PATHS``, else none.
         required: raise instead of starting in open mode. Default: ``FREEGPT_AUTH_REQUIRED``, else no.
         usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the tokens;
@@ -69,7 +55,9 @@ class BearerTokenMiddleware:
         usage_interval: seconds between two writes of usage: what a killed process can lose.
 
     Raises:
-        ConfigurationError: the settings cannot be used; a server must not start on them.
+        ConfigurationError: the settings cannot be used, and no event loop runs. While one runs, a server is constructing
+            the middleware, and most servers ignore an exception then. So the error is kept: it fails the startup of the
+            lifespan, and a request without a lifespan is answered 503.
     """
 
     def __init__(
@@ -83,32 +71,33 @@ class BearerTokenMiddleware:
         usage_interval: float = FLUSH_INTERVAL,
     ) -> None:
         self.app = app
+        self._guarded = _REQUESTS
+        self._unusable: Unusable | None = None
+        self._refusals = RefusalLog()
         location: str | PathLike[str] | None = None
-        verifier: Verifier | None = None
+        self._source: Verifier | None = None
         if store is None or isinstance(store, (str, PathLike)):
             location = store
         else:
-            verifier = store
+            self._source = store
             usage = "off" if usage is None else usage
-        settings = Settings.from_env(
-            store=location, public_paths=public_paths, required=required, usage=usage, usage_interval=usage_interval
-        )
-        if verifier is None:
-            verifier = open_store(settings.store, lease=settings.lease, cache_limit=settings.cache_limit)
-        self._verifier = verifier
-        self._look_up_limit: float = getattr(verifier, "look_up_limit", math.inf)
-        self._public_paths = settings.public_paths
-        self._authenticator = Authenticator(verifier, settings.key, required=settings.required)
-        self._refusals = RefusalLog()
-        self._usage: UsageRecorder | None = None
-        if settings.usage is not None:
-            self._usage = UsageRecorder(open_usage(settings.usage), interval=settings.usage_interval)
+        try:
+            self._settings = Settings.from_env(
+                store=location, public_paths=public_paths, required=required, usage=usage, usage_interval=usage_interval
+            )
+            parts = assemble(self._settings, self._source)
+        except Exception as error:  # noqa: BLE001  whatever it is, most servers would serve all the same
+            self._guarded, self._unusable = (), Unusable(error)
+            return
+        self._public_paths = self._settings.public_paths
+        self._authenticator, self._look_ups, self._refusals, self._usage, self._counted = parts
+        warn_if_late()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a refusal, or let the application answer."""
         kind = scope["type"]
-        if kind not in ("http", "websocket"):
-            await self.app(scope, receive, self._flushing(scope, send))
+        if kind not in self._guarded:
+            await self._attend(scope, receive, send)
             return
         if self._public_paths and _route_path(scope) in self._public_paths:
             caller = ANONYMOUS
@@ -122,9 +111,10 @@ class BearerTokenMiddleware:
                     return
                 known = decision
             caller = known
-            token = caller.token
-            if token is not None and self._usage is not None:
-                self._usage.record((token.id, time.time()))
+            token, usage = caller.token, self._usage
+            if token is not None and usage is not None and self._counted not in scope:
+                scope[self._counted] = True
+                usage.record((token.id, time.time()))
         if kind == "websocket":
             scope = without_secret(scope)
         scope["user"] = caller.user
@@ -134,7 +124,10 @@ class BearerTokenMiddleware:
     async def _decide(self, scope: Scope, digest: bytes | None) -> Caller | Refusal:
         """Decide about a caller who is not known from an earlier request."""
         decision = self._peek(scope, digest)
-        settled = await self._in_turn(scope) if decision is UNRESOLVED else decision
+        if decision is UNRESOLVED:
+            settled = await self._look_ups.settle(self._peek, self._resolve, scope)
+        else:
+            settled = decision
         return ANONYMOUS if isinstance(settled, Refusal) and _is_preflight(scope) else settled
 
     def _peek(self, scope: Scope, digest: bytes | None = None) -> Decision:
@@ -152,17 +145,6 @@ class BearerTokenMiddleware:
         digests = _digests(scope)
         return digests if isinstance(digests, Refusal) else self._authenticator.resolve(digests)
 
-    async def _in_turn(self, scope: Scope) -> Caller | Refusal:
-        """Decide from the store, if memory still cannot when it is this request's turn."""
-        lane = _lane()
-        if lane.gate.statistics().tasks_waiting >= self._look_up_limit:
-            return _UNAVAILABLE
-        async with lane.gate:
-            decision = self._peek(scope)  # those before us in the queue may have read the store
-            if decision is not UNRESOLVED:
-                return decision
-            return await to_thread.run_sync(self._resolve, scope, limiter=lane.threads)
-
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
         denial = denials.denial(_route_path(scope), refusal.reason)
         unfinished = False
@@ -176,32 +158,27 @@ class BearerTokenMiddleware:
         if unfinished:
             await end_http(receive, send)
 
-    def _flushing(self, scope: Scope, send: Send) -> Send:
-        """Return what sends a lifespan's messages on, and writes what is left before the last of them."""
-        if scope["type"] != "lifespan":
+    async def _attend(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a lifespan, or a request while the settings cannot be used."""
+        kind, unusable = scope["type"], self._unusable
+        if kind != "lifespan" and (unusable is None or kind not in _REQUESTS):
             # A type not known is a type not guarded.
-            raise NotImplementedError(f"freegpt_auth does not know how to guard a scope of type {scope['type']!r}")
-        _lane()  # the first use of anyio imports for 90 ms: here no request waits for that
-        return lambda message: self._finish(send, message) if message["type"] in _LAST else send(message)
+            raise NotImplementedError(f"freegpt_auth does not know how to guard a scope of type {kind!r}")
+        if unusable is None:
+            lifespan = Lifespan(receive, send, self._stop)
+            self._look_ups.open(lifespan)
+            await lifespan.run(self.app, scope)
+        elif kind == "lifespan":
+            await unusable.fail(receive, send)
+        else:
+            unusable.report()
+            await self._refuse(scope, receive, send, _UNAVAILABLE)
 
-    async def _finish(self, send: Send, message: Message) -> None:
-        # Before it is forwarded: a server stops its loop on this message, and what comes after it is lost.
+    async def _stop(self, lifespan: Lifespan) -> None:
         self._refusals.finish()
         if self._usage:
             await to_thread.run_sync(self._usage.finish)
-        close: Callable[[], None] | None = getattr(self._verifier, "close", None)
-        if close is not None:
-            await to_thread.run_sync(close)
-        await send(message)
-
-
-def _lane() -> _Lane:
-    """Return the lane of the running event loop."""
-    lane = _lanes.get(None)
-    if lane is None:
-        lane = _Lane(anyio.Semaphore(_LANE_WIDTH), anyio.CapacityLimiter(_LANE_WIDTH))
-        _lanes.set(lane)
-    return lane
+        await self._look_ups.close(lifespan)
 
 
 def _digests(scope: Scope) -> list[bytes] | Refusal:

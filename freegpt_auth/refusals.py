@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from .tokens import printable
+from .names import printable
 
 if TYPE_CHECKING:
     from .authentication import Refusal

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .bearer import VALUE_LIMIT
+from .environment_key import environment_key
 from .exceptions import ConfigurationError
 from .location import is_url
-from .tokens import digest_of
+from .variables import VARIABLES, Variables, cleaned, expanded, is_off
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from .environment_key import EnvironmentKey
 
 FLUSH_INTERVAL = 2.0
 """Seconds between two writes of usage."""
@@ -28,23 +30,6 @@ CACHE_LIMIT = 100_000
 DEFAULT_STORE = "api_tokens.json"
 """The token file when none is named: in the working directory."""
 
-_LARGEST = 100_000_000
-_WHITE_SPACE = " \t\r\n"
-_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
-
-
-@dataclass(frozen=True)
-class EnvironmentKey:
-    """The one key that is set in the environment, without the key itself.
-
-    Attributes:
-        digest: its SHA-256 digest.
-        source: the variable it came from.
-    """
-
-    digest: bytes = field(repr=False)
-    source: str
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -55,6 +40,7 @@ class Settings:
         key: the environment key, if one is set.
         public_paths: exact paths that need no token.
         required: refuse to start in open mode.
+        store_named: an argument or ``FREEGPT_AUTH_STORE`` names the store: the server is never open.
         usage: where usage is kept; ``None`` to record nothing.
         usage_interval: seconds between two writes to it.
         lease: seconds for which known tokens are accepted while the database cannot be reached.
@@ -65,6 +51,7 @@ class Settings:
     key: EnvironmentKey | None = None
     public_paths: frozenset[str] = frozenset()
     required: bool = False
+    store_named: bool = False
     usage: str | None = field(default=None, repr=False)
     usage_interval: float = FLUSH_INTERVAL
     lease: float = LEASE
@@ -95,109 +82,84 @@ class Settings:
             ConfigurationError: a value cannot be used; the message names the variable or the argument.
         """
         env = os.environ if environ is None else environ
+        variables = Variables(env)
         if not 0 < usage_interval <= threading.TIMEOUT_MAX:
             raise ConfigurationError(f"usage_interval is {usage_interval}; give it a number of seconds above 0")
         location = store_location(store, env)
         if public_paths is None:
-            public_paths = filter(None, (path.strip() for path in env.get("FREEGPT_AUTH_PUBLIC_PATHS", "").split(",")))
+            public_paths = variables.listed("FREEGPT_AUTH_PUBLIC_PATHS")
         return cls(
             store=location,
-            key=_environment_key(env),
+            store_named=store is not None or "FREEGPT_AUTH_STORE" in variables,
+            key=environment_key(variables),
             public_paths=_checked_paths(public_paths),
-            required=_flag(env, "FREEGPT_AUTH_REQUIRED") if required is None else required,
+            required=variables.flag("FREEGPT_AUTH_REQUIRED") if required is None else required,
             usage=usage_location(location, usage, env),
             usage_interval=usage_interval,
-            lease=_positive(env, "FREEGPT_AUTH_LEASE", LEASE),
-            cache_limit=int(_positive(env, "FREEGPT_AUTH_CACHE", CACHE_LIMIT)),
+            lease=variables.number("FREEGPT_AUTH_LEASE", LEASE),
+            cache_limit=int(variables.number("FREEGPT_AUTH_CACHE", CACHE_LIMIT)),
         )
 
 
 def store_location(store: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> str:
-    """Return where the tokens are: *store*, else ``FREEGPT_AUTH_STORE``, else ``api_tokens.json``.
+    """Return the location of the tokens: *store*, else ``FREEGPT_AUTH_STORE``, else ``api_tokens.json``.
 
     Raises:
-        ConfigurationError: the location is empty.
+        ConfigurationError: it cannot be used: see :class:`~freegpt_auth.variables.Variables` and
+            :func:`~freegpt_auth.location.is_url`.
     """
-    env = os.environ if environ is None else environ
-    location = env.get("FREEGPT_AUTH_STORE", DEFAULT_STORE) if store is None else os.fspath(store)
-    if not location.strip():
-        raise ConfigurationError("FREEGPT_AUTH_STORE is set but empty; name a token file or unset it")
+    location, subject = _location("FREEGPT_AUTH_STORE", "the store", store, environ)
+    if location is None:
+        return DEFAULT_STORE
+    if is_off(location):
+        raise ConfigurationError(f"{subject} is a word for off, but a store cannot be turned off; name a token file")
+    is_url(location, subject)
     return location
 
 
 def usage_location(
     store: str, usage: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> str | None:
-    """Return where usage is kept: *usage*, else ``FREEGPT_AUTH_USAGE``, else beside the tokens in *store*.
+    """Return the location of the usage: *usage*, else ``FREEGPT_AUTH_USAGE``, else beside the tokens in *store*.
+
+    Returns:
+        ``None`` for a word for off.
 
     Raises:
-        ConfigurationError: the location is empty, or the variable names a database that does not hold the tokens.
+        ConfigurationError: the location cannot be used, it is the token file, or the variable names a database that does
+            not hold the tokens.
     """
-    env = os.environ if environ is None else environ
-    location = env.get("FREEGPT_AUTH_USAGE") if usage is None else os.fspath(usage)
+    location, subject = _location("FREEGPT_AUTH_USAGE", "the usage database", usage, environ)
     if location is None:
-        if is_url(store):
-            return store
-        try:
-            return str(Path(store).with_suffix(".usage.db"))
-        except ValueError:
-            raise ConfigurationError(f"{store} is a folder; name a token file") from None
-    if not location.strip():
-        raise ConfigurationError("FREEGPT_AUTH_USAGE is set but empty; name a file, say off, or unset it")
-    if usage is None and is_url(location) and location != store:  # where these tokens are not, their use is not counted
+        return _beside(store)
+    if is_off(location):
+        return None
+    if not is_url(location, subject):
+        if os.path.realpath(location) == os.path.realpath(store):
+            raise ConfigurationError(f"{subject} names the token file; name another file, say off, or unset it")
+    elif usage is None and location != store:  # it could not count these tokens
         raise ConfigurationError(
             "FREEGPT_AUTH_USAGE is the URL of another database than the tokens'; name a file, say off, or unset it"
         )
-    return None if location == "off" else location
+    return location
 
 
-def _environment_key(env: Mapping[str, str]) -> EnvironmentKey | None:
-    """Return the first key that is set. A variable that is set but empty is a mistake: it must not open a server."""
-    if "FREEGPT_API_KEY" in env and "FREEGPT_API_KEY_FILE" in env:
-        raise ConfigurationError("FREEGPT_API_KEY and FREEGPT_API_KEY_FILE are both set; unset one of them")
-    for name in ("FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE", "OPENAI_API_KEY"):
-        if name in env:
-            value = _content(env[name]) if name == "FREEGPT_API_KEY_FILE" else env[name]
-            return EnvironmentKey(digest_of(_checked_key(name, value.strip(_WHITE_SPACE))), name)
-    return None
+def _location(
+    name: str, subject: str, argument: str | os.PathLike[str] | None, environ: Mapping[str, str] | None
+) -> tuple[str | None, str]:
+    """Return the argument, else the value of the variable *name*, and its subject in a message."""
+    if argument is None:
+        return Variables(os.environ if environ is None else environ).location(name), name
+    return expanded(cleaned(subject, os.fsdecode(argument), VARIABLES[name].advice, kind="location")), subject
 
 
-def _content(path: str) -> str:
-    if not path.strip():
-        raise ConfigurationError("FREEGPT_API_KEY_FILE is set but empty; name a file that holds the key, or unset it")
+def _beside(store: str) -> str:
+    if is_url(store):
+        return store
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        # The value is not repeated: it may be the key itself, put there by mistake.
-        raise ConfigurationError(f"FREEGPT_API_KEY_FILE does not name a file that can be read: {reason}") from None
-
-
-def _checked_key(name: str, key: str) -> str:
-    if not key:
-        raise ConfigurationError(f"{name} is set but empty; give it a key, or unset it")
-    if not key.isprintable():
-        raise ConfigurationError(f"{name} holds a control character, which no client can send; give it another key")
-    if len(key.encode("utf-8", "surrogateescape")) > VALUE_LIMIT:
-        raise ConfigurationError(f"{name} is longer than {VALUE_LIMIT} bytes, which no request may be; shorten it")
-    return key
-
-
-def _flag(env: Mapping[str, str], name: str) -> bool:
-    value = env.get(name, "").strip().lower()
-    if value not in _YES + _NO:
-        raise ConfigurationError(f"{name} is {value!r}; set it to 1 or 0")
-    return value in _YES
-
-
-def _positive(env: Mapping[str, str], name: str, default: float) -> float:
-    try:
-        number = float(env.get(name, default))
+        return str(Path(store).with_suffix(".usage.db"))
     except ValueError:
-        number = 0.0
-    if not 1 <= number <= _LARGEST:
-        raise ConfigurationError(f"{name} is {env[name]!r}; give it a number from 1 to {_LARGEST:,}, or unset it")
-    return number
+        raise ConfigurationError(f"{store} is a folder; name a token file") from None
 
 
 def _checked_paths(paths: Iterable[str]) -> frozenset[str]:

@@ -13,9 +13,11 @@ import secrets
 import zlib
 from datetime import datetime
 from hashlib import sha256
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
+
+from .names import checked_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +31,6 @@ PREFIX_LENGTH = 14
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _RANDOM_LENGTH = 43  # 62 ** 43 > 2 ** 256
 _CHECKSUM_LENGTH = 6  # 62 ** 6 > 2 ** 32
-_NAME_LENGTH = 200
 
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 """A moment with its offset from UTC."""
@@ -75,7 +76,7 @@ def issue(name: str, *, now: datetime, expires_at: datetime | None = None) -> tu
     """Make a new token and its secret. The secret is in the second place of the answer and nowhere else.
 
     Raises:
-        ValueError: *name* is empty, too long, or holds control characters.
+        ValueError: *name* is one that no token can have; see :func:`freegpt_auth.names.checked_name`.
     """
     secret = generate_secret()
     token = Token(
@@ -112,45 +113,53 @@ def prefix_of(secret: str) -> str:
     return secret[: min(PREFIX_LENGTH, len(secret) // 3)]
 
 
-def checked_name(name: str) -> str:
-    """Return *name* if it can be shown on a terminal as it is.
+class Reference(NamedTuple):
+    """The readings of a reference to a token, one for each way to name it; ``None`` where it cannot be meant that way.
 
-    Raises:
-        ValueError: it is empty, longer than 200 characters, or holds characters that do not print.
+    Attributes:
+        digest: of the whole secret.
+        exact: the token id, or the shown prefix.
+        name: the token's name.
+        start: the shown prefix at the start of a longer part of the secret.
     """
-    if not name.strip():
-        raise ValueError("a token's name must not be empty")
-    if len(name) > _NAME_LENGTH:
-        raise ValueError(f"a token's name must not be longer than {_NAME_LENGTH} characters")
-    if not name.isprintable():
-        raise ValueError(f"a token's name must not contain control characters: {printable(name)}")
-    return name
 
+    digest: bytes
+    exact: str | None
+    name: str | None
+    start: str | None
 
-def printable(text: str) -> str:
-    """Return *text* with every character that could drive a terminal or forge a log line escaped."""
-    if text.isprintable():  # nearly always: list has 200,000 of them to print at 100,000 tokens
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    @classmethod
+    def read(cls, text: str) -> Reference:
+        """Return the readings of *text*.
+
+        White space round a secret, an id or a prefix is dropped, and so are the dots that ``list`` prints behind a
+        prefix. A name counts as it was typed. Text as long as a secret is no part of one, and with ``sk-`` at its start no
+        name: a mistyped secret must not reach another token.
+        """
+        typed = text.strip()
+        part = typed.rstrip(".…")
+        is_short = len(part) < SECRET_LENGTH
+        return cls(
+            digest=digest_of(typed),
+            exact=part if part and is_short else None,
+            name=text if typed and (len(typed) < SECRET_LENGTH or not typed.startswith("sk-")) else None,
+            start=part[:PREFIX_LENGTH] if len(part) >= PREFIX_LENGTH and is_short else None,
+        )
 
 
 def find(reference: str, digests: Mapping[bytes, Token]) -> list[Token]:
-    """Return the tokens that *reference* may mean: a whole secret, a token id, the shown prefix, or more of the secret.
+    """Return the tokens that *reference* may mean.
 
-    Trailing dots are ignored, since ``list`` prints the prefix with three of them. A reference as long as a secret that
-    is not one of these tokens' secrets means none, so that a mistyped secret never reaches a token beside it.
+    A whole secret comes first. The next are a token id, the shown prefix and an exact name, all alike: a name that is
+    another token's id or prefix means both. A longer part of a secret is the last.
     """
-    owner = digests.get(digest_of(reference))
+    wanted = Reference.read(reference)
+    owner = digests.get(wanted.digest)
     if owner is not None:
         return [owner]
-    reference = reference.rstrip(".…")
-    if not reference or len(reference) >= SECRET_LENGTH:
-        return []
     tokens = digests.values()
-    exact = [token for token in tokens if reference in (token.id, token.prefix)]
-    return exact or [
-        token for token in tokens if len(token.prefix) == PREFIX_LENGTH and reference.startswith(token.prefix)
-    ]
+    exact = [token for token in tokens if wanted.exact in (token.id, token.prefix) or token.name == wanted.name]
+    return exact or [token for token in tokens if token.prefix == wanted.start]
 
 
 def _checksum(text: str) -> str:

@@ -21,14 +21,10 @@ from asking import status
 from blockbuster import BlockBuster
 
 from freegpt_auth.tokens import digest_of, issue
+from freegpt_auth.variables import VARIABLES
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
-
-VARIABLES = [
-    *("OPENAI_API_KEY", "FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE"),
-    *(f"FREEGPT_AUTH_{name}" for name in ("STORE", "PUBLIC_PATHS", "REQUIRED", "USAGE", "LEASE", "CACHE")),
-]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -216,7 +212,7 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
             [sys.executable, "-m", "freegpt_auth", *arguments],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
             **options,
         )
@@ -256,7 +252,7 @@ class Server:
     def stop(self) -> str:
         """Stop the server as an operator does, and return what it logged."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
         return self.log.read_text()
 
 
@@ -295,12 +291,13 @@ def _servers(folder: Path) -> Iterator[Callable[..., Server]]:
                 [sys.executable, *program, *arguments, *address],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
+                # By default uvicorn kills a worker that a busy machine keeps from answering it for 5 seconds.
+                env={**os.environ, "UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "120", **environment},
                 cwd=folder,
             )
         server = Server(process, f"http://127.0.0.1:{port}", log)
         servers.append(server)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while True:
             try:
                 server.get("/")

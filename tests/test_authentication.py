@@ -26,7 +26,7 @@ from freegpt_auth import (
 )
 from freegpt_auth.authentication import Authenticator, Decision, Refusal
 from freegpt_auth.callers import Caller
-from freegpt_auth.settings import EnvironmentKey
+from freegpt_auth.environment_key import EnvironmentKey
 from freegpt_auth.tokens import digest_of
 
 KEY = "the-environment-key"
@@ -111,6 +111,41 @@ def test_the_mode_is_found_at_the_start(
         Authenticator(FileTokenStore(FILE), key, required=True)
 
 
+@pytest.mark.parametrize("content", [None, "{}"])
+@pytest.mark.parametrize("key", [None, KEY_SETTING])
+def test_named_store_is_never_open(
+    keep: Keep, caplog: pytest.LogCaptureFixture, content: str | None, key: EnvironmentKey | None
+) -> None:
+    """A named file that is missing or blank refuses every request but the key's, and the log says what to do."""
+    if content is not None:
+        FILE.write_text(content)
+        FILE.chmod(0o600)
+    authenticator = Authenticator(FileTokenStore(FILE), key, required=True, named=True)
+    [(_, level, line)] = caplog.record_tuples
+    assert level == logging.WARNING
+    origin = "the environment key from FREEGPT_API_KEY" if key else "no environment key"
+    assert line == (
+        f"token-file mode: {FILE.absolute()} is missing or holds no tokens, so requests are refused (there is {origin}). "
+        f"To create a first token, run: python -m freegpt_auth --store {FILE.absolute()} create NAME"
+    )
+    assert authenticator.peek_open() is authenticator.resolve_open() is False
+    assert isinstance(decide(authenticator, KEY), Caller) is (key is not None)
+    _, secret = keep(FileTokenStore(FILE))
+    assert isinstance(authenticator.resolve([digest_of(secret)]), Caller)
+
+
+def test_token_source_is_never_open() -> None:
+    """A token source of one's own counts as named, even if it says that it is not configured."""
+
+    class Blank(Stub):
+        def survey(self) -> Survey:
+            """Hold nothing."""
+            return Survey(configured=False, active=0, source="a table")
+
+    assert Authenticator(Blank({}), None, named=True).mode is AuthMode.TOKEN_FILE
+    assert Authenticator(Blank({}), None).mode is AuthMode.OPEN
+
+
 @pytest.mark.parametrize("content", [None, "", '{"version": 2}'])
 def test_open_closes_and_never_opens_again(keep: Keep, caplog: pytest.LogCaptureFixture, content: str | None) -> None:
     """The first token, or a file that cannot be read, closes an open server for good, even if the file goes away."""
@@ -161,6 +196,36 @@ def test_a_key_that_is_a_tokens_secret_is_refused_once_that_was_revoked(token: A
         decision = decide(authenticator, KEY)
         assert isinstance(decision, Caller) is accepted
         assert decision == (authenticator.resolve([digest_of(KEY)]) if accepted else Refusal("revoked", REVOKED.id))
+
+
+@pytest.mark.parametrize("is_presented", [False, True])
+@pytest.mark.parametrize("fate", ["missing", "restored", "broken"])
+def test_revoked_key_stays_refused(keep: Keep, fate: str, *, is_presented: bool) -> None:
+    """A process that once read the revocation of the key refuses it, whatever happens to the file and whoever asked."""
+    store = FileTokenStore(FILE)
+    token, secret = keep(store)
+    before = FILE.read_bytes()
+    authenticator = Authenticator(FileTokenStore(FILE), EnvironmentKey(digest_of(secret), "FREEGPT_API_KEY"))
+    assert isinstance(decide(authenticator, secret), Caller)
+    store.revoke(token.id, NOW)
+    authenticator.resolve([digest_of(secret if is_presented else "another")])
+    FILE.unlink()
+    if fate != "missing":
+        FILE.write_bytes(before if fate == "restored" else b"")
+    for _ in range(2):
+        assert authenticator.resolve([digest_of(secret)]) == Refusal("revoked", token.id)
+        assert decide(authenticator, secret) == Refusal("revoked", token.id)
+    assert authenticator.recognise(digest_of(secret)) is None
+
+
+def test_key_revoked_before_the_start_stays_refused(keep: Keep) -> None:
+    """The revocation need not have been met by a request: the start of the server reads it."""
+    store = FileTokenStore(FILE)
+    token, secret = keep(store)
+    store.revoke(token.id, NOW)
+    authenticator = Authenticator(store, EnvironmentKey(digest_of(secret), "FREEGPT_API_KEY"))
+    FILE.unlink()
+    assert authenticator.resolve([digest_of(secret)]) == Refusal("revoked", token.id)
 
 
 def test_a_caller_that_was_known_is_looked_up_all_the_same() -> None:

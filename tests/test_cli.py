@@ -14,15 +14,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from freegpt_auth import MemoryTokenStore, StoreError, Token
 from freegpt_auth.cli import main
 from freegpt_auth.stores import file
-from freegpt_auth.tokens import digest_of, generate_secret, has_valid_checksum, prefix_of
+from freegpt_auth.tokens import digest_of, generate_secret, has_valid_checksum, issue, prefix_of
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.sqlite import UsageDatabase
 
@@ -125,12 +126,21 @@ def test_the_secret_is_nowhere_else(run: Run, tmp_path: Path) -> None:
     assert not [text for text in said if secret[14:] in text]
 
 
-@pytest.mark.parametrize("name", ["""it's "quoted" `twice` $HOME {braces} %s back\\slash""", " büro-日本-🔑 "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        """it's "quoted" `twice` $HOME {braces} %s back\\slash""",
+        " büro-日本-🔑 ",
+        "田中\u3000太郎",
+        "👩\u200d💻 laptop",
+    ],
+)
 def test_a_name_is_kept_as_it_was_typed(run: Run, name: str) -> None:
     """Any name that prints comes back unchanged in the list, for a person and in JSON."""
     assert run("create", name).status == 0
     assert f"   Name: {name}\n" in run("list").out
     assert json.loads(run("list", "--json").out)[0]["name"] == name
+    assert f"({name})" in run("revoke", name).err
 
 
 @pytest.mark.parametrize(
@@ -201,13 +211,20 @@ def test_list_goes_on_without_usage_that_cannot_be_read(
 # --- revoke and delete
 
 
-@pytest.mark.parametrize("kind", ["prefix", "dotted", "id", "secret", "piped"])
+@pytest.mark.parametrize("kind", ["prefix", "dotted", "id", "name", "secret", "piped"])
 @pytest.mark.parametrize(("way", "said"), [("revoke", "Revoked"), ("delete", "Deleted")])
 def test_a_token_goes_by_many_names(run: Run, way: str, said: str, kind: str) -> None:
-    """A token is revoked or deleted by what list shows, dots or not, by its id, or by the secret, piped or typed."""
+    """A token is revoked or deleted by what list shows, dots or not, by its id, its name, or the secret, piped or typed."""
     put(row(OTHER), row(SECRET, name="ci"))
     shown = SECRET[:14]
-    names = {"prefix": shown, "dotted": f"{shown}...", "id": kept()[1]["id"], "secret": SECRET, "piped": "-"}
+    names = {
+        "prefix": shown,
+        "dotted": f"{shown}...",
+        "id": kept()[1]["id"],
+        "name": "ci",
+        "secret": SECRET,
+        "piped": "-",
+    }
     done = run(way, names[kind], stdin=io.StringIO(f"{SECRET}\r\n"))
     assert done == Done(0, "", f"{said} token {shown}... (ci). It is refused from now on.\n")
     states = [(each["name"], bool(each.get("revoked_at"))) for each in kept()]
@@ -222,7 +239,7 @@ def test_several_matches_change_nothing(run: Run, way: str) -> None:
     assert run(way, "sk-aaaaaaaaaaa...") == Done(
         1,
         "",
-        "freegpt-auth: 2 tokens match and nothing was done; give one of these ids:\n"
+        "freegpt-auth: 2 tokens match and nothing was done; give the id or prefix of one of these:\n"
         f"  {ids[0]}  sk-aaaaaaaaaaa... (web)\n"
         f"  {ids[1]}  sk-aaaaaaaaaaa... (\\x1b[2J)\n",
     )
@@ -242,12 +259,170 @@ def test_no_match_changes_nothing(run: Run, way: str) -> None:
         assert done.failed_in_one_line(f"no token of {TOKEN_FILE.absolute()} matches")
         assert ("it is mistyped" in done.err) is (reference == mistyped)
         assert reference not in done.err
-    for reference in (SECRET[:13], "a-token", "", "..."):
+    for reference in (SECRET[:13], "a-toke", "", "..."):
         assert run(way, reference).failed_in_one_line()
-    no_text = io.TextIOWrapper(io.BytesIO(b"sk-\xff\xfe\n"), encoding="utf-8")
-    for stdin in (None, io.StringIO(""), io.StringIO(" \n"), io.StringIO("...\n"), no_text):
-        assert run(way, "-", stdin=stdin).failed_in_one_line()
     assert TOKEN_FILE.read_bytes() == content
+
+
+class Broken(io.StringIO):
+    """A terminal that has gone."""
+
+    def readline(self, _size: int | None = -1, /) -> str:
+        """Fail as it does."""
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("stdin", "problem"),
+    [
+        (None, "its line is empty"),
+        (io.StringIO(""), "its line is empty"),
+        (io.StringIO(" \n"), "its line is empty"),
+        (io.StringIO("...\n"), "it is none of them"),
+        (io.StringIO("x" * 4096), "it is none of them"),
+        (io.StringIO("x" * 4097), "its line is over 4096 characters"),
+        (io.TextIOWrapper(io.BytesIO(b"sk-\xff\xfe\n"), encoding="utf-8"), "it is not text"),
+        (Broken(), "stdin cannot be read"),
+    ],
+)
+def test_stdin_without_a_token(run: Run, stdin: Any, problem: str) -> None:
+    """Whatever stands behind - in place of a token is one line that says what, and nothing is done."""
+    content = put(row(SECRET))
+    assert run("revoke", "-", stdin=stdin).failed_in_one_line(problem)
+    assert TOKEN_FILE.read_bytes() == content
+
+
+def test_endless_stdin_is_given_up() -> None:
+    """A line without an end fills no memory: a few KB of it are read."""
+    put(row(SECRET))
+    done = in_shell("ulimit -v 2000000; freegpt revoke - < /dev/zero")
+    assert done.failed_in_one_line("its line is over 4096 characters")
+
+
+@pytest.mark.parametrize(("way", "said"), [("revoke", "Revoked"), ("delete", "Deleted")])
+def test_several_tokens_at_once(run: Run, way: str, said: str) -> None:
+    """Each token has one line, in the order in which they were named, however often; ``-`` stands for a line each."""
+    put(*(row(f"sk-{name}", id=f"id-{name}", name=name) for name in ("a", "b", "c", "d")))
+    done = run(way, "c", "-", "id-c", "-", "sk-c", stdin=io.StringIO("sk-a\nb\n"))
+    lines = [f"{said} token {prefix_of(f'sk-{name}')}... ({name}). It is refused from now on.\n" for name in "cab"]
+    assert done == Done(0, "", "".join(lines))
+    assert [each["name"] for each in kept() if not each.get("revoked_at")] == ["d"]
+
+
+class OneByOne(MemoryTokenStore):
+    """A store that changes one token at a time, and can do no more after the second."""
+
+    changes = 0
+
+    def delete(self, token_id: str) -> Token:
+        """Remove a token, if it is the first or second."""
+        self.count()
+        return super().delete(token_id)
+
+    def revoke(self, token_id: str, at: datetime) -> Token:
+        """Revoke a token, if it is the first or second."""
+        self.count()
+        return super().revoke(token_id, at)
+
+    def count(self) -> None:
+        """Fail at the third change."""
+        self.changes += 1
+        if self.changes > 2:
+            raise StoreError("the database has gone")
+
+
+@pytest.mark.parametrize(("way", "said"), [("revoke", "Revoked"), ("delete", "Deleted")])
+def test_failure_in_the_middle_says_what_is_done(
+    run: Run, monkeypatch: pytest.MonkeyPatch, way: str, said: str
+) -> None:
+    """Where tokens are changed one after the other and that fails, each that is done has its line, and then the reason."""
+    store, issued = OneByOne(), [issue(name, now=datetime.now(UTC)) for name in ("a", "b", "c")]
+    for token, secret in issued:
+        store.add(digest_of(secret), token)
+    monkeypatch.setattr("freegpt_auth.commands.open_store", lambda _: store)
+    UsageDatabase(str(USAGE_FILE)).add(Batch("p", 1, {token.id: (1, 1.0) for token, _ in issued}), 1.0)
+    done = run(way, "c", "a", "b")
+    prefixes = {token.name: token.prefix for token, _ in issued}
+    lines = [f"{said} token {prefixes[name]}... ({name}). It is refused from now on.\n" for name in "ca"]
+    assert done == Done(1, "", "".join([*lines, "freegpt-auth: the database has gone\n"]))
+    assert [token.name for token in store.tokens().values() if token.revoked_at is None] == ["b"]
+    assert len(UsageDatabase(str(USAGE_FILE)).read()) == (1 if way == "delete" else 3)
+
+
+@pytest.mark.parametrize("way", ["revoke", "delete"])
+def test_one_bad_reference_changes_nothing(run: Run, way: str) -> None:
+    """Where one of several references means no token or two, none is touched, and its place is named, not its text."""
+    content = put(row(SECRET), row(OTHER, name="b"), row("sk-third", name="b"))
+    for wrong, problem in (("nobody", "no token of .* matches"), ("b", "2 tokens match")):
+        done = run(way, SECRET, OTHER, wrong)
+        assert (done.status, done.out) == (1, "")
+        assert re.match(f"freegpt-auth: {problem} reference 3 of 3[ ,].*nothing was done", done.err)
+        assert "nobody" not in done.err
+    assert TOKEN_FILE.read_bytes() == content
+
+
+def test_deleting_all_tokens_keeps_authentication_on(run: Run) -> None:
+    """The last tokens can be deleted together, and their deletion too leaves authentication on."""
+    put(row(SECRET), row(OTHER))
+    assert "They were the last ones. Authentication stays on; to turn it off, move " in run("delete", SECRET, OTHER).err
+
+
+def test_delete_removes_usage(run: Run) -> None:
+    """The usage of a deleted token leaves with it; that of a revoked one stays for the list."""
+    put(row(SECRET), row(OTHER), row("sk-third"))
+    first, second, third = (each["id"] for each in kept())
+    usage = UsageDatabase(str(USAGE_FILE))
+    usage.add(Batch("p", 1, {first: (2, 1.0), second: (3, 1.0), third: (4, 1.0)}), 1.0)
+    assert run("revoke", SECRET).status == 0
+    assert run("delete", OTHER, "sk-third").err.count("\n") == 2
+    assert {token_id: used.use_count for token_id, used in usage.read().items()} == {first: 2}
+
+
+def _without_database(_: pytest.MonkeyPatch) -> None:
+    """Leave it as it is: no use was ever written."""
+
+
+def _switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREEGPT_AUTH_USAGE", "off")
+
+
+def _wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREEGPT_AUTH_USAGE", " ")
+
+
+def _fifo(_: pytest.MonkeyPatch) -> None:
+    os.mkfifo(USAGE_FILE)
+
+
+def _text(_: pytest.MonkeyPatch) -> None:
+    USAGE_FILE.write_text("my notes")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "problem"),
+    [
+        (_without_database, ""),
+        (_switched_off, ""),
+        (_wrong_setting, "FREEGPT_AUTH_USAGE is set but empty"),
+        (_fifo, "it is a FIFO, not a file"),
+        (_text, "it is no usage database"),
+    ],
+)
+def test_delete_does_not_depend_on_usage(
+    run: Run, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[pytest.MonkeyPatch], None], problem: str
+) -> None:
+    """Whatever is in the way of the usage, the token is deleted, and one line says that its usage may be left."""
+    put(row(SECRET), row(OTHER))
+    prepare(monkeypatch)
+    done = run("delete", SECRET)
+    said, *others = done.err.splitlines()
+    assert (done.status, said) == (0, f"Deleted token {SECRET[:14]}... (a-token). It is refused from now on.")
+    assert [each["digest"] for each in kept()] == [f"sha256${digest_of(OTHER).hex()}"]
+    assert len(others) == bool(problem)
+    assert all(
+        re.match("freegpt-auth: the usage of the deleted token.s. could not be removed", line) for line in others
+    )
+    assert problem in done.err
 
 
 def test_revoking_twice_is_no_failure(run: Run) -> None:
@@ -270,6 +445,18 @@ def test_deleting_the_last_token_tells_how_to_turn_authentication_off(run: Run) 
     assert kept() == []
 
 
+def test_delete_in_a_directory_that_is_gone(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the working directory was removed, and usage is named relative to it, the token is deleted all the same."""
+    put(row(SECRET), row(OTHER))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir("gone")
+    monkeypatch.setenv("FREEGPT_AUTH_USAGE", "usage.db")
+    (tmp_path / "gone").rmdir()
+    done = run("--store", str(tmp_path / TOKEN_FILE), "delete", SECRET)
+    assert (done.status, done.err.count("\n")) == (0, 2)
+    assert "could not be removed: no such file or directory" in done.err
+
+
 # --- where the tokens are
 
 
@@ -285,6 +472,21 @@ def test_store_is_accepted_before_and_after_the_command(run: Run, monkeypatch: p
     for path, name in stores.items():
         assert [each["name"] for each in json.loads(Path(path).read_text())["tokens"]] == [name]
     assert {path.name for path in Path().glob("*.json")} == set(stores)
+
+
+@pytest.mark.parametrize("address", ["host=h password=hunter2", "postgresql:/u:hunter2@h/d"])
+def test_mistyped_address_makes_no_file(run: Run, address: str) -> None:
+    """A mistyped address of a database is no path of a token file, and its password is not shown."""
+    for status, arguments in (
+        (1, ["create", "ci", "--store", address]),
+        (2, ["copy", address, "t.json"]),
+        (2, ["copy", "t.json", address]),
+    ):
+        done = run(*arguments)
+        assert done.status == status
+        assert "resembles the address of a database but is no URL of one; write a postgresql:// URL" in done.err
+        assert "hunter2" not in done.err
+    assert list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize("location", ["", ".", "folder", "TOKENS/t.json", "postgresql://h/d"])
@@ -432,7 +634,7 @@ def test_an_interrupt_is_quiet(run: Run) -> None:
     """Ctrl-C while a command waits ends it with the usual status and no traceback."""
 
     class Interrupted:
-        def readline(self) -> str:
+        def readline(self, _size: int) -> str:
             raise KeyboardInterrupt
 
     assert run("revoke", "-", stdin=Interrupted()) == Done(130, "", "")

@@ -35,7 +35,7 @@ async def upload(receive: Callable[[], Awaitable[Any]]) -> list[str]:
         more = message.get("more_body")
         events.append(f"start {message['status']}" if more is None else f"{len(message['body']) > 0} {more}")
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         assert await deny_http(POST, send, REFUSED)
         await end_http(listen, send)
     return events

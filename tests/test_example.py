@@ -42,7 +42,7 @@ def call(server: Any, path: str, token: str | None = None, body: object = None) 
     content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     method = "GET" if content is None else "POST"
-    return httpx.request(method, server.url + path, headers=headers, content=content, timeout=10)
+    return httpx.request(method, server.url + path, headers=headers, content=content, timeout=60)
 
 
 def chat(server: Any, token: str | None, messages: object = HELLO, **others: object) -> httpx.Response:
@@ -55,7 +55,7 @@ def realtime(server: Any, token: str | None = None, protocols: list[str] | None 
     host, _, port = server.url.removeprefix("http://").partition(":")
     return connect(
         f"ws://{host}:{port}/v1/realtime",
-        sock=socket.create_connection((host, int(port)), timeout=10),
+        sock=socket.create_connection((host, int(port)), timeout=60),
         additional_headers={"Authorization": f"Bearer {token}"} if token else None,
         subprotocols=[Subprotocol(protocol) for protocol in protocols] if protocols else None,
     )
@@ -94,7 +94,8 @@ def test_completion(server: Any) -> None:
     assert isinstance(common["created"], int)
     message = {"role": "assistant", "content": "You said: Hello!"}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    assert plain.json() == {**common, "object": "chat.completion", "choices": [choice]}
+    usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert plain.json() == {**common, "object": "chat.completion", "choices": [choice], "usage": usage}
     assert stream.headers["content-type"].startswith("text/event-stream")
     *events, done, end = stream.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
@@ -104,6 +105,18 @@ def test_completion(server: Any) -> None:
     assert [chunk["choices"][0] for chunk in chunks] == [
         {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"} for delta in deltas
     ]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_streamed_usage(server: Any, *, asked: bool) -> None:
+    """A client that asks for usage in a stream gets it in a last chunk without choices; any other client gets none."""
+    stream = chat(server, SECRET, stream=True, stream_options={"include_usage": asked})
+    *chunks, last = [json.loads(event.removeprefix("data: ")) for event in stream.text.split("\n\n")[:-2]]
+    usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert last.get("usage") == (usage if asked else None)
+    assert len(last["choices"]) == (0 if asked else 1)
+    assert [chunk.get("usage", "none") for chunk in chunks] == [None if asked else "none"] * len(chunks)
+    assert all(chunk["choices"] for chunk in chunks)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +174,7 @@ def test_websocket(server: Any, token: str | None, protocols: list[str] | None, 
         assert SECRET not in str(websocket.response.headers)
         for message in ("Hello!", b"\x00\xff"):
             websocket.send(message)
-            assert websocket.recv(timeout=10) == message
+            assert websocket.recv(timeout=60) == message
 
 
 @pytest.mark.parametrize(
@@ -187,7 +200,7 @@ def test_websocket_client_leaves(server: Any) -> None:
     request = client.connect()
     request.headers["Authorization"] = f"Bearer {SECRET}"
     client.send_request(request)
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(b"".join(client.data_to_send()))
         client.receive_data(connection.recv(65536))
         assert client.state is State.OPEN
@@ -224,8 +237,11 @@ def test_open_mode_until_a_token_is_created(serve: Callable[..., Any], command: 
 def test_key_in_dotenv(
     serve: Callable[..., Any], served: dict[str, Path], environment: dict[str, str], works: str
 ) -> None:
-    """A key in .env works, also under uvicorn's own command, and one in the real environment wins over it."""
-    Path(".env").write_text("FREEGPT_API_KEY=sk-from-dotenv\n")
+    """A key in .env works, also under uvicorn's own command, and one in the real environment wins over it.
+
+    Some editors put a byte order mark before the first line: before python-dotenv 1.2.3 that line was lost.
+    """
+    Path(".env").write_text("FREEGPT_API_KEY=sk-from-dotenv\n", encoding="utf-8-sig")
     arguments = [] if served else ["chat_server:app", "--app-dir", str(EXAMPLE.parent)]
     server = serve(*arguments, **served, **environment)
     for token in (None, "sk-from-dotenv", "sk-from-environment"):

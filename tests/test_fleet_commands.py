@@ -443,6 +443,15 @@ def test_files_that_share_their_usage_copy_tokens_only(here: Run, monkeypatch: p
     assert not Path("back.usage.db").exists()
 
 
+def test_copy_deletes_usage_with_the_tokens(here: Run) -> None:
+    """The usage of a token that ``copy --delete`` deletes from a file leaves the usage database of that file."""
+    put(FILE, token("plain"))
+    put(BACK, token("revoked"))
+    put_usage("back.usage.db", USED)
+    assert here("copy", FILE, BACK, "--delete").status == 0
+    assert set(usage_at("back.usage.db")) == {"id-plain", "id-of-nobody"}
+
+
 def test_a_wrong_setting_is_said_before_anything_is_changed(
     here: Run, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,7 +467,9 @@ def test_usage_that_cannot_be_copied_is_said(run: Run, database: str) -> None:
     """Where usage cannot be read the tokens are copied all the same, and one line says what is still to do."""
     put(FILE, token("plain"))
     Path("api_tokens.usage.db").write_bytes(b"not a database at all" * 100)
-    said = "the tokens were copied, but their usage could not be: "
+    said = (
+        f"the tokens were copied; their usage could not be copied from {place('api_tokens.usage.db')} to postgresql://"
+    )
     assert run("copy", FILE, database).failed_in_one_line(said)
     assert names(database) == ["plain"]
     Path("api_tokens.usage.db").unlink()

@@ -85,7 +85,7 @@ def chat(server: Any, token: str | None = None) -> tuple[int, Any]:
     if token is not None:
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         with error:
@@ -233,7 +233,7 @@ def test_disabling_authentication_completely(
     monkeypatch.delenv("FREEGPT_API_KEY")
     monkeypatch.delenv("OPENAI_API_KEY")
     Path("api_tokens.json").rename("api_tokens.json.backup")
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 60
     while server.get(token=secret) != 401:
         assert time.monotonic() < deadline
     assert statuses(server, None, "key-one") == [401, 200]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -10,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
+import freegpt_auth
 from freegpt_auth.tokens import has_valid_checksum
 
 SCRIPT = str(Path(sysconfig.get_path("scripts")) / "freegpt-auth")
 
 
-def run(*program: str) -> subprocess.CompletedProcess[str]:
+def run(*program: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own."""
-    return subprocess.run(program, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(program, capture_output=True, text=True, timeout=120, check=False, env=env)
 
 
 @pytest.mark.parametrize("program", [(sys.executable, "-m", "freegpt_auth"), (SCRIPT,)], ids=["module", "script"])
@@ -31,6 +34,39 @@ def test_both_ways_are_one_program(program: tuple[str, ...]) -> None:
         done = run(*program, *arguments)
         assert done.returncode == status
         assert (done.stdout + done.stderr).startswith(("usage: python -m freegpt_auth ", "freegpt-auth: ", "python -m"))
+
+
+UNSAFE = {**os.environ, "PYTHONSAFEPATH": ""}
+"""The environment of most users: ``-m`` puts the working directory first on the module path."""
+
+
+def test_working_directory_is_no_module_path() -> None:
+    """A command runs no module of the folder in which it is typed, which may be anybody's.
+
+    The interpreter loads a few modules before this package.
+    """
+    program = "import runpy, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded_by_python = set(run(sys.executable, "-c", program).stdout.split())
+    for name in {"msgspec", "filelock", *sys.stdlib_module_names} - loaded_by_python:
+        Path(f"{name}.py").write_text(f"raise SystemExit('{name} of the working directory')")
+    done = run(sys.executable, "-m", "freegpt_auth", "create", "ci", env=UNSAFE)
+    assert done.returncode == 0, done.stderr
+    assert has_valid_checksum(done.stdout.strip())
+
+
+def test_package_in_the_working_directory_runs() -> None:
+    """In a clone the module runs the clone's commands."""
+    for name in ("__init__.py", "__main__.py"):
+        Path("freegpt_auth").mkdir(exist_ok=True)
+        shutil.copy(Path(freegpt_auth.__file__).with_name(name), "freegpt_auth")
+    Path("freegpt_auth", "cli.py").write_text("def main(): print('of the clone')")
+    assert run(sys.executable, "-m", "freegpt_auth", env=UNSAFE).stdout == "of the clone\n"
+
+
+def test_deleted_working_directory() -> None:
+    """Where no working directory is, help is shown all the same."""
+    script = 'mkdir gone; cd gone; rmdir "$PWD"; exec "$0" -m freegpt_auth --help'
+    assert run("sh", "-c", script, sys.executable, env=UNSAFE).stdout.startswith("usage: ")
 
 
 def test_importing_the_module_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,11 +33,10 @@ from freegpt_auth import (
     FileTokenStore,
     MemoryTokenStore,
     Survey,
-    middleware,
 )
 from freegpt_auth.bearer import SUBPROTOCOL
 from freegpt_auth.denials import RETRY_AFTER
-from freegpt_auth.middleware import _LANE_WIDTH
+from freegpt_auth.lookups import LANE_WIDTH
 from freegpt_auth.stores import file, table
 from freegpt_auth.tokens import digest_of, issue
 from freegpt_auth.usage.sqlite import read_usage
@@ -346,6 +345,60 @@ async def test_open_closes_and_never_opens_again(keep: Keep, monkeypatch: pytest
     assert await statuses(guarded, None, secret) == [401, 401]
 
 
+FOLDER = "/a/mounted/volume"
+MISTYPED = [f"{{}}{end}" for end in ("\r", "\n", " ", "\t", "x")] + ["~/api_tokens.json"]
+MISTAKES = ['"{}"', "'{}'", f"{FOLDER}/api_tokens.json", "postgresql:/u:hunter2@h/db", "postgresql//u:hunter2@db"]
+MISTAKES += ["host=db password=hunter2", "~no-such-user/api_tokens.json", "mysql://u:hunter2@h/db", "none"]
+
+
+@pytest.mark.parametrize("is_argument", [False, True])
+@pytest.mark.parametrize("spelling", MISTYPED)
+async def test_mistyped_store_is_closed(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch, statuses: Any, spelling: str, *, is_argument: bool
+) -> None:
+    """A store named with a stray character, or wrongly, never opens a server: by the variable or by the argument."""
+    monkeypatch.setenv("HOME", "/")
+    keep(FileTokenStore(TOKEN_FILE))
+    named = spelling.format(await anyio.Path(TOKEN_FILE).absolute())
+    if not is_argument:
+        monkeypatch.setenv("FREEGPT_AUTH_STORE", named)
+    guarded = BearerTokenMiddleware(NEVER, store=named if is_argument else None, usage="off")
+    assert await statuses(guarded, None, "sk-wrong") == [401, 401]
+
+
+@pytest.mark.parametrize("is_argument", [False, True])
+@pytest.mark.parametrize("spelling", MISTAKES)
+def test_mistaken_store_stops_the_start(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spelling: str, *, is_argument: bool
+) -> None:
+    """A store that cannot be meant so is an error at the start, which shows no password."""
+    keep(FileTokenStore(TOKEN_FILE))
+    named = spelling.format(Path(TOKEN_FILE).absolute())
+    if not is_argument:
+        monkeypatch.setenv("FREEGPT_AUTH_STORE", named)
+    with pytest.raises(ConfigurationError) as caught:
+        BearerTokenMiddleware(NEVER, store=named if is_argument else None)
+    assert "hunter2" not in f"{caught.value}{caplog.text}"
+
+
+async def test_first_token_of_a_named_store(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch, statuses: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server whose named store is missing refuses everything, says so, and accepts the first token at once."""
+    monkeypatch.setenv("FREEGPT_AUTH_STORE", TOKEN_FILE)  # the default place is named too
+    monkeypatch.setattr(file, "FRESHNESS", 0.0)
+    guarded = BearerTokenMiddleware(plain, usage="off")
+    assert "is missing or holds no tokens" in caplog.text
+    assert await statuses(guarded, None) == [401]
+    _, secret = keep(FileTokenStore(TOKEN_FILE))
+    assert await statuses(guarded, None, secret) == [401, 200]
+
+
+async def test_token_source_without_tokens_is_closed(statuses: Any) -> None:
+    """A token source that was passed as an object is named: it never opens a server."""
+    assert await statuses(BearerTokenMiddleware(NEVER, store=FileTokenStore(TOKEN_FILE)), None) == [401]
+
+
 async def test_a_server_that_closes_meanwhile_refuses(
     store: MemoryTokenStore, monkeypatch: pytest.MonkeyPatch, statuses: Any
 ) -> None:
@@ -465,8 +518,11 @@ def test_the_first_look_up_imports_nothing(tmp_path: Path) -> None:
     """A server whose application does not use anyio has it ready before the first request, which would wait 90 ms for it."""
     program = (
         "import asyncio, sys, freegpt_auth\n"
-        "async def app(scope, receive, send): sys.stdout.write(' '.join(sys.modules))\n"
-        "asyncio.run(freegpt_auth.BearerTokenMiddleware(app)({'type': 'lifespan'}, None, None))\n"
+        "async def app(scope, receive, send):\n"
+        "    sys.stdout.write(' '.join(sys.modules))\n"
+        "    await send({'type': 'lifespan.shutdown.complete'})\n"
+        "async def send(message): pass\n"
+        "asyncio.run(freegpt_auth.BearerTokenMiddleware(app)({'type': 'lifespan'}, None, send))\n"
     )
     served = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True, timeout=30)
     assert b"anyio._backends._asyncio" in served.stdout.split()
@@ -520,7 +576,7 @@ async def test_a_store_that_blocks_is_asked_in_threads_of_our_own(statuses: Any)
         while threads.available_tokens:
             await anyio.lowlevel.checkpoint()
         try:
-            with anyio.fail_after(5):
+            with anyio.fail_after(60):
                 assert await statuses(guarded, LIVE, "sk-wrong") == [200, 401]
         finally:
             release.set()
@@ -653,10 +709,10 @@ async def test_more_than_may_wait_are_asked_to_come_back(ask: Ask) -> None:
 
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:
-            lane, places = _LANE_WIDTH, Waiting.look_up_limit
+            lane, places = LANE_WIDTH, Waiting.look_up_limit
             for _ in range(lane + places):
                 group.start_soon(one)
-            while middleware._lane().gate.statistics().tasks_waiting < places:
+            while guarded._look_ups.lane().gate.statistics().tasks_waiting < places:
                 await anyio.lowlevel.checkpoint()
             answer = await ask(guarded, headers=bearer(LIVE))
             assert (answer.status, answer.headers["retry-after"]) == (503, str(RETRY_AFTER))
@@ -725,8 +781,9 @@ def test_the_settings_of_a_database_reach_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FREEGPT_AUTH_LEASE", "7")
     monkeypatch.setenv("FREEGPT_AUTH_CACHE", "9")
     guarded = BearerTokenMiddleware(plain)
-    assert (guarded._verifier._lease, guarded._verifier._cache.limit) == (7.0, 9)
+    verifier = guarded._look_ups.verifier
+    assert (verifier._lease, verifier._cache.limit) == (7.0, 9)
     assert guarded._usage._store.source == "postgresql://u@h/d"
-    assert guarded._look_up_limit == LOOK_UP_LIMIT
+    assert guarded._look_ups._limit == LOOK_UP_LIMIT
     assert guarded._authenticator.mode is AuthMode.TOKEN_FILE
-    assert "hunter2" not in repr([vars(part) for part in (guarded, guarded._verifier, guarded._usage)])
+    assert "hunter2" not in repr([vars(part) for part in (guarded, verifier, guarded._usage)])

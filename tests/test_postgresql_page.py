@@ -117,7 +117,7 @@ def test_a_backup_brings_back_what_was_there(cluster: Any, database: str, keep: 
 
 def wait_for(caplog: Any, words: str) -> None:
     """Wait until something is logged."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while words not in caplog.text:
         assert time.monotonic() < deadline, caplog.text
         time.sleep(0.05)

@@ -212,7 +212,7 @@ def test_no_arguments_end_in_a_traceback(arguments: list[str]) -> None:
 # --- names
 
 
-driving = st.text(st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Lu"]), max_size=5)
+driving = st.text(st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Zs", "Mn", "Lu"]), max_size=5)
 
 
 @some(80)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from freegpt_auth import FileTokenStore
+from freegpt_auth.usage.sqlite import read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +37,15 @@ async def talk(websocket):
 app = Starlette(routes=[Route("/echo", echo, methods=["GET", "POST"]), WebSocketRoute("/talk", talk)])
 app.add_middleware(BearerTokenMiddleware)
 """
+BARE = """
+from freegpt_auth import BearerTokenMiddleware
+
+async def application(scope, receive, send):
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
+
+app = BearerTokenMiddleware(application, usage_interval=60)
+"""
 SERVERS = {
     "uvicorn-h11": ("uvicorn", "app:app", "--http", "h11", "--ws", "wsproto"),
     "uvicorn-httptools": ("uvicorn", "app:app", "--http", "httptools", "--ws", "websockets"),
@@ -50,7 +65,7 @@ class Connection:
 
     def __init__(self, url: str) -> None:
         address = urlsplit(url)
-        self.socket = socket.create_connection((address.hostname or "", address.port or 0), timeout=10)
+        self.socket = socket.create_connection((address.hostname or "", address.port or 0), timeout=60)
         self.file = self.socket.makefile("rb")
 
     def send(self, data: bytes) -> None:
@@ -161,3 +176,48 @@ def upload_gets_its_answer(connection: Connection, begin: bytes) -> None:
     status, _, body = connection.answer()
     assert status == 401
     assert json.loads(body)["error"]["code"] == "invalid_api_key"
+
+
+STARTS = {
+    **{name: SERVERS[name] for name in ("uvicorn-h11", "hypercorn-asyncio", "hypercorn-trio", "granian")},
+    "uvicorn-workers": ("uvicorn", "app:app", "--workers", "2"),
+    "granian-workers": ("granian", "--interface", "asgi", "app:app", "--workers", "2"),
+}
+STARTING = APPLICATION.replace("Starlette(", "Starlette(lifespan=lambda _: open('started', 'w'), ")
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_unusable_settings_end_the_server(tmp_path: Path, name: str) -> None:
+    """A server of any number of workers ends and shows the reason, and the application's own startup never runs."""
+    (tmp_path / "app.py").write_text(STARTING)
+    module, *arguments = STARTS[name]
+    address = ["--bind", "127.0.0.1:0"] if module == "hypercorn" else ["--port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments, *address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "FREEGPT_AUTH_REQUIRED": "1"},
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=180)[0].decode()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "authentication is required, but no environment key is set" in output
+    assert not (tmp_path / "started").exists()
+    assert ("Traceback" in output) is (module == "hypercorn")  # its own, whatever fails a startup
+
+
+@pytest.mark.parametrize("name", ["uvicorn-h11", "hypercorn-trio"])
+def test_shutdown_without_a_lifespan_writes_usage(
+    tmp_path: Path, serve: Callable[..., Any], keep: Callable[..., Any], name: str
+) -> None:
+    """No use is lost at SIGTERM though the wrapped application, the README's, implements no lifespan."""
+    token, secret = keep(FileTokenStore("api_tokens.json"))
+    (tmp_path / "app.py").write_text(BARE)
+    module, *arguments = STARTS[name]
+    server = serve(*arguments, module=module)
+    assert [server.get(token=secret) for _ in range(20)] == [204] * 20
+    server.stop()
+    assert read_usage("api_tokens.usage.db")[token.id].use_count == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ import pytest
 
 from freegpt_auth import ConfigurationError, Settings
 from freegpt_auth.bearer import VALUE_LIMIT
-from freegpt_auth.settings import EnvironmentKey, store_location, usage_location
+from freegpt_auth.environment_key import FILE_LIMIT, EnvironmentKey
+from freegpt_auth.settings import store_location, usage_location
 from freegpt_auth.tokens import digest_of
 
 SECRET = "a-key-that-nobody-may-see"
 DATABASE = "postgresql://u:hunter2@h/d"
 NO_NUMBERS = ("", " ", "0", "-1", "nan", "inf", "1e9", "30s", "thirty")
-FILES = {"filled": f"{SECRET}\n".encode(), "blank": b" \n", "binary": SECRET.encode() + b"\xff"}
+FILES = {
+    "filled": f"\ufeff{SECRET}\n".encode(),  # as a Windows editor saves it
+    "blank": b" \n",
+    "quoted": f'"{SECRET}"\n'.encode(),
+    "binary": SECRET.encode() + b"\xff",
+    "large": SECRET.encode() + b" " * FILE_LIMIT,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +32,7 @@ def _key_files() -> None:
     """Put some files for FREEGPT_API_KEY_FILE into the working directory."""
     for name, content in FILES.items():
         Path(name).write_bytes(content)
+    os.mkfifo("pipe")
 
 
 def test_nothing_set() -> None:
@@ -48,10 +57,12 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         ({"OPENAI_API_KEY": f"\t {SECRET} \r\n"}, "OPENAI_API_KEY"),
         ({"FREEGPT_API_KEY": SECRET, "OPENAI_API_KEY": "sk-of-the-upstream"}, "FREEGPT_API_KEY"),
         ({"FREEGPT_API_KEY_FILE": "filled", "OPENAI_API_KEY": "sk-of-the-upstream"}, "FREEGPT_API_KEY_FILE"),
+        ({"FREEGPT_API_KEY_FILE": "~/filled\r"}, "FREEGPT_API_KEY_FILE"),
     ],
 )
-def test_one_key_is_accepted(environ: dict[str, str], source: str) -> None:
+def test_one_key_is_accepted(environ: dict[str, str], source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own variable or file wins over an upstream's key; a line break that came with a copied key does no harm."""
+    monkeypatch.setenv("HOME", str(Path.cwd()))
     assert Settings.from_env(environ=environ).key == EnvironmentKey(digest_of(SECRET), source)
 
 
@@ -62,19 +73,31 @@ def test_one_key_is_accepted(environ: dict[str, str], source: str) -> None:
         ({"FREEGPT_API_KEY": "", "OPENAI_API_KEY": SECRET}, "^FREEGPT_API_KEY is set but empty"),
         ({"OPENAI_API_KEY": "\t\r\n "}, "^OPENAI_API_KEY is set but empty"),
         ({"FREEGPT_API_KEY_FILE": " "}, "^FREEGPT_API_KEY_FILE is set but empty"),
-        ({"FREEGPT_API_KEY_FILE": "blank"}, "^FREEGPT_API_KEY_FILE is set but empty"),
+        ({"FREEGPT_API_KEY_FILE": "blank"}, "^the file of FREEGPT_API_KEY_FILE is set but empty"),
+        ({"FREEGPT_API_KEY_FILE": "quoted"}, "^the file of FREEGPT_API_KEY_FILE is wrapped in quotes; remove them"),
+        ({"FREEGPT_API_KEY_FILE": SECRET}, "^FREEGPT_API_KEY_FILE does not name a file that can be read: No such file"),
         (
             {"FREEGPT_API_KEY_FILE": "absent"},
             "^FREEGPT_API_KEY_FILE does not name a file that can be read: No such file",
         ),
-        ({"FREEGPT_API_KEY_FILE": "."}, r"^FREEGPT_API_KEY_FILE does not name a file that can be read: Is a directory"),
-        (
-            {"FREEGPT_API_KEY_FILE": "binary"},
-            "^FREEGPT_API_KEY_FILE does not name a file that can be read: it is not text$",
-        ),
+        *[
+            ({"FREEGPT_API_KEY_FILE": name}, f"^FREEGPT_API_KEY_FILE does not name a file that can be read: {problem}$")
+            for name, problem in (
+                (".", "it is a directory, as Docker makes one .*"),
+                *((irregular, "it is not a regular file") for irregular in ("pipe", "/dev/zero")),
+                ("binary", "it is not UTF-8 text"),
+                ("large", "it is larger than 1 MiB"),
+            )
+        ],
         ({"FREEGPT_API_KEY": SECRET, "FREEGPT_API_KEY_FILE": "filled"}, "FREEGPT_API_KEY and FREEGPT_API_KEY_FILE are"),
         ({"FREEGPT_API_KEY": f"{SECRET}\x00"}, "^FREEGPT_API_KEY holds a control character"),
         ({"FREEGPT_API_KEY": f"a\n{SECRET}"}, "^FREEGPT_API_KEY holds a control character"),
+        ({"FREEGPT_API_KEY": f"a\u200b{SECRET}"}, "^FREEGPT_API_KEY holds a control character"),
+        *[
+            ({"OPENAI_API_KEY": f"{mark}{SECRET}{mark} "}, "^OPENAI_API_KEY is wrapped in quotes; remove them")
+            for mark in ("'", '"', "\u201c")
+        ],
+        *[({"FREEGPT_API_KEY": word}, "^FREEGPT_API_KEY is a word for off") for word in ("none", "OFF", "0")],
     ],
 )
 def test_a_key_that_cannot_be_used_stops_the_start(environ: dict[str, str], message: str) -> None:
@@ -110,14 +133,38 @@ def test_settings_hold_no_secret_and_cannot_be_changed() -> None:
         ({"store": "mine.json", "environ": {"FREEGPT_AUTH_STORE": "there.json"}}, "mine.json", "mine.usage.db"),
         ({"store": Path("mine.json"), "usage": Path("mine.db")}, "mine.json", "mine.db"),
         ({"usage": "mine.db", "environ": {"FREEGPT_AUTH_USAGE": "counts.db"}}, "api_tokens.json", "mine.db"),
-        ({"environ": {"FREEGPT_AUTH_USAGE": "off"}}, "api_tokens.json", None),
+        *[
+            ({"environ": {"FREEGPT_AUTH_USAGE": word}}, "api_tokens.json", None)
+            for word in ("off", "false", "OFF", "0", "no", "None", " off\n")
+        ],
+        ({"usage": "None"}, "api_tokens.json", None),
+        ({"environ": {"FREEGPT_AUTH_STORE": "~/t.json"}}, "/home/u/t.json", "/home/u/t.usage.db"),
+        ({"store": "~/t.json\n", "usage": "~/u.db "}, "/home/u/t.json", "/home/u/u.db"),
+        ({"environ": {"FREEGPT_AUTH_USAGE": "~/u.db"}}, "api_tokens.json", "/home/u/u.db"),
         ({"usage": "off", "environ": {"FREEGPT_AUTH_USAGE": "counts.db"}}, "api_tokens.json", None),
     ],
 )
-def test_where_tokens_and_usage_are(arguments: dict[str, Any], store: str, usage: str | None) -> None:
+def test_where_tokens_and_usage_are(
+    arguments: dict[str, Any], store: str, usage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An argument wins over its variable; usage is beside the token file unless it is put elsewhere or turned off."""
+    monkeypatch.setenv("HOME", "/home/u")
     settings = Settings.from_env(**{"environ": {}, **arguments})
     assert (settings.store, settings.usage) == (store, usage)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_named"),
+    [
+        ({}, False),
+        ({"environ": {"FREEGPT_AUTH_USAGE": "u.db"}}, False),
+        ({"environ": {"FREEGPT_AUTH_STORE": "api_tokens.json"}}, True),
+        ({"store": "api_tokens.json"}, True),
+    ],
+)
+def test_named_store(arguments: dict[str, Any], *, is_named: bool) -> None:
+    """An argument or the variable names the store, also where it names the default place."""
+    assert Settings.from_env(**{"environ": {}, **arguments}).store_named is is_named
 
 
 @pytest.mark.parametrize(
@@ -153,7 +200,7 @@ def test_the_lease_and_the_cache() -> None:
     ("variable", "argument", "required"),
     [
         *[(yes, None, True) for yes in ("1", "YES", " on ")],
-        *[(no, None, False) for no in ("0", "False", "")],
+        *[(no, None, False) for no in ("0", "False", "off", "NONE")],
         ("1", False, False),
         ("0", True, True),
     ],
@@ -166,7 +213,12 @@ def test_required(variable: str, argument: bool | None, required: bool) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "variable", "expected"),
-    [(None, " /health , /metrics,, ", {"/health", "/metrics"}), (["/a, b"], "/c", {"/a, b"}), ([], "/c", set())],
+    [
+        (None, " /health , /metrics,, ", {"/health", "/metrics"}),
+        (None, "none", set()),
+        (["/a, b"], "/c", {"/a, b"}),
+        ([], "/c", set()),
+    ],
 )
 def test_public_paths(argument: list[str] | None, variable: str, expected: set[str]) -> None:
     """Public paths come from the variable, separated by commas, or from the argument alone."""
@@ -177,10 +229,16 @@ def test_public_paths(argument: list[str] | None, variable: str, expected: set[s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"store": ""}, "^FREEGPT_AUTH_STORE is set but empty"),
+        ({"store": ""}, "^the store is set but empty"),
+        ({"store": "a\nb"}, r"^the store holds a control character: 'a\\nb'; remove it"),
+        ({"store": "'postgresql://u:hunter2@h/d'"}, "^the store is wrapped in quotes; remove them"),
+        ({"environ": {"FREEGPT_AUTH_STORE": "host=h password=hunter2"}}, "^FREEGPT_AUTH_STORE resembles the address"),
+        ({"environ": {"FREEGPT_AUTH_USAGE": "postgresql:/u:hunter2@h"}}, "^FREEGPT_AUTH_USAGE resembles the address"),
+        ({"environ": {"FREEGPT_AUTH_STORE": "Off"}}, "^FREEGPT_AUTH_STORE is a word for off"),
         ({"environ": {"FREEGPT_AUTH_STORE": " "}}, "^FREEGPT_AUTH_STORE is set but empty"),
         ({"store": "/"}, "^/ is a folder; name a token file"),
-        ({"usage": " "}, "^FREEGPT_AUTH_USAGE is set but empty.*say off"),
+        ({"store": "t.json", "usage": "./t.json"}, "^the usage database names the token file; name another file"),
+        ({"usage": " "}, "^the usage database is set but empty.*say off"),
         *[({"usage_interval": interval}, "^usage_interval is .* above 0") for interval in (0, -1, float("nan"), 1e99)],
         ({"environ": {"FREEGPT_AUTH_REQUIRED": "treu"}}, "^FREEGPT_AUTH_REQUIRED is 'treu'; set it to 1 or 0"),
         (

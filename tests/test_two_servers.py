@@ -44,14 +44,14 @@ def commands(cluster: object, database: str, tmp_path: Path) -> Iterator[list[tu
             env={**os.environ, "PATH": path},
             start_new_session=True,
         )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(found := COMMAND.findall(log.read_text())) < 2 or not all(is_up(*each) for each in found):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     yield found
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=20)
+    process.wait(timeout=60)
 
 
 def test_a_token_works_on_both_servers_until_it_is_revoked(

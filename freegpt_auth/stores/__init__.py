@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..location import is_url, url_needs
+from ..exceptions import ConfigurationError
+from ..location import driver_required, is_url
 from ..settings import CACHE_LIMIT, LEASE
 
 if TYPE_CHECKING:
     from .base import TokenStore
 
 
-def open_store(location: str, *, lease: float = LEASE, cache_limit: int = CACHE_LIMIT) -> TokenStore:
+def open_store(
+    location: str, *, named: bool = False, lease: float = LEASE, cache_limit: int = CACHE_LIMIT
+) -> TokenStore:
     """Return the store that *location* names: the path of a token file, or the ``postgresql://`` URL of a database.
 
     Nothing is read or written before the store is asked for something.
 
     Args:
         location: the path or the URL.
+        named: a server was given this location, so the folder of a token file must exist.
         lease: seconds for which a process that cannot reach the database, or cannot read a token file that may have
             changed, goes on to accept the tokens that it knows.
         cache_limit: how many tokens of a database a process keeps in memory.
 
     Raises:
-        ConfigurationError: *location* is a URL that names no store, cannot be read, or whose driver is not installed.
+        ConfigurationError: *location* resembles the address of a database but is no URL of one, the URL cannot be read,
+            its driver is not installed, or the folder of a *named* file does not exist.
     """
     # Each imported when it is needed: a command imports no driver that it has no use for.
     if is_url(location):
-        with url_needs(location):
+        with driver_required():
             from .postgres import PostgresTokenStore  # noqa: PLC0415
         return PostgresTokenStore(location, lease=lease, cache_limit=cache_limit)
     from .file import FileTokenStore  # noqa: PLC0415
 
+    if named:
+        _check_folder(location)
     return FileTokenStore(location, lease=lease)
+
+
+def _check_folder(path: str) -> None:
+    try:
+        is_folder = stat.S_ISDIR(Path(path).parent.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = False
+    except OSError:  # the store meets it too, and recovers when it is over
+        return
+    if not is_folder:
+        raise ConfigurationError(
+            f"the folder of the token file {path!r} does not exist; create it, mount it, or correct the path"
+        )

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from ..tokens import Token
@@ -155,6 +155,29 @@ class TokenStore(Verifier, Protocol):
 
         Raises:
             StoreError: it cannot be done, or a new token has the id of another.
+        """
+        ...
+
+
+@runtime_checkable
+class AtOnce(Protocol):
+    """A store that revokes or deletes several tokens in one change: all of them, or none."""
+
+    def revoke_all(self, token_ids: Sequence[str], at: datetime) -> list[Token]:
+        """Revoke tokens as ``revoke`` does, and return their records in the order of the ids.
+
+        Raises:
+            TokenNotFoundError: one of them is not there.
+            StoreError: they cannot be changed.
+        """
+        ...
+
+    def delete_all(self, token_ids: Sequence[str]) -> list[Token]:
+        """Remove tokens as ``delete`` does, and return their records in the order of the ids.
+
+        Raises:
+            TokenNotFoundError: one of them is not there.
+            StoreError: they cannot be changed.
         """
         ...
 

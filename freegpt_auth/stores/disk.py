@@ -10,11 +10,11 @@ import errno
 import glob
 import os
 import secrets
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ..exceptions import TokenFileError
+from ..regular import UnsuitableFileError, open_regular
 from . import ticks
 from .access import to_keep
 from .spare import Reserve
@@ -42,11 +42,6 @@ _PROBLEMS = {
 
 _LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
 """Errors that describe the path itself. Any other, such as EMFILE, EACCES or EIO, may hide a change of the file."""
-
-_DIRECTORY = (
-    "it is a directory, as Docker makes one in the place of a missing file that is mounted by itself; "
-    "remove it, and mount the directory of the token file instead"
-)
 
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP)  # some file systems have no hard links
 
@@ -105,15 +100,15 @@ def read_file(path: str, parse: Callable[[BinaryIO], _T], reserve: Reserve = _NO
 
 def _read_once(path: str, parse: Callable[[BinaryIO], _T], reserve: Reserve) -> tuple[os.stat_result, _T]:
     try:
-        # Not blocking: a FIFO in the file's place would otherwise hold the opening thread for ever.
-        fd = reserve.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd, status = open_regular(path, SIZE_LIMIT, reserve.open, reserve.close)
+    except UnsuitableFileError as error:
+        raise TokenFileError(path, str(error)) from None
     except OSError as error:
         if error.errno == errno.ENOENT and not os.path.lexists(path):
             raise FileNotFoundError(errno.ENOENT, "is gone", path) from None
         raise _unreadable(path, error) from None
     try:
-        status = os.fstat(fd)
-        _check_readable(path, status)  # before fdopen, which raises on a directory and then leaves it open
+        _check_readable(path, status)
         with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
             try:
                 parsed = parse(file)
@@ -136,12 +131,6 @@ def _unreadable(path: str, error: OSError) -> TokenFileError:
 
 
 def _check_readable(path: str, status: os.stat_result) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        raise TokenFileError(path, _DIRECTORY)
-    if not stat.S_ISREG(status.st_mode):
-        raise TokenFileError(path, "it is not a regular file")
-    if status.st_size > SIZE_LIMIT:
-        raise TokenFileError(path, f"it is larger than {SIZE_LIMIT // 2**20} MiB")
     if status.st_nlink == 0:
         # A file mounted by itself goes on showing its old content after it was replaced on the host.
         raise FileNotFoundError(errno.ENOENT, "was replaced behind its mount (mount its directory instead)", path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..exceptions import TokenNotFoundError
 from .base import Merged
+from .faults import explained
 from .memory import duplicate, to_merge
-from .tokenfile import DIGEST_ALGORITHM, FOOT, HEAD, SEPARATOR, Contents, plain_errors, read
+from .tokenfile import DIGEST_ALGORITHM, FOOT, HEAD, SEPARATOR, Contents, read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,10 +20,9 @@ if TYPE_CHECKING:
     from ..tokens import Token
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
 _decode_row = msgspec.json.Decoder(msgspec.Raw).decode
 _decode_rows = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_decode_others = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Document:
@@ -35,6 +36,7 @@ class Document:
     """
 
     def __init__(self, content: bytes | None) -> None:
+        content = content and content.removeprefix(BOM_UTF8)
         contents = _read_all(content) if content is not None else Contents({})
         self.changed: bool = contents.ancestral
         self._tokens = contents.tokens
@@ -46,8 +48,8 @@ class Document:
         self._rows = dict(zip([token.id for token in contents.tokens.values()], rows, strict=True))
 
     def _rows_in_any_layout(self, content: bytes) -> list[bytes]:
-        with plain_errors():
-            self._others = _decode_others(content)
+        with explained(content):
+            self._others = _decode_fields(content)
             self._others.pop("version", None)
             rows = _decode_rows(self._others.pop("tokens", b"[]"))
             return [msgspec.json.format(row, indent=-1) for row in rows]
@@ -71,7 +73,7 @@ class Document:
         """
         token = self._find(token_id)
         if token.revoked_at is None:
-            self._rows[token_id] = _encode(_decode(self._rows[token_id]) | {"revoked_at": at})
+            self._rows[token_id] = _encode(_decode_fields(self._rows[token_id]) | {"revoked_at": at})
             self.changed = True
             token = msgspec.structs.replace(token, revoked_at=at)
         return token
@@ -106,8 +108,7 @@ class Document:
         Raises:
             ValueError: they could not be read again, and so must not be written.
         """
-        with plain_errors():
-            others = _encode(self._others)[1:-1]
+        others = _encode(self._others)[1:-1]
         head = b'{"version": 1, ' + others + b', "tokens": [\n' if others else HEAD
         content = head + SEPARATOR.join(self._rows.values()) + FOOT
         read(content)
@@ -136,7 +137,7 @@ def tokens_in(content: bytes | None) -> dict[bytes, Token]:
 def _read_all(content: bytes) -> Contents[dict[bytes, Token]]:
     """Read the fields that this release does not know too, as far as they could make the file unreadable."""
     contents = read(content)
-    with plain_errors():
+    with explained(content):
         content.decode()
     return contents
 
@@ -168,4 +169,7 @@ def _row(digest: bytes, token: Token) -> bytes:
     }
     if token.last_used_at is not None:
         row["last_used_at"] = token.last_used_at
-    return _encode(row)
+    try:
+        return _encode(row)
+    except UnicodeEncodeError:
+        raise ValueError("a field of the token holds half of a surrogate pair") from None

@@ -28,7 +28,7 @@ from .reading import NEVER, Snapshot
 from .spare import Reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
 
     from ..tokens import Token
@@ -107,11 +107,19 @@ class FileTokenStore:
 
     def revoke(self, token_id: str, at: datetime) -> Token:
         """Refuse the token from now on, in every process of this host."""
-        return self._change(lambda document: document.revoke(token_id, at))
+        return self.revoke_all([token_id], at)[0]
 
     def delete(self, token_id: str) -> Token:
         """Remove the token, in every process of this host. The file stays, and keeps authentication on."""
-        return self._change(lambda document: document.remove(token_id))
+        return self.delete_all([token_id])[0]
+
+    def revoke_all(self, token_ids: Sequence[str], at: datetime) -> list[Token]:
+        """Revoke tokens in one rewrite of the file; see :class:`~freegpt_auth.stores.base.AtOnce`."""
+        return self._change(lambda document: [document.revoke(token_id, at) for token_id in token_ids])
+
+    def delete_all(self, token_ids: Sequence[str]) -> list[Token]:
+        """Remove tokens in one rewrite of the file; see :class:`~freegpt_auth.stores.base.AtOnce`."""
+        return self._change(lambda document: [document.remove(token_id) for token_id in token_ids])
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
         """Add the tokens that are not there, and revoke those that are revoked in *tokens*."""
@@ -155,12 +163,12 @@ class FileTokenStore:
         try:
             found = reading.read(self.path, self._reserve, self._snapshot, signature)
         except FileNotFoundError as error:
-            return self._gone(error, signature)
+            return self._gone(error, signature, now)
         except (TokenFileError, ValueError) as error:
             return self._failed(error, signature, now)
         if found.contents is None:
             return self._snapshot if now < self._snapshot.retry_at else replace(self._snapshot, retry_at=NEVER)
-        if not found.contents.blank:
+        if not found.contents.blank or self._was_closed():
             self._close()
         self._tell_loaded(found.status, found.contents)
         compare_at = now + found.unsettled if found.unsettled else NEVER
@@ -168,13 +176,16 @@ class FileTokenStore:
             found.contents.tokens, disk.signature_of(found.status), retry_at=compare_at, fingerprint=found.fingerprint
         )
 
-    def _gone(self, error: FileNotFoundError, signature: disk.Signature) -> Snapshot:
-        if signature != disk.MISSING or siblings.remembered(self.path):
-            self._close()
+    def _gone(self, error: FileNotFoundError, signature: disk.Signature, now: float) -> Snapshot:
         if self._configured:
-            what_to_do = "its tokens are refused until it is back. To open this server, restart it without the file"
-            self._tell(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
-        return Snapshot(table.EMPTY, signature)
+            siblings.remember(self.path)  # again each second: the note may be gone too
+        elif signature != disk.MISSING or self._was_closed():
+            self._close()
+        if not self._configured:
+            return Snapshot(table.EMPTY, signature)
+        what_to_do = "its tokens are refused until it is back. To open this server, restart it without the file"
+        self._tell(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
+        return Snapshot(table.EMPTY, signature, retry_at=now + RETRY_INTERVAL)
 
     def _failed(self, error: Exception, signature: disk.Signature, now: float) -> Snapshot:
         self._close()
@@ -182,6 +193,9 @@ class FileTokenStore:
         snapshot, effect = reading.failed(self._snapshot, signature, error, now=now, lease=lease, retry=RETRY_INTERVAL)
         self._tell(logging.ERROR, f"{self.path} cannot be used: {snapshot.problem}{effect}")
         return snapshot
+
+    def _was_closed(self) -> bool:
+        return not self._configured and siblings.remembered(self.path)
 
     def _close(self) -> None:
         """Ask for authentication from now on, here and in every worker that this server starts."""

@@ -1,102 +1,161 @@
-"""What the workers of one server leave each other to know: that authentication was on.
+"""A note to restarted workers of the same server: authentication was on.
 
-A worker that is started in the place of another must not open a server whose token file has been moved away since. A
-server that an operator stops and starts again must. So the note is bound to the process that starts the workers, and
-means nothing to any other: it is an empty file in memory, named by what only those workers share.
+A worker that is started in the place of another must not open a server whose token file was moved away meanwhile. A
+server that an operator stops and starts again must. So a note belongs to the process that starts the workers, and means
+nothing under any other: an empty file, named by that process and the path of the token file.
+
+Each note is kept in two folders, since either may be cleared: systemd removes a user's files from ``/dev/shm`` at the last
+logout (logind.conf(5), RemoveIPC), and old files from the folder for temporary files. Each namespace of process ids has
+folders of its own: a container that shares ``/dev/shm`` would take the servers of another for stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
+import secrets
 import stat
 import sys
 import tempfile
+import threading
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _logger = logging.getLogger("freegpt_auth")
 
 
+class _ForeignFolderError(PermissionError):
+    """Another user made the folder, or may write in it."""
+
+
+class _Server(NamedTuple):
+    """The process that starts the workers, and a secret that its workers share and no other server has."""
+
+    process: int
+    secret: bytes
+
+
 def remember(path: str) -> None:
-    """Note for workers to come that the token file at *path* asked for authentication. Nothing is noted where none can come."""
-    note = _note(path)
-    if note is None:
-        return
-    try:
-        note.parent.mkdir(mode=0o700, exist_ok=True)
-        if not _is_private(note.parent):
-            raise PermissionError(errno.EPERM, "it is not a folder of this user alone")
-        _forget_the_stopped(note.parent)
-        note.touch(mode=0o600)
-    except OSError as error:
-        _logger.warning(
-            "%s cannot be used: %s. A worker that is started after the token file was moved away will be open",
-            note.parent,
-            error.strerror,
-        )
+    """Note for later workers that the token file at *path* asked for authentication. Without workers nothing is noted."""
+    for server in _servers(os.getpid())[:1]:
+        for folder in _folders():
+            with contextlib.suppress(OSError):  # a worker that finds no usable folder stays closed
+                _prepare(folder)
+                _note(folder, server, path).touch(mode=0o600)
 
 
 def remembered(path: str) -> bool:
-    """Tell whether a worker of this server noted so."""
-    note = _note(path)
-    return note is not None and _is_private(note.parent) and note.exists()
+    """Return whether a worker of this server noted so, or whether that cannot be known; the latter is logged.
+
+    It cannot be known if no folder can hold a note, or one of them is another user's.
+    """
+    servers = _servers(os.getpid())
+    if not servers:
+        return False
+    problems: list[OSError] = []
+    folders = list(_folders())
+    for folder in folders:
+        try:
+            _prepare(folder)
+            if any(_note(folder, server, path).exists() for server in servers):
+                return True
+            _check_writable(folder)
+        except OSError as error:
+            problems.append(error)
+    is_unknown = len(problems) == len(folders) or any(isinstance(error, _ForeignFolderError) for error in problems)
+    if is_unknown:
+        _logger.warning(
+            "the workers of this server cannot leave notes for those that replace them (%s), so none of them is open. "
+            "Make these folders usable for this user alone, or run the server without workers",
+            "; ".join(f"{error.filename}: {error.strerror}" for error in problems),
+        )
+    return is_unknown
 
 
-def _note(path: str) -> Path | None:
-    server = _server()
-    if server is None:
-        return None
-    process, secret = server
-    name = sha256(secret + os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
-    return _folder() / f"{process}-{name}"
+def _note(folder: Path, server: _Server, path: str) -> Path:
+    name = sha256(server.secret + os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()
+    return folder / f"{server.process}-{name}"
 
 
-def _server() -> tuple[int, bytes] | None:
-    """Return the process that starts the workers, and what they share and no other server has; ``None`` if there are none."""
+@functools.cache
+def _servers(_process: int) -> tuple[_Server, ...]:
+    """Return the server of this process, and the one that it takes over from. There is none if it has no workers.
+
+    Found once in each process, while the process that started it is alive: its parent is another one afterwards.
+    """
     import multiprocessing  # noqa: PLC0415  commands need it not
 
-    if multiprocessing.parent_process() is not None:  # uvicorn, hypercorn, granian
-        return os.getppid(), bytes(multiprocessing.current_process().authkey)
-    if "gunicorn.arbiter" in sys.modules:  # its workers are forked
-        arbiter = os.getpid() if _is_preloading() else os.getppid()
-        with contextlib.suppress(OSError):
-            # A process id alone is used again; with the time of its start (field 22 of proc_pid_stat) it is not.
-            return arbiter, Path(f"/proc/{arbiter}/stat").read_bytes().rpartition(b")")[2].split()[19]
-    return None
+    supervisor = multiprocessing.parent_process()
+    if supervisor is not None:  # uvicorn, hypercorn, granian
+        return (_Server(supervisor.pid or 0, bytes(multiprocessing.current_process().authkey)),)
+    arbiter = _arbiter()
+    if arbiter is None:
+        return ()
+    start, parent = _life(arbiter)
+    # At SIGUSR2 an arbiter starts its successor, and is the parent of it until it quits.
+    return _Server(arbiter, start), _Server(parent, _life(parent)[0])
 
 
-def _is_preloading() -> bool:
-    """Tell whether this is gunicorn's arbiter, which loads the application itself with ``--preload``.
-
-    Only the call stack tells: its parent may be anything, a shell that starts one server after another too.
-    """
-    frame = sys._getframe()  # noqa: SLF001
-    while frame.f_globals.get("__name__") != "gunicorn.arbiter":
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return frame.f_code.co_name == "setup"
-
-
-def _folder() -> Path:
-    # Memory that is gone after a reboot, and that nothing clears out by age before.
-    memory = Path("/dev/shm")  # noqa: S108  the folder in it is this user's, and is looked at before it is believed
-    base = memory if memory.is_dir() else Path(tempfile.gettempdir())
-    return base / f"freegpt_auth-{os.geteuid()}"
-
-
-def _is_private(folder: Path) -> bool:
+def _life(process: int) -> tuple[bytes, int]:
+    """Return the start of a process, which no later process of its id shares, and its parent."""
     try:
-        status = folder.lstat()
+        # proc_pid_stat(5), from field 3 on; field 22 counts from the boot.
+        fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+        return fields[19] + Path("/proc/sys/kernel/random/boot_id").read_bytes(), int(fields[1])
+    except OSError:  # no /proc, or none that shows processes of other users: proc(5), hidepid
+        return str(hash(__name__)).encode(), 0  # its seed is random, and the workers are forked
+
+
+def _arbiter() -> int | None:
+    """Return gunicorn's arbiter if this process is one of its workers, or itself, which loads the application to preload.
+
+    Only the call stack shows that: a server of another kind may import gunicorn, and its parent may be anything, a shell
+    that starts one server after another too.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001
+    called = set()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "gunicorn.arbiter":
+            called.add(frame.f_code.co_name)
+        frame = frame.f_back
+    if "spawn_worker" in called:
+        return os.getppid()
+    return os.getpid() if called else None
+
+
+def _folders() -> Iterator[Path]:
+    """Yield the folders of the notes. They need not exist."""
+    bases = ["/dev/shm"]  # noqa: S108  the folder in it must be this user's alone
+    with contextlib.suppress(OSError):  # no folder for temporary files can be used
+        bases.append(tempfile.gettempdir())
+    for base in dict.fromkeys(bases):
+        yield Path(base, f"freegpt_auth-{os.geteuid()}-{_namespace()}")
+
+
+def _namespace() -> int:
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+        return 0
 
 
-def _forget_the_stopped(folder: Path) -> None:
+def _prepare(folder: Path) -> None:
+    """Make the folder, and remove the notes of stopped servers from it.
+
+    Raises:
+        OSError: it cannot be made, or is not this user's alone.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise _ForeignFolderError(errno.EPERM, "it is not a folder of this user alone", str(folder))
     for note in folder.iterdir():
         try:
             os.kill(int(note.name.partition("-")[0]), 0)
@@ -104,3 +163,9 @@ def _forget_the_stopped(folder: Path) -> None:
             note.unlink(missing_ok=True)
         except (OSError, ValueError):  # it runs as another user, or this is no note
             continue
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / f"{os.getpid()}-{secrets.token_hex(8)}"
+    probe.touch(mode=0o600)
+    probe.unlink()

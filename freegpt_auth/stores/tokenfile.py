@@ -9,7 +9,7 @@
 
 One token per line makes a difference easy to read. It also lets a large file be decoded some lines at a time, so that
 the interpreter lock is given up in between; the whole decoded in one piece by a thread holds the event loop 80 ms at
-100,000 tokens. Any other layout of the same JSON is read too.
+100,000 tokens. Any other layout of the same JSON is read too, with or without a byte order mark.
 
 The format of this project's ancestor is read as well: ``{"<plain token>": {"name", "created_at", "last_used",
 "active"}}``.
@@ -18,16 +18,19 @@ The format of this project's ancestor is read as well: ``{"<plain token>": {"nam
 from __future__ import annotations
 
 import contextlib
+from codecs import BOM_UTF8
 from datetime import datetime  # noqa: TC003  msgspec reads the annotations when it runs
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from ..tokens import Token, digest_of, prefix_of, printable
+from ..names import printable
+from ..tokens import Token, digest_of, prefix_of
+from .faults import explained, record_fault, shape_fault
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 VERSION = 1
 """Of the format."""
@@ -65,7 +68,6 @@ class StoredToken(Token, frozen=True, kw_only=True, gc=False):
 
 
 class _File(msgspec.Struct):
-    version: int
     tokens: list[StoredToken]
 
 
@@ -76,7 +78,7 @@ class _AncestralToken(msgspec.Struct):
     active: bool = True
 
 
-_decode_batch = msgspec.json.Decoder(Annotated[tuple[StoredToken, ...], msgspec.Meta(min_length=1)]).decode
+_decode_list = msgspec.json.Decoder(Annotated[tuple[StoredToken, ...], msgspec.Meta(min_length=1)]).decode
 _decode_file = msgspec.json.Decoder(_File).decode
 _decode_any = msgspec.json.Decoder().decode
 _set = msgspec.structs.force_setattr
@@ -90,21 +92,9 @@ def read(content: bytes) -> Contents[dict[bytes, Token]]:
     """
     with contextlib.suppress(ValueError):
         return Contents(_index(chain.from_iterable(batches([content]))))
-    with plain_errors():
+    content = content.removeprefix(BOM_UTF8)
+    with explained(content):
         return _read_whole(content)
-
-
-@contextlib.contextmanager
-def plain_errors() -> Generator[None]:
-    """Make one kind of error of all that bad JSON raises."""
-    try:
-        yield
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    except msgspec.MsgspecError as error:  # a ValueError by itself only from msgspec 0.21 on
-        raise ValueError(str(error)) from None
 
 
 def batches(pieces: Iterable[bytes]) -> Iterator[tuple[StoredToken, ...]]:
@@ -114,20 +104,26 @@ def batches(pieces: Iterable[bytes]) -> Iterator[tuple[StoredToken, ...]]:
         ValueError: it is in another layout, or there is an error whose place only the whole file shows.
     """
     following = iter(pieces)
-    first = next(following, b"")
+    first = next(following, b"").removeprefix(BOM_UTF8)
     if not first.startswith(HEAD):
         raise ValueError
     rest = first[len(HEAD) :]
-    with plain_errors():
-        for piece in following:
-            lines, separator, line = rest.rpartition(SEPARATOR)
-            if not separator:  # such long lines are not worth the copies that joining piece to piece would take
-                raise ValueError
-            yield _decode_batch(b"[%b]" % lines)
-            rest = line + piece
-        if not rest.endswith(FOOT):
+    for piece in following:
+        lines, separator, line = rest.rpartition(SEPARATOR)
+        if not separator:  # such long lines are not worth the copies that joining piece to piece would take
             raise ValueError
-        yield _decode_batch(b"[%b]" % rest[: -len(FOOT)])
+        yield _decode_batch(lines)
+        rest = line + piece
+    if not rest.endswith(FOOT):
+        raise ValueError
+    yield _decode_batch(rest[: -len(FOOT)])
+
+
+def _decode_batch(lines: bytes) -> tuple[StoredToken, ...]:
+    try:
+        return _decode_list(b"[%b]" % lines)
+    except (RecursionError, msgspec.MsgspecError):
+        raise ValueError from None
 
 
 def _read_whole(content: bytes) -> Contents[dict[bytes, Token]]:
@@ -138,9 +134,14 @@ def _read_whole(content: bytes) -> Contents[dict[bytes, Token]]:
         return Contents({}, blank=True)
     if "version" not in document and all(isinstance(value, dict) for value in document.values()):
         return Contents(_index(_from_ancestor(document)), ancestral=True)
-    if document.get("version") != VERSION:
-        raise ValueError(f"its version is {document.get('version')!r:.20}; this release reads version {VERSION}")
-    return Contents(_index(_decode_file(content).tokens))
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:  # true and 1.0 equal 1
+        raise ValueError(f"its version is {version!r:.20}; this release reads version {VERSION}")
+    try:
+        stored = _decode_file(content).tokens
+    except msgspec.MsgspecError:
+        raise ValueError(shape_fault(content, StoredToken)) from None
+    return Contents(_index(stored))
 
 
 def take_digest(token: StoredToken) -> bytes:
@@ -165,7 +166,7 @@ def _index(stored: Iterable[StoredToken]) -> dict[bytes, Token]:
         try:
             digest = take_digest(token)
         except ValueError:
-            problem = f"expected 'sha256$' and 64 hexadecimal digits - at $.tokens[{place}].digest"
+            problem = f"$.tokens[{place}].digest must be 'sha256$' and 64 hexadecimal digits"
             raise ValueError(problem) from None
         tokens[digest] = token
         ids.add(token.id)
@@ -177,20 +178,20 @@ def _index(stored: Iterable[StoredToken]) -> dict[bytes, Token]:
 
 
 def _from_ancestor(document: dict[str, Any]) -> Iterable[StoredToken]:
-    for place, (secret, value) in enumerate(document.items()):
-        try:
-            record = msgspec.convert(value, _AncestralToken)
-        except msgspec.ValidationError as error:
-            # Not the key it stands under: that is the plain token.
-            raise ValueError(f"{error}, in entry {place + 1} of a file of plain tokens") from None
+    for number, (secret, value) in enumerate(document.items(), start=1):
+        entry = f"entry {number} of a file of plain tokens"  # not the key it stands under: that is the plain token
+        fault = record_fault(value, _AncestralToken, f"{entry}: ")
+        if fault is not None:
+            raise ValueError(fault)
         if not secret:
-            raise ValueError(f"entry {place + 1} of a file of plain tokens is an empty token")
+            raise ValueError(f"{entry} is an empty token")
+        record = msgspec.convert(value, _AncestralToken)
         digest = digest_of(secret)
         try:
             created_at = record.created_at.astimezone()
             last_used_at = record.last_used and record.last_used.astimezone()
         except OverflowError:
-            raise ValueError(f"a date is out of range, in entry {place + 1} of a file of plain tokens") from None
+            raise ValueError(f"{entry}: a date is out of range") from None
         yield StoredToken(
             id=digest.hex()[:12],  # the same at every reading
             name=record.name,

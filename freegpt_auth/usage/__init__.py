@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..location import is_url, url_needs
+from ..location import driver_required, is_url
 
 if TYPE_CHECKING:
     from .base import UsageStore
@@ -16,11 +16,12 @@ def open_usage(location: str) -> UsageStore:
     Nothing is read or written before it is asked for something.
 
     Raises:
-        ConfigurationError: *location* is a URL that this version knows nothing of.
+        ConfigurationError: *location* resembles the address of a database but is no URL of one, the URL cannot be read,
+            or its driver is not installed.
     """
     # Each imported when it is needed: a command imports no driver that it has no use for.
-    if is_url(location):
-        with url_needs(location):
+    if is_url(location, "the usage database"):
+        with driver_required():
             from .postgres import PostgresUsage  # noqa: PLC0415
         return PostgresUsage(location)
     from .sqlite import UsageDatabase  # noqa: PLC0415

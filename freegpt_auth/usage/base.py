@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from datetime import datetime
 
 
@@ -66,6 +66,24 @@ class UsageStore(Protocol):
 
     def merge(self, usage: Mapping[str, Usage]) -> None:
         """Raise each token's count and last use to at least these; so it makes no difference to do it twice.
+
+        Raises:
+            UsageError: it cannot be done, and nothing was.
+        """
+        ...
+
+    def check(self) -> None:
+        """Check that usage can be kept here; called once, when a server starts. A fault that may pass is no error.
+
+        Raises:
+            ConfigurationError: the place holds something else than usage, which must not be changed.
+        """
+        ...
+
+    def forget(self, token_ids: Collection[str]) -> None:
+        """Remove the usage of deleted tokens, and drop their uses up to this moment that are added later.
+
+        Servers may hold uses that they have not written yet. Where no usage was ever kept, nothing is done.
 
         Raises:
             UsageError: it cannot be done, and nothing was.

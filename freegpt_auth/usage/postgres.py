@@ -13,7 +13,7 @@ from ..stores.postgres.links import Address, Pool, reason_of
 from .base import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from ..stores.postgres.links import Row
     from .base import Batch
@@ -64,6 +64,12 @@ class PostgresUsage:
         """Raise counts and last uses to at least these, of the tokens that are there."""
         counts, instants = [one.use_count for one in usage.values()], [one.last_used_at for one in usage.values()]
         self._run(_MERGE, (list(usage), counts, instants))
+
+    def check(self) -> None:
+        """Do nothing: the store in the same database checks its schema."""
+
+    def forget(self, token_ids: Collection[str]) -> None:
+        """Do nothing: a token is deleted together with its usage, and later uses of it are dropped."""
 
     def close(self) -> None:
         """Let go of the connection. What is asked after that opens a new one."""

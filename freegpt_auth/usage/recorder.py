@@ -53,6 +53,9 @@ class UsageRecorder:
 
     Attributes:
         record: call it to count one use. It never blocks and never fails.
+
+    Raises:
+        ConfigurationError: *store* names something that is no place for usage.
     """
 
     def __init__(self, store: UsageStore, *, interval: float) -> None:
@@ -62,6 +65,7 @@ class UsageRecorder:
 
         import filelock  # noqa: F401, PLC0415
 
+        store.check()
         self._store = store
         self._interval = interval
         self._told: str | None = None

@@ -15,18 +15,19 @@ import logging
 import os
 import sqlite3
 import time
-import urllib.parse  # noqa: F401  Path.as_uri would import it late, with the rights of the folder's owner
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..exceptions import StoreBusyError, TokenFileError, UsageError
-from ..stores.disk import explain
+from ..exceptions import ConfigurationError, StoreBusyError, TokenFileError, UsageError
+from ..stores.disk import real_path
 from ..stores.lock import locked
+from . import header
 from .base import Batch, Usage
+from .faults import DAMAGED, code_of, damage, explained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Collection, Generator, Mapping
 
     Change = Callable[[sqlite3.Connection], object]
 
@@ -34,7 +35,7 @@ READ_TIMEOUT = 5.0
 """Seconds that a reader waits at most for a writer."""
 
 _REMEMBERED = 30 * 86_400.0
-"""Seconds for which the last batch of a process that has ended stays known."""
+"""Seconds for which the last batch of a process that has ended stays known, and a token that was forgotten."""
 
 _USAGE = """
     CREATE TABLE IF NOT EXISTS usage (
@@ -46,20 +47,26 @@ _BATCHES = """
         process TEXT PRIMARY KEY, sequence INTEGER NOT NULL, written_at REAL NOT NULL
     ) WITHOUT ROWID
 """
+_FORGOTTEN = """
+    CREATE TABLE IF NOT EXISTS forgotten (token_id TEXT PRIMARY KEY, forgotten_at REAL NOT NULL) WITHOUT ROWID
+"""
 _ENTER = """
     INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT (process) DO UPDATE SET
         sequence = excluded.sequence, written_at = excluded.written_at WHERE sequence < excluded.sequence
 """
+# A later use than the deletion is one of a token that was restored.
 _ADD = """
-    INSERT INTO usage VALUES (?, ?, ?) ON CONFLICT (token_id) DO UPDATE SET
+    INSERT INTO usage SELECT ?1, ?2, ?3
+        WHERE NOT EXISTS (SELECT 1 FROM forgotten WHERE token_id = ?1 AND forgotten_at >= ?3) ON CONFLICT (token_id) DO UPDATE SET
         use_count = use_count + excluded.use_count, last_used_at = max(last_used_at, excluded.last_used_at)
 """
 _RAISE = """
     INSERT INTO usage VALUES (?, ?, ?) ON CONFLICT (token_id) DO UPDATE SET
         use_count = max(use_count, excluded.use_count), last_used_at = max(last_used_at, excluded.last_used_at)
 """
-# SQLITE_ERROR: no statement of ours is wrong, so the table is not ours.
-_NOT_OURS = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+_FORGET = """
+    INSERT INTO forgotten VALUES (?, ?) ON CONFLICT (token_id) DO UPDATE SET forgotten_at = excluded.forgotten_at
+"""
 
 _logger = logging.getLogger("freegpt_auth")
 
@@ -67,7 +74,8 @@ _logger = logging.getLogger("freegpt_auth")
 class UsageDatabase:
     """A :class:`~freegpt_auth.usage.base.UsageStore` in a SQLite database, for the processes of one host.
 
-    A corrupt database is moved aside, said, and started afresh by whoever writes next.
+    A damaged database is moved aside with a WARNING, and the next writer starts a new one. A file that is not
+    recognisably a usage database is never moved or changed.
 
     Args:
         path: the database; made when the first use is written.
@@ -78,34 +86,61 @@ class UsageDatabase:
 
     def add(self, batch: Batch, timeout: float) -> None:
         """Add a batch, unless it was added before."""
-        with _explained():
-            _change(self.source, lambda connection: _add(connection, batch), timeout)
+        _change(self.source, lambda connection: _add(connection, batch), timeout)
 
     def read(self) -> Mapping[str, Usage]:
         """Return the usage of each used token by its id; of none if there is no database yet."""
-        with _explained():
-            return read_usage(self.source)
+        return read_usage(self.source)
 
     def merge(self, usage: Mapping[str, Usage]) -> None:
         """Raise counts and last uses to at least these."""
         rows = [(token_id, one.use_count, one.last_used_at.timestamp()) for token_id, one in usage.items()]
-        with _explained():
-            _change(self.source, lambda connection: connection.executemany(_RAISE, rows), READ_TIMEOUT)
+        _change(self.source, lambda connection: connection.executemany(_RAISE, rows), READ_TIMEOUT)
+
+    def check(self) -> None:
+        """Check that the file is a usage database, or that there is none yet."""
+        with contextlib.suppress(OSError, TokenFileError, StoreBusyError):  # the first write says so, if it still is so
+            path = real_path(self.source)
+            with header.turn(path, READ_TIMEOUT):
+                obstacle = header.obstacle(path)
+            if obstacle:
+                raise ConfigurationError(f"{self.source} cannot hold usage: {obstacle}")
+
+    def forget(self, token_ids: Collection[str]) -> None:
+        """Remove the usage of deleted tokens, and keep their ids for 30 days to drop uses that are written late."""
+        with explained():
+            if _is_missing(real_path(self.source)):  # made by a command it might belong to another user than the server
+                return
+        _change(self.source, lambda connection: _forget(connection, token_ids), READ_TIMEOUT)
 
     def close(self) -> None:
         """Do nothing: nothing is open while nothing happens."""
 
 
-@contextlib.contextmanager
-def _explained() -> Generator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        raise UsageError(explain(error) if isinstance(error, OSError) else str(error)) from None
-    except TokenFileError as error:
-        raise UsageError(error.problem) from None
-    except StoreBusyError:
-        raise UsageError("other processes write to it for too long") from None
+def read_usage(path: str) -> dict[str, Usage]:
+    """Return the usage of each used token by its id; of none if there is no database yet.
+
+    Raises:
+        UsageError: it cannot be read, or is no usage database.
+    """
+    with explained():
+        path = real_path(os.path.abspath(path))
+        with header.turn(path, READ_TIMEOUT):
+            if _is_missing(path):
+                return {}
+            _check_ours(path)
+            try:
+                return _read(path)
+            except sqlite3.OperationalError as error:
+                if code_of(error) != sqlite3.SQLITE_READONLY:
+                    raise
+            # A writer was killed in the middle. The next reader that may write rolls its transaction back.
+            with locked(path, READ_TIMEOUT), _connected(path, "rw", READ_TIMEOUT) as connection:
+                connection.execute("SELECT 1 FROM sqlite_schema")
+            return _read(path)
+
+
+# --- changes
 
 
 def _add(connection: sqlite3.Connection, batch: Batch) -> None:
@@ -114,31 +149,51 @@ def _add(connection: sqlite3.Connection, batch: Batch) -> None:
         return
     if batch.sequence == 1:  # once in the life of each process is often enough
         connection.execute("DELETE FROM batches WHERE written_at < ?", (now - _REMEMBERED,))
+        connection.execute("DELETE FROM forgotten WHERE forgotten_at < ?", (now - _REMEMBERED,))
     connection.executemany(_ADD, ((token_id, *use) for token_id, use in batch.counts.items()))
+
+
+def _forget(connection: sqlite3.Connection, token_ids: Collection[str]) -> None:
+    now = time.time()
+    connection.executemany("DELETE FROM usage WHERE token_id = ?", ((token_id,) for token_id in token_ids))
+    connection.executemany(_FORGET, ((token_id, now) for token_id in token_ids))
 
 
 def _change(path: str, change: Change, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     # SQLite has locks of its own, but they belong to the file: who still had it open when it is moved aside would take
     # the journal of the new database for its own, by the name, and delete it (https://www.sqlite.org/howtocorrupt.html).
-    with locked(path, timeout):
-        try:
-            _write(path, change, deadline)
-        except sqlite3.DatabaseError as error:
-            if _code_of(error) not in _NOT_OURS:
-                raise
-            _move_aside(path)
-            _write(path, change, deadline)
+    with explained():
+        path = real_path(path)
+        with header.turn(path, timeout), locked(path, _left(deadline)):
+            # Twice: SQLite takes a read error of the disk, which may pass, for damage.
+            if not (_is_written(path, change, deadline) or _is_written(path, change, deadline)):
+                _check_ours(path)
+                _move_aside(path)
+                _write(path, change, deadline)
+
+
+def _is_written(path: str, change: Change, deadline: float) -> bool:
+    """Write a change, and tell whether that could be done: it cannot in a damaged database."""
+    _check_ours(path)
+    try:
+        _write(path, change, deadline)
+    except sqlite3.DatabaseError as error:
+        if code_of(error) not in DAMAGED:
+            raise
+        return False
+    return True
 
 
 def _write(path: str, change: Change, deadline: float) -> None:
     # Born readable by its owner only; SQLite gives its journal the same permissions.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    with _connected(path, "rw", max(0.0, deadline - time.monotonic())) as connection:
+    with _connected(path, "rw", _left(deadline)) as connection:
         connection.execute("BEGIN EXCLUSIVE")  # nobody reads any more
-        connection.execute(_USAGE)
-        connection.execute(_BATCHES)
+        connection.execute(f"PRAGMA application_id = {header.APPLICATION_ID}")
+        for table in (_USAGE, _BATCHES, _FORGOTTEN):
+            connection.execute(table)
         change(connection)
         connection.execute("COMMIT")
 
@@ -150,28 +205,7 @@ def _move_aside(path: str) -> None:
     _logger.warning("%s was corrupt and is now %s; usage is counted afresh", path, aside)
 
 
-def read_usage(path: str) -> dict[str, Usage]:
-    """Return the usage of each used token by its id; of none if there is no database yet.
-
-    Raises:
-        OSError: it cannot be looked at.
-        sqlite3.Error: it cannot be read, or is no usage database.
-        StoreError: a writer was killed in the middle, and what it had begun cannot be taken back.
-    """
-    path = os.path.abspath(path)
-    try:
-        Path(path).stat()  # exists() says no to a loop of links too
-    except FileNotFoundError:
-        return {}
-    try:
-        return _read(path)
-    except sqlite3.OperationalError as error:
-        if _code_of(error) != sqlite3.SQLITE_READONLY:
-            raise
-    # A writer was killed in the middle. Whoever looks next, and may write, takes back what it had begun.
-    with locked(path, READ_TIMEOUT), _connected(path, "rw", READ_TIMEOUT) as connection:
-        connection.execute("SELECT 1 FROM sqlite_schema")
-    return _read(path)
+# --- access to the file
 
 
 def _read(path: str) -> dict[str, Usage]:
@@ -183,25 +217,34 @@ def _read(path: str) -> dict[str, Usage]:
                 token_id: Usage(use_count, datetime.fromtimestamp(last_used_at, UTC))
                 for token_id, use_count, last_used_at in connection.execute("SELECT * FROM usage")
             }
-        except (TypeError, ValueError, OverflowError) as error:
-            raise sqlite3.DataError(f"it holds no usage: {error}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise UsageError("it holds a count or an instant that cannot be read") from None
+
+
+def _is_missing(path: str) -> bool:
+    try:
+        Path(path).stat()  # exists() says no to any error
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _check_ours(path: str) -> None:
+    if obstacle := header.obstacle(path):
+        raise UsageError(obstacle)
 
 
 @contextlib.contextmanager
 def _connected(path: str, mode: str, timeout: float) -> Generator[sqlite3.Connection]:
     # One connection a write: nothing is open while nothing happens, and nothing crosses a fork.
-    uri = f"{Path(path).as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
+    connection = sqlite3.connect(header.uri_of(path, mode), uri=True, timeout=timeout, isolation_level=None)
     try:
         yield connection
-    except UnicodeDecodeError:  # what the sqlite3 module makes of damaged text
-        damage = sqlite3.DatabaseError("database disk image is malformed")
-        damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-        raise damage from None
+    except UnicodeDecodeError:  # the sqlite3 module's error for damaged text
+        raise damage() from None
     finally:
         connection.close()
 
 
-def _code_of(error: sqlite3.Error) -> int:
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF  # an extended code has more bits
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())

@@ -74,6 +74,16 @@ def test_good_token_streamed(chat_server: Any) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, None, None, None, "stop"]
 
 
+def test_usage(chat_server: Any) -> None:
+    """An answer says how many tokens it used, and so does a stream whose caller asks for that."""
+    with openai.OpenAI(**options(chat_server)) as client:
+        completion = ask(client)
+        stream = client.chat.completions.create(**QUESTION, stream=True, stream_options={"include_usage": True})
+        *_, last = stream
+    assert completion.usage.total_tokens == 4
+    assert last.usage == completion.usage
+
+
 def test_good_token_models(chat_server: Any) -> None:
     """With a good token the list of models is answered."""
     with openai.OpenAI(**options(chat_server)) as client:

@@ -53,6 +53,12 @@ LIVE = [b"sk-live", b"another, with blanks", b"\xa0\xfc\x85", b"k" * 4096]
 DEAD = [b"sk-revoked", b"sk-expired", b"k" * 4097]
 FORGING = "\x1b[2J\nrefused 127.0.0.1 /: unknown"
 
+# The format characters of scripts: joiners, the soft hyphen, the Mongolian vowel separator and the signs that are seen.
+JOINERS = {"\u200c", "\u200d", "\u2060", "\xad", "\u180e", "\u06dd", "\u070f", "\u0890", "\u0891", "\u08e2"}
+JOINERS |= {chr(code) for start, end in ((0x600, 6), (0x13430, 16), (0x1BCA0, 4)) for code in range(start, start + end)}
+JOINERS |= {"\U000110bd", "\U000110cd"}
+BLANK = set("\u115f\u1160\u3164\uffa0\u2800\U0001d159\ufffc")
+
 SECRETS = ["sk-one", "two", "drei-ü", "sk-proj-four-4", "no token's"]
 GENERATED, IMPORTED = "sk-" + "0" * 43 + "3P9rQy", "sk-proj-imported-from_elsewhere"
 ENDS = {GENERATED: "P9rQy", IMPORTED: "imported-from_elsewhere"}  # which begin as no escaped character ends
@@ -91,7 +97,7 @@ class _Ear(logging.Handler):
 
 def prints(text: str) -> bool:
     """Tell whether nothing in the text moves a cursor, starts a line, turns the reading direction or hides."""
-    return all(character == " " or unicodedata.category(character)[0] not in "CZ" for character in text)
+    return all(unicodedata.category(c) == "Zs" or unicodedata.category(c)[0] not in "CZ" or c in JOINERS for c in text)
 
 
 def digest(secret: str) -> bytes:
@@ -304,7 +310,8 @@ def check_name(name: str) -> None:
         given = issue(name, now=NOW)[0].name
     except ValueError as error:
         given = str(error)
-    good = prints(name) and 0 < len(name.strip()) <= len(name) <= 200
+    is_seen = any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in name)
+    good = prints(name) and is_seen and len(name) <= 200
     assert given == name if good else given.startswith("a token's name must not"), given
     twins = [
         row(secret, name=name, prefix=name, id=f"{number}{name[:60]}") for number, secret in enumerate(SECRETS[:2])

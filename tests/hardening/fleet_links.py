@@ -100,7 +100,7 @@ def test_a_host_that_is_cut_off_accepts_nothing_beyond_its_lease(
             begin(hosts[each].proxy)
         cut = time.monotonic()
         done = operator.revoke(token_id)
-        watch.expect({**CLOSED, "fading": 503}, SUFFERING, within=10)
+        watch.expect({**CLOSED, "fading": 503}, SUFFERING)
         closed.append(time.monotonic() - cut)
         watch.see({"valid": 503, "fading": 503, "revoked": 503}, cut + LEASE + 0.05, SUFFERING)
         watch.see({**USUAL, "fading": 401}, done.ended, WELL)
@@ -137,7 +137,7 @@ def test_within_a_long_lease_only_what_is_not_known_waits(
     cut = time.monotonic()
     _, new = operator.create("new")
     known = {"valid": 200, "revoked": 401}
-    watch.expect({**known, "wrong": 503}, within=10)
+    watch.expect({**known, "wrong": 503})
     watch.see({"wrong": 503}, cut + CERTAINTY + 0.05, [0])
     assert alone.server.get("/", new) == 503
     watch.hold({**known, "wrong": 503}, LEASE)
@@ -178,7 +178,7 @@ def test_a_server_that_was_stopped_for_a_while_trusts_nothing_old(
     watch.leave()
     late = [one for one in watch.given if (one.who, one.status) == ("fading", 200) and one.ended > resumed]
     assert lease == "30" or not late, late
-    assert max((one.began for one in late), default=resumed) <= resumed + POLL + SLACK
+    assert max((one.began for one in late), default=resumed) <= resumed + POLL + SLACK + watch.delay()
     watch.end()
 
 
@@ -219,7 +219,7 @@ def test_a_database_that_is_hung_closes_every_host(
         durable.freeze()
         hung = time.monotonic()
         try:
-            watch.expect(CLOSED, within=15)
+            watch.expect(CLOSED)
             watch.see({"valid": 503, "revoked": 503}, hung + LEASE + 0.05, range(3))
             watch.hold(CLOSED, POLL)
         finally:
@@ -277,7 +277,7 @@ def test_what_notifications_lose_the_poll_finds(fleet: Fleet, rounds: int, recor
         watch.expect({"fading": 401})
         watch.see({"fading": 401}, done.ended, range(3))
         took.append(done.ended - done.began)
-    assert max(took) < POLL + SLACK
+    assert max(took) < POLL + SLACK + watch.delay()
     watch.end()
     record_property("revoke took at most", round(max(took), 2))
 
@@ -303,7 +303,7 @@ def test_a_host_that_never_hears_polls(
         watch.expect({"fading": 401})
         late.append(watch.last("fading", 0) - done.ended)
         watch.see({"fading": 401}, done.ended, [1])
-    assert max(late) < POLL + SLACK
+    assert max(late) < POLL + SLACK + watch.delay()
     assert sum("delivers no notifications" in line for line in hosts[0].loud()) == 1
     assert durable.sql("SELECT count(*) FROM freegpt_auth.servers", tables) == [(1,)]
     watch.end()
@@ -336,7 +336,7 @@ def test_look_ups_that_hang_hold_up_nobody_who_is_known(fleet: Fleet, record_pro
     watch.expect(USUAL)
     watch.end()
     until(fleet.is_counted)
-    assert max(took) <= BOUND, sorted(took)
+    assert max(took) <= BOUND + watch.delay(), sorted(took)
     record_property("unknown tokens, in ms: p50", middle(took, 0.5))
     record_property("max", middle(took, 1))
     record_property("a known token meanwhile: p50", middle(known, 0.5))

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import selectors
 import socket
 import time
@@ -37,17 +38,37 @@ from freegpt_auth.tokens import digest_of, issue
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+# Each upload's received bytes are logged: a client only knows how many it has sent, and buffers hold some of those.
 APPLICATION = f"""
 {HELLO}
-import logging
-from freegpt_auth import BearerTokenMiddleware
+import logging, os
+from freegpt_auth import BearerTokenMiddleware, delivery
 
 logging.basicConfig(level=logging.INFO)
+delivery.BODY_TIMEOUT = float(os.environ.get("BODY_TIMEOUT", delivery.BODY_TIMEOUT))
+guarded = BearerTokenMiddleware(hello)
 
-app = BearerTokenMiddleware(hello)
+
+async def app(scope, receive, send):
+    received = 0
+
+    async def count():
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        return message
+
+    try:
+        await guarded(scope, count, send)
+    finally:
+        if received:
+            logging.info("received %d bytes", received)
 """
-KEEP_ALIVE = 1
-"""Seconds for which a server then waits for another request; this much is not ours."""
+PATIENCE = 60.0
+"""Seconds in which a busy machine does anything that takes no time."""
+
+KEEP_ALIVE = round(2 * PATIENCE)
+"""Seconds for which a server waits for the next request: no client is late for it, and no upload is ended by it."""
 
 SERVERS = {
     **{
@@ -56,17 +77,17 @@ SERVERS = {
     },
     "hypercorn": ("hypercorn", "--keep-alive", str(KEEP_ALIVE)),
 }
-MILLION, MANY = 1_000_000, 20_000
+MILLION, MANY, AT_ONCE = 1_000_000, 20_000, 16
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 2**20
 GROWTH = 4 * MIB
 """What a resident set may grow by: arenas and buffers, not a million of anything."""
 
 BUFFERS = 16 * MIB
-"""What the sockets of a connection and the server's own buffers take beside what the middleware receives."""
+"""Bytes of a server's own buffers, in memory."""
 
-PATIENCE = 0.6 * BODY_TIMEOUT
-"""Seconds that a connection may go on beside the limits, on a busy machine."""
+MESSAGE = MIB
+"""Longest part of a body that a server passes on in one message, in bytes."""
 
 CHUNK = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
 BODIES = {
@@ -97,7 +118,7 @@ class Target(NamedTuple):
 
     def connect(self) -> socket.socket:
         """Return a new connection."""
-        connection = socket.create_connection(self.address, timeout=30)
+        connection = socket.create_connection(self.address, timeout=PATIENCE)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
@@ -111,15 +132,35 @@ class Target(NamedTuple):
         """Return what it logged of refusals."""
         return [line for line in self.server.log.read_text().splitlines() if "refus" in line]
 
+    def received(self, count: int) -> list[int]:
+        """Return how many bytes the middleware received of each of *count* bodies, once it has given up on them."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            found = [int(number) for number in re.findall(r"received (\d+) bytes", self.server.log.read_text())]
+            if len(found) >= count or time.monotonic() > until:
+                return found
+            time.sleep(0.05)
+
 
 @pytest.fixture(params=SERVERS)
 def target(request: pytest.FixtureRequest, serve: Callable[..., Any]) -> Target:
     """Return each of the servers, started afresh with one token."""
+    return start(request.param, serve)
+
+
+@pytest.fixture(params=SERVERS)
+def patient(request: pytest.FixtureRequest, serve: Callable[..., Any]) -> Target:
+    """Return each of the servers, with a time for bodies that no busy machine takes for an answer."""
+    return start(request.param, serve, BODY_TIMEOUT=str(3 * PATIENCE))
+
+
+def start(kind: str, serve: Callable[..., Any], **environment: str) -> Target:
+    """Start a server with one token."""
     token, secret = issue("good", now=datetime.now(UTC))
     FileTokenStore("api_tokens.json").add(digest_of(secret), token)
     Path("app.py").write_text(APPLICATION)
-    module, *arguments = SERVERS[request.param]
-    return Target(serve("app:app", *arguments, module=module), secret, request.param)
+    module, *arguments = SERVERS[kind]
+    return Target(serve("app:app", *arguments, module=module, **environment), secret, kind)
 
 
 def get(token: str, lines: str = "") -> bytes:
@@ -153,7 +194,7 @@ class Clients:
 
     def __exit__(self, *_: object) -> None:
         self._going = False
-        self._asking.result(timeout=60)
+        self._asking.result(timeout=2 * PATIENCE)
         self._pool.shutdown()
 
     def _ask(self) -> None:
@@ -199,8 +240,13 @@ class Upload:
             self.ended = time.monotonic() - self.began
 
 
-def upload(target: Target, bodies: list[str], seconds: float, what: str) -> list[Upload]:
-    """Begin one upload after another, and go on until each was *answered*, or has *ended*, or *seconds* are over."""
+def upload(
+    target: Target, bodies: list[str], seconds: float, what: str, then: Callable[[], object] = tuple
+) -> list[Upload]:
+    """Begin one upload after another, and go on until each was *answered*, or has *ended*, or *seconds* are over.
+
+    What is *then* to be done is done before the connections are closed.
+    """
     uploads = []
     with selectors.DefaultSelector() as selector:
         for body in bodies:
@@ -218,40 +264,49 @@ def upload(target: Target, bodies: list[str], seconds: float, what: str) -> list
                 key.data.go_on(events)
                 if key.data.ended is not None:
                     selector.unregister(key.fileobj)
+    then()
     for one in uploads:
         one.connection.close()
     return uploads
 
 
-def test_a_refusal_never_waits_for_a_body(target: Target) -> None:
+def waits(target: Target) -> list[float]:
+    """Return how long each request of a good client waited, in ascending order."""
+    with Clients(target) as clients:
+        time.sleep(2)
+    return sorted(clients.waited)
+
+
+def test_a_refusal_never_waits_for_a_body(patient: Target) -> None:
     """Two hundred bodies stall at once: each refusal comes all the same, and good clients hardly notice."""
     crowd = [name for name, (_, _, rest) in BODIES.items() if not rest] * 67
-    before = target.resident()
-    with Clients(target) as clients:
-        uploads = upload(target, crowd, 0.9 * BODY_TIMEOUT, "answered")
+    before = patient.resident()
+    alone, beside = waits(patient), list[float]()
+    uploads = upload(patient, crowd, PATIENCE, "answered", lambda: beside.extend(waits(patient)))
     slowest = max(one.answered or 999 for one in uploads)
-    grown = target.resident() - before
-    usual, worst = median(clients.waited), max(clients.waited)
+    grown = patient.resident() - before
+    # A busy machine makes some requests wait, and a busy server all of them.
+    usual, undisturbed = beside[len(beside) // 4], alone[len(alone) // 4]
     _logger.info(
-        "%s: %d stalled, slowest refusal %.4f s, good requests %d, median %.4f s, worst %.4f s, grown %d bytes",
-        *(target.kind, len(crowd), slowest, len(clients.waited), usual, worst, grown),
+        "%s: %d stalled, slowest refusal %.4f s, good requests %d, quartile %.4f s, alone %.4f s, grown %d bytes",
+        *(patient.kind, len(crowd), slowest, len(beside), usual, undisturbed, grown),
     )
-    assert {one.received[9:12] for one in uploads} == {b"401"}
-    assert slowest < 0.9 * BODY_TIMEOUT, "it waited for the body"
-    assert usual < 0.1
+    assert {one.received[9:12] for one in uploads} == {b"401"}, "it waited for the body"
+    assert usual < 0.05 + 10 * undisturbed
     assert grown < GROWTH + len(crowd) * 0x10000
 
 
 def test_a_body_that_does_not_end_is_given_up(target: Target) -> None:
     """A connection with a bad token is closed after 5 s or 64 MiB of its body, whichever is first."""
     before = target.resident()
-    seconds = BODY_TIMEOUT + KEEP_ALIVE + PATIENCE
-    uploads = dict(zip(BODIES, upload(target, [*BODIES], seconds, "ended"), strict=True))
+    uploads = dict(zip(BODIES, upload(target, [*BODIES], BODY_TIMEOUT + PATIENCE, "ended"), strict=True))
     grown = target.resident() - before
     for name, one in uploads.items():
         _logger.info("%s: %s: ended %s s, sent %.1f MiB", target.kind, name, one.ended, one.sent / MIB)
-    assert {name: one.sent // MIB for name, one in uploads.items() if one.ended is None} == {}, "MiB, and more is taken"
-    assert max(one.sent for one in uploads.values()) < BODY_LIMIT + BUFFERS
+    received = target.received(sum(bool(first) for _, first, _ in BODIES.values()))
+    _logger.info("%s: received %s", target.kind, received)
+    assert [name for name, one in uploads.items() if one.ended is None] == []
+    assert max(received) < BODY_LIMIT + MESSAGE
     assert min(one.ended or 0 for one in uploads.values() if not one.rest) > 0.9 * BODY_TIMEOUT, (
         "the slow have their time"
     )
@@ -312,17 +367,20 @@ def test_tens_of_thousands_of_wrong_tokens_leave_nothing(target: Target, rounds:
     assert found == {401: MANY * rounds}
     assert grown < GROWTH
     assert 0 < logged <= (2 + took / WINDOW) * lines_for(MANY * rounds)
-    assert median(clients.waited) < 0.25
+    assert median(clients.waited) < 10 * took / (MANY * rounds / AT_ONCE), (
+        "a good client waits for more than the others' turns"
+    )
 
 
 def _flood(target: Target, count: int, name: str) -> Counter[int]:
-    """Send *count* distinct wrong tokens, sixteen at a time."""
+    """Send *count* distinct wrong tokens, some at a time."""
     found = Counter[int]()
     for first in range(0, count, 400):
         with target.connect() as connection:
-            for start in range(first, first + 400, 16):
-                connection.sendall(b"".join(get(f"sk-{name}-{number:040d}") for number in range(start, start + 16)))
-                found.update(read_answers(connection, 16))
+            for begin in range(first, first + 400, AT_ONCE):
+                numbers = range(begin, begin + AT_ONCE)
+                connection.sendall(b"".join(get(f"sk-{name}-{number:040d}") for number in numbers))
+                found.update(read_answers(connection, AT_ONCE))
     return found
 
 

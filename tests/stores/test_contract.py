@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -20,6 +21,9 @@ import pytest
 from freegpt_auth import UNRESOLVED, FileTokenStore, MemoryTokenStore, StoreError, Token, TokenStore
 from freegpt_auth.exceptions import TokenNotFoundError
 from freegpt_auth.tokens import digest_of, issue
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 LATER = NOW + timedelta(hours=1)
@@ -272,6 +276,28 @@ def test_a_reference_that_means_several_tokens_finds_them_all(store: TokenStore)
     assert [token.name for token in store.find("sk-short-2")] == secrets[1:]
 
 
+def test_a_name_means_the_same_in_every_store(store: TokenStore) -> None:
+    """An exact name finds each token that has it, a name that is another's id or prefix both, and none in place of more."""
+    names = ["ci", "twin", "twin", " ü ", "?", "t0", "sk-t1xxxxxxxxx"]
+    for number, name in enumerate(names):
+        token = msgspec.structs.replace(_full(name)[1], id=f"t{number}", prefix=f"sk-t{number}xxxxxxxxx")
+        store.add(bytes([number]) * 32, token)
+    expected = {
+        "ci": [0],
+        "twin": [1, 2],
+        " ü ": [3],
+        "?": [4],
+        "t0": [0, 5],
+        "sk-t1xxxxxxxxx": [1, 6],
+        "sk-t1xxxxxxxxx...": [1],
+        "sk-t1xxxxxxxxxy": [1],
+    }
+    for reference in ("ü", "\0", "\udcff", "CI", "c"):
+        assert store.find(reference) == []
+    for reference, numbers in expected.items():
+        assert [token.id for token in store.find(reference)] == [f"t{number}" for number in numbers], reference
+
+
 def test_the_source_tells_where_the_tokens_are(opener: Opener, request: pytest.FixtureRequest) -> None:
     """What an operator reads of a store is the same in each process, and no password is in it."""
     store = opener()
@@ -411,3 +437,20 @@ def test_a_store_in_memory_is_never_open_and_always_answers_at_once(keep: Keep) 
     assert store.peek(digest_of(secret)) is store.resolve(digest_of(secret)) is token
     assert store.peek(UNKNOWN) is None
     assert not MemoryTokenStore().tokens()
+
+
+# --- what the store in a file adds
+
+
+def test_several_tokens_change_together(tmp_path: Path, keep: Keep) -> None:
+    """Several tokens are revoked or deleted in one change of the file: where one is not there, none is touched."""
+    store = FileTokenStore(tmp_path / "api_tokens.json")
+    ids = [keep(store)[0].id for _ in range(3)]
+    before = _all_facts(store)
+    for call in (store.delete_all, lambda token_ids: store.revoke_all(token_ids, NOW)):
+        with pytest.raises(TokenNotFoundError, match="no token with the id nobody"):
+            call([ids[0], "nobody"])
+        assert _all_facts(store) == before
+    assert [token.revoked_at for token in store.revoke_all(ids[1:], NOW)] == [NOW, NOW]
+    assert [token.id for token in store.delete_all([ids[2], ids[0]])] == [ids[2], ids[0]]
+    assert [token.id for token in store.tokens().values()] == ids[1:2]

@@ -71,7 +71,7 @@ def _bind(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (Path.mkdir, "it is a directory, as Docker makes one .*; remove it, and mount the directory of the token file"),
+        (Path.mkdir, "it is a directory, as Docker makes one .*; remove it, and mount the directory of the file"),
         (os.mkfifo, "not a regular file"),
         (_bind, "no such device or address"),
         (lambda path: path.symlink_to("nowhere"), "no such file or directory"),

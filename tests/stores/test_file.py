@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import stat
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from scarcity import no_descriptors
 
 from freegpt_auth import UNRESOLVED, FileTokenStore, StoreError, StoreUnavailableError, Token
 from freegpt_auth.exceptions import StoreBusyError, TokenFileError
-from freegpt_auth.stores import access, disk, file, table, ticks
+from freegpt_auth.stores import access, disk, file, siblings, table, ticks
 from freegpt_auth.stores.document import Document
 from freegpt_auth.stores.file import FRESHNESS, RETRY_INTERVAL
 from freegpt_auth.stores.lock import locked
@@ -244,7 +245,7 @@ os.waitpid(child, 0)
 def test_a_fork_in_the_middle_of_a_reading_leaves_a_working_child(path: Path) -> None:
     """A preloading server may fork at any moment: the child reads the file itself and never waits for the parent."""
     _write(path, _content(_issued(), _issued()))
-    assert subprocess.check_output([sys.executable, "-c", _FORK_WHILE_READING], timeout=15) == b"2\n"
+    assert subprocess.check_output([sys.executable, "-c", _FORK_WHILE_READING], timeout=60) == b"2\n"
 
 
 _FORK_WHILE_OPEN = """
@@ -263,14 +264,41 @@ os.wait()
 
 def test_a_worker_forked_from_an_open_process_is_as_closed_as_its_siblings() -> None:
     """What a preloading server saw before it forked does not open a worker whose siblings have been closed since."""
-    output = subprocess.check_output([sys.executable, "-c", _FORK_WHILE_OPEN], timeout=15, text=True)
+    output = subprocess.check_output([sys.executable, "-c", _FORK_WHILE_OPEN], timeout=60, text=True)
     assert output.split() == ["False", "UNRESOLVED", "True"]
+
+
+def test_note_is_written_again(
+    path: Path, store: FileTokenStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While the file is gone a worker that is asked writes a lost note again, each second: the next worker needs it."""
+    monkeypatch.setattr(siblings, "_servers", lambda _: (siblings._Server(os.getpid(), b""),))
+    monkeypatch.setattr(siblings, "_folders", lambda: [tmp_path / "notes"])
+    store.add(*_issued())
+    store.survey()
+    path.unlink()
+    for _ in range(2):
+        [note] = (tmp_path / "notes").iterdir()
+        note.unlink()
+        clock(file.RETRY_INTERVAL)
+        assert _look(store, UNKNOWN) is None
+        assert note.exists()
+
+
+@pytest.mark.parametrize("content", [None, b"{}"])
+def test_recycled_worker_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
+    """Where a sibling was closed, neither a missing file nor a blank one opens the worker that replaces it."""
+    if content is not None:
+        _write(path, content)
+    assert not FileTokenStore(path).survey().configured
+    monkeypatch.setattr(siblings, "remembered", lambda _: True)
+    assert FileTokenStore(path).survey().configured
 
 
 # --- faults
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "zero bytes": (Path.touch, "Input data was truncated"),
+    "zero bytes": (Path.touch, "it is empty; a new token file is made by create, not by touch"),
     "deep": (lambda path: path.write_bytes(b"[" * 10**6), "it is nested too deeply"),
     "a directory": (
         Path.mkdir,

@@ -23,13 +23,28 @@ def test_a_path_names_a_token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("location", ["mysql://user:hunter2@db/x", "file:///t.json", "://x"])
-def test_a_url_of_no_known_store_is_a_configuration_error(location: str) -> None:
+@pytest.mark.parametrize("location", ["mysql://user:hunter2@db/x", "postgresql:/u:hunter2@h/d"])
+def test_address_of_no_known_store_is_refused(location: str) -> None:
     """A store that this version does not know stops the server, and the password in its URL is not repeated."""
     for opened in (open_store, open_usage):
-        with pytest.raises(ConfigurationError, match="names no store of this version; give the path") as caught:
+        with pytest.raises(ConfigurationError, match=r"names no store of this version|resembles the address") as caught:
             opened(location)
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["missing", "file", "file/below"])
+def test_named_file_needs_its_folder(folder: str) -> None:
+    """A server whose volume is not mounted, or whose path is mistyped, does not start; a command may still look."""
+    Path("file").touch()
+    with pytest.raises(ConfigurationError, match=f"^the folder of the token file '{folder}/t.json' does not exist; "):
+        open_store(f"{folder}/t.json", named=True)
+    open_store(f"{folder}/t.json")
+
+
+def test_folder_out_of_reach_is_no_missing_folder() -> None:
+    """A fault that may end by itself leaves a server closed, not stopped."""
+    Path("loop").symlink_to("loop")
+    assert open_store("loop/t.json", named=True).survey().configured
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])

@@ -1,11 +1,15 @@
-"""What a worker leaves for those that are started after it. Whole servers are in test_workers.py."""
+"""A worker's note for those that replace it. Whole servers are in test_workers.py and in the attack edges.py."""
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,94 +17,179 @@ import pytest
 from freegpt_auth.stores import siblings
 
 FILE = "api_tokens.json"
+ONE, ANOTHER = siblings._Server(os.getpid(), b"one"), siblings._Server(os.getpid(), b"another")
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _own_process() -> Iterator[None]:
+    """Let no test find the server of another."""
+    cached = siblings._servers
+    cached.cache_clear()
+    yield
+    cached.cache_clear()
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep notes in a folder of this test's own."""
-    folder = tmp_path / "notes"
-    monkeypatch.setattr(siblings, "_folder", lambda: folder)
-    return folder
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Keep notes in folders of this test's own."""
+    folders = [tmp_path / "memory", tmp_path / "temporary"]
+    monkeypatch.setattr(siblings, "_folders", lambda: folders)
+    return folders
+
+
+@pytest.fixture
+def serve_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that makes this process a worker of a server, which may take over from another."""
+
+    def become(*servers: siblings._Server) -> None:
+        monkeypatch.setattr(siblings, "_servers", lambda _: servers)
+
+    return become
+
+
+@pytest.fixture
+def gunicorn() -> dict[str, Any]:
+    """Return functions that call another as gunicorn's arbiter does."""
+    arbiter: dict[str, Any] = {"__name__": "gunicorn.arbiter"}
+    exec("def setup(load): return load()\ndef spawn_worker(load): return load()", arbiter)
+    return arbiter
 
 
 @pytest.fixture(params=["uvicorn", "gunicorn"])
-def worker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be a worker of a server that spawns its workers, or of one that forks them."""
-    if request.param == "uvicorn":
-        monkeypatch.setattr(multiprocessing, "parent_process", lambda: "a supervisor")
-    else:
-        monkeypatch.setitem(sys.modules, "gunicorn.arbiter", multiprocessing)
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gunicorn: dict[str, Any]) -> Run:
+    """Return a function that calls another in a worker, of a server that spawns its workers or of one that forks them."""
+    if request.param == "gunicorn":
+        return gunicorn["spawn_worker"]
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getppid()))
+    return lambda function: function()
 
 
-@pytest.mark.usefixtures("worker")
-def test_a_worker_knows_what_its_siblings_knew(folder: Path) -> None:
-    """A note is found again by workers of the same server, for the same token file, and by nobody else's eyes."""
-    assert not siblings.remembered(FILE)
-    siblings.remember(FILE)
-    assert siblings.remembered(FILE)
-    assert siblings.remembered(f"./{FILE}")
-    assert not siblings.remembered("other.json")
-    assert folder.stat().st_mode & 0o777 == 0o700
+def test_worker_knows_what_its_siblings_knew(folders: list[Path], run: Run) -> None:
+    """A note is found again by workers of the same server, for the same token file, and belongs to this user alone."""
+    assert not run(lambda: siblings.remembered(FILE))
+    run(lambda: siblings.remember(FILE))
+    assert run(lambda: siblings.remembered(FILE))
+    assert run(lambda: siblings.remembered(f"./{FILE}"))
+    assert not run(lambda: siblings.remembered("other.json"))
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
 
-def test_a_server_without_workers_notes_nothing(folder: Path) -> None:
-    """A server that an operator starts by hand opens after a restart, as documented."""
-    siblings.remember(FILE)
-    assert not siblings.remembered(FILE)
-    assert not folder.exists()
-
-
-def test_another_server_is_not_meant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After stop, mv and start the workers are another server's."""
-    monkeypatch.setattr(siblings, "_server", lambda: (os.getpid(), b"one"))
-    siblings.remember(FILE)
-    monkeypatch.setattr(siblings, "_server", lambda: (os.getpid(), b"another"))
-    assert folder.exists()
-    assert not siblings.remembered(FILE)
-
-
-@pytest.mark.usefixtures("folder")
-def test_a_preloading_server_knows_what_its_workers_knew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under --preload gunicorn loads the application before it forks: what its workers noted holds there, and for it alone."""
-    gunicorn: dict[str, Any] = {"__name__": "gunicorn.arbiter"}
-    exec("def setup(load): return load()\ndef spawn_worker(load): return load()", gunicorn)
+def test_server_without_workers_notes_nothing(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that an operator starts by hand opens after a restart, also if its application imports gunicorn."""
     monkeypatch.setitem(sys.modules, "gunicorn.arbiter", multiprocessing)
+    siblings.remember(FILE)
+    assert not siblings.remembered(FILE)
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_other_server_is_not_meant(folders: list[Path], serve_by: Callable[..., None]) -> None:
+    """After stop, mv and start the workers are another server's."""
+    serve_by(ONE)
+    siblings.remember(FILE)
+    serve_by(ANOTHER)
+    assert all(folder.exists() for folder in folders)
+    assert not siblings.remembered(FILE)
+
+
+@pytest.mark.usefixtures("folders")
+def test_successor_is_as_closed(serve_by: Callable[..., None]) -> None:
+    """An arbiter that takes over from another, as at SIGUSR2, knows the notes of its predecessor, and adds its own."""
+    serve_by(ONE)
+    siblings.remember(FILE)
+    serve_by(ANOTHER, ONE)
+    assert siblings.remembered(FILE)
+    siblings.remember(FILE)
+    serve_by(ANOTHER)
+    assert siblings.remembered(FILE)
+
+
+@pytest.mark.usefixtures("folders")
+def test_preloading_server_knows_its_workers_notes(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under --preload gunicorn loads the application before it forks: its workers' notes hold there."""
     gunicorn["setup"](lambda: siblings.remember(FILE))
     assert gunicorn["setup"](lambda: siblings.remembered(FILE))
-    assert not siblings.remembered(FILE)  # by its parent, which may be the shell that starts the next server
+    siblings._servers.cache_clear()
     monkeypatch.setattr(os, "getppid", os.getpid)
     assert gunicorn["spawn_worker"](lambda: siblings.remembered(FILE))
 
 
-def test_a_folder_that_others_made_is_not_believed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whoever else can write into the folder cannot tell a server what to do, and the operator is told."""
-    monkeypatch.setattr(siblings, "_server", lambda: (os.getpid(), b"one"))
+@pytest.mark.usefixtures("folders")
+def test_orphan_keeps_its_server(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that outlives its arbiter leaves no note under its new parent, which starts other servers too."""
+    gunicorn["spawn_worker"](lambda: siblings.remembered(FILE))
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    gunicorn["spawn_worker"](lambda: siblings.remember(FILE))
+    siblings._servers.cache_clear()
+    assert not gunicorn["spawn_worker"](lambda: siblings.remembered(FILE))
+
+
+def test_processes_that_cannot_be_seen(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc, or where it hides the arbiter, a server is known by a secret that its forked workers inherit."""
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    server, _ = gunicorn["spawn_worker"](lambda: siblings._servers(0))
+    assert server == (0, str(hash("freegpt_auth.stores.siblings")).encode())
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_either_folder_suffices(folders: list[Path], serve_by: Callable[..., None], lost: int) -> None:
+    """A cleared folder, as at a logout, loses no note; the next worker that finds the file gone writes it again."""
+    serve_by(ONE)
     siblings.remember(FILE)
-    folder.chmod(0o777)
+    notes = [next(folder.iterdir()) for folder in folders]
+    notes[lost].unlink()
+    folders[lost].rmdir()
+    assert siblings.remembered(FILE)
+    siblings.remember(FILE)
+    assert all(note.exists() for note in notes)
+
+
+def test_foreign_folder_closes(folders: list[Path], serve_by: Callable[..., None], caplog: Any) -> None:
+    """Where another user can write, no note proves anything: no worker is open without a token file, and why is logged."""
+    serve_by(ONE)
+    folders[0].mkdir()
+    folders[0].chmod(0o777)
+    assert siblings.remembered(FILE)
+    siblings.remember(FILE)
+    assert list(folders[0].iterdir()) == []
+    assert f"({folders[0]}: it is not a folder of this user alone), so none of them is open" in caplog.text
+
+
+def test_no_usable_folder_closes(folders: list[Path], serve_by: Callable[..., None], caplog: Any) -> None:
+    """Where no note can be kept no worker is open without a token file; one folder that can hold notes is enough."""
+    serve_by(ONE)
+    folders[0].touch()
     assert not siblings.remembered(FILE)
-    siblings.remember(FILE)
-    assert "it is not a folder of this user alone" in caplog.text
+    folders[1].rmdir()
+    folders[1].symlink_to("nowhere/below")
+    assert siblings.remembered(FILE)
+    assert f"({folders[0]}: {os.strerror(errno.EEXIST)}; {folders[1]}: {os.strerror(errno.EEXIST)})" in caplog.text
 
 
-def test_notes_of_stopped_servers_are_cleared_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restarting does not fill the memory; what is not a note of this library is left alone."""
-    monkeypatch.setattr(siblings, "_server", lambda: (os.getpid(), b"one"))
+def test_notes_of_stopped_servers_are_removed(folders: list[Path], serve_by: Callable[..., None]) -> None:
+    """Restarts do not fill the memory; other files are left alone."""
+    serve_by(ONE)
     siblings.remember(FILE)
     process = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], {})
     os.waitpid(process, 0)
-    (folder / f"{process}-stopped").touch()
-    (folder / f"{os.getpid()}-running").touch()
-    (folder / "no note").touch()
+    for name in (f"{process}-stopped", f"{os.getpid()}-running", "no note"):
+        (folders[0] / name).touch()
     siblings.remember("other.json")
-    names = {note.name for note in folder.iterdir()}
+    names = {note.name for note in folders[0].iterdir()}
     assert {f"{os.getpid()}-running", "no note"} < names
     assert len(names) == 4
 
 
-def test_the_folder_is_in_memory_where_there_is_such_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A note is gone after a reboot; without /dev/shm it is where temporary files are."""
-    assert siblings._folder().name == f"freegpt_auth-{os.geteuid()}"
-    monkeypatch.setattr(Path, "is_dir", lambda _: False)
-    assert not siblings._folder().is_relative_to("/dev/shm")
+def test_folders_of_the_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes are in memory and among the temporary files, apart for each namespace of process ids."""
+    space = Path("/proc/self/ns/pid").stat().st_ino
+    name = f"freegpt_auth-{os.geteuid()}-{space}"
+    assert list(siblings._folders()) == [Path("/dev/shm", name), Path(tempfile.gettempdir(), name)]
+
+    def unusable(*_: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(tempfile, "gettempdir", unusable)
+    monkeypatch.setattr(Path, "stat", unusable)
+    assert list(siblings._folders()) == [Path(f"/dev/shm/freegpt_auth-{os.geteuid()}-0")]

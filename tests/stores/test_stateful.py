@@ -16,12 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, FileTokenStore, StoreError, authentication
+from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, FileTokenStore, StoreError, authentication, sharing
 from freegpt_auth.callers import Caller
 from freegpt_auth.exceptions import TokenNotFoundError
 from freegpt_auth.stores import file, memory, siblings
@@ -81,8 +82,8 @@ class Lives(RuleBasedStateMachine):
         self.patch.setitem(FileTokenStore.__init__.__kwdefaults__, "clock", lambda: self.ticks)
         for module in (authentication, memory):
             self.patch.setattr(module, "time", SimpleNamespace(time=lambda: self.now))
-        self.patch.setattr(siblings, "_server", lambda: (os.getpid(), self.supervisor))
-        self.patch.setattr(siblings, "_folder", lambda: Path(self.folder.name, "notes"))
+        self.patch.setattr(siblings, "_servers", lambda _: (siblings._Server(os.getpid(), self.supervisor),))
+        self.patch.setattr(siblings, "_folders", lambda: (Path(self.folder.name, "notes"),))
         self.writers = [FileTokenStore(self.path), FileTokenStore(self.path)]
         self.state = "missing"
         self.tokens: dict[str, Known] = {}
@@ -328,7 +329,9 @@ class Lives(RuleBasedStateMachine):
         self.patch.delenv("FREEGPT_API_KEY", raising=False)
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv(*("FREEGPT_API_KEY", KEY) if has_key else ("FREEGPT_AUTH_REQUIRED", "0"))
-            middleware = BearerTokenMiddleware(no_app, store=self.path, usage="off")
+            environment.chdir(self.folder.name)  # the store must not be named: the server could not be open
+            environment.setattr(sharing, "_shared", WeakValueDictionary())  # that of another process
+            middleware = BearerTokenMiddleware(no_app, usage="off")
         del self.servers[one : one + 1]
         self.servers.append(Server(middleware, has_key, configured=self.ever_configured))
         self.ask(self.servers[-1])

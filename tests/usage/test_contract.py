@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth.exceptions import UsageError
+from freegpt_auth.location import is_url
+from freegpt_auth.stores import open_store
 from freegpt_auth.tokens import Token
 from freegpt_auth.usage import open_usage
 from freegpt_auth.usage.base import Batch, Usage
@@ -139,6 +141,17 @@ def test_merged_usage_is_raised_to_and_not_added(store: UsageStore) -> None:
         assert abs((usage["t1"].last_used_at - at(60.0)).total_seconds()) < CLOSE
     store.merge({})
     assert counts(store) == {"t0": 5, "t1": 9, "t2": 3}
+
+
+def test_usage_of_a_deleted_token_stays_away(opener: Opener, location: str) -> None:
+    """A deleted token has no usage, not even by uses before its deletion that a server writes afterwards."""
+    store, server = opener(), opener()
+    server.add(batch(1, t0=(5, 0.0), t1=(1, 0.0)), 1.0)
+    if is_url(location):
+        open_store(location).delete("t0")
+    store.forget(["t0"])
+    server.add(batch(2, t0=(2, 0.0), t1=(1, 0.0)), 1.0)
+    assert counts(store) == {"t1": 2}
 
 
 def test_several_threads_may_add_at_the_same_time(opener: Opener) -> None:

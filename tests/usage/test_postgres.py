@@ -67,7 +67,7 @@ def counts(url: str) -> dict[str, int]:
 
 def wait_until(is_so: Callable[[], object]) -> None:
     """Wait until something is so."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -309,7 +309,7 @@ def test_a_database_that_hangs_holds_up_a_stopping_server_for_seconds_only(
     try:
         began = time.monotonic()
         recorder.finish()
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 30
     finally:
         cluster.freeze(signal.SIGCONT)
     assert "usage cannot be written to" in caplog.text

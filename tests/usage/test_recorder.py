@@ -23,6 +23,7 @@ from freegpt_auth.exceptions import UsageError
 from freegpt_auth.stores.lock import locked
 from freegpt_auth.usage import sqlite
 from freegpt_auth.usage.base import Batch, Usage
+from freegpt_auth.usage.header import APPLICATION_ID
 from freegpt_auth.usage.recorder import UsageRecorder
 from freegpt_auth.usage.sqlite import UsageDatabase, read_usage
 
@@ -55,7 +56,7 @@ def wait_for(expected: dict[str, int]) -> None:
 
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Wait until something is so."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < deadline, counts()
         time.sleep(0.001)
@@ -164,6 +165,12 @@ class Fickle:
     def merge(self, _usage: object) -> None:
         """Take nothing."""
 
+    def check(self) -> None:
+        """Find nothing wrong."""
+
+    def forget(self, _token_ids: object) -> None:
+        """Keep everything."""
+
     def close(self) -> None:
         """Be closed."""
         self.closed += 1
@@ -261,14 +268,15 @@ def test_a_child_begins_batches_of_its_own() -> None:
 
 
 def test_where_nothing_happens_nothing_is_written_or_read(tmp_path: Path) -> None:
-    """A server that nobody uses makes no database, and what is missing, empty or without the table is no usage."""
+    """A server that nobody uses makes no database, and a missing, empty or new one holds no usage."""
     UsageRecorder(UsageDatabase(PATH), interval=NEVER).flush()
     recorder = recorder_of({"a": 1})
     assert read_usage(PATH) == {}
     assert not list(tmp_path.iterdir())
+    Path(PATH).touch()
+    assert read_usage(PATH) == {}
     with contextlib.closing(sqlite3.connect(PATH)) as connection:
-        assert read_usage(PATH) == {}
-        connection.execute("CREATE TABLE other (x)")
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     assert read_usage(PATH) == {}
     recorder.flush()
     assert counts() == {"a": 1}
@@ -303,7 +311,7 @@ def test_the_database_is_where_it_was_named(monkeypatch: pytest.MonkeyPatch, nam
 
 def test_workers_lose_nothing_even_if_they_meet_a_corrupt_database() -> None:
     """Workers that write side by side, and find the database corrupt at the same moment, lose no use of each other's."""
-    _rubbish()
+    _broken_pages()
     program = f"""
 import sys
 from freegpt_auth.usage.recorder import UsageRecorder
@@ -346,9 +354,10 @@ def test_a_write_that_fails_after_it_was_done_counts_once(
 
         context.setattr(sqlite.sqlite3, "connect", without_journal)
         recorder.flush()
-    assert log(logging.WARNING) == [
-        f"usage cannot be written to {Path(PATH).absolute()}: disk I/O error. It is kept in memory until it can"
-    ]
+    (message,) = log(logging.WARNING)
+    assert message.startswith(
+        f"usage cannot be written to {Path(PATH).absolute()}: the disk failed to read or write it"
+    )
     assert counts() == {"a": 1}
     for _ in range(2):
         recorder.record(("a", 1.0))
@@ -412,7 +421,7 @@ def _another_program(path: Path) -> Callable[[], None]:
             _no_permission,
             "cannot lock {}.lock: permission denied; run this as the user who owns it, or change its permissions",
         ),
-        (_another_program, "database is locked"),
+        (_another_program, "another program holds its lock; end that program, or let it close the database"),
     ],
 )
 def test_counts_wait_until_they_can_be_written(
@@ -445,7 +454,7 @@ def test_a_stuck_write_holds_up_neither_requests_nor_the_shutdown(log: Callable[
         recorder.record(("a", 1.0))
         start = time.monotonic()
         recorder.flush()
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 30
     assert log(logging.WARNING) == ["usage is being written for too long; what came last is lost"]
     recorder.flush()
     assert counts() == {"a": 2}
@@ -511,10 +520,6 @@ def test_what_is_seldom_written_has_a_bound_too(monkeypatch: pytest.MonkeyPatch)
 # --- a corrupt database
 
 
-def _rubbish() -> None:
-    Path(PATH).write_bytes(b"this is no database\n" * 500)
-
-
 def _broken_pages() -> None:
     recorder_of({f"token-{number:05}": 1 for number in range(2000)}).flush()
     content = Path(PATH).read_bytes()
@@ -529,17 +534,18 @@ def _broken_text() -> None:
 
 def _another_table() -> None:
     with contextlib.closing(sqlite3.connect(PATH)) as connection:
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute("CREATE TABLE usage (id, uses)")
         connection.execute("INSERT INTO usage VALUES ('a', 1)")
         connection.commit()
 
 
-@pytest.mark.parametrize("spoil", [_rubbish, _broken_pages, _broken_text, _another_table])
+@pytest.mark.parametrize("spoil", [_broken_pages, _broken_text, _another_table])
 def test_a_corrupt_database_is_moved_aside(log: Callable[[int], list[str]], spoil: Callable[[], None]) -> None:
     """A corrupt database is an error to its reader; a writer keeps it under another name and starts afresh."""
     spoil()
     content = Path(PATH).read_bytes()
-    with pytest.raises(sqlite3.DatabaseError):
+    with pytest.raises(UsageError, match=r"^it (is damaged|holds a count or an instant)"):
         read_usage(PATH)
     Path(f"{PATH}-journal").write_bytes(b"old pages")
     recorder_of({"a": 2}).flush()
@@ -554,7 +560,7 @@ def test_a_corrupt_database_is_moved_aside(log: Callable[[int], list[str]], spoi
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("spoil", [lambda: None, _rubbish], ids=["none", "corrupt"])
+@pytest.mark.parametrize("spoil", [lambda: None, _broken_pages], ids=["none", "corrupt"])
 def test_nobody_opens_the_database_while_another_worker_writes(
     monkeypatch: pytest.MonkeyPatch, log: Callable[[int], list[str]], spoil: Callable[[], None]
 ) -> None:
@@ -577,7 +583,7 @@ def test_a_database_that_another_worker_mends_is_kept() -> None:
     """A worker that comes second throws away no database that the first has begun."""
     recorder_of({"a": 5}).flush()
     mended = Path(PATH).read_bytes()
-    _rubbish()
+    _broken_pages()
     recorder = recorder_of({"a": 1})
     with ThreadPoolExecutor(1) as pool, locked(str(Path(PATH).absolute()), 1):
         written = pool.submit(recorder.flush)

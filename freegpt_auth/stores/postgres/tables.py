@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 
-from ...tokens import PREFIX_LENGTH, SECRET_LENGTH, Token, digest_of
+from ...tokens import Reference, Token
 from .schema import LOCKS
 
 if TYPE_CHECKING:
@@ -123,11 +123,9 @@ def count_active(link: Link) -> int:
 
 def referred(link: Link, reference: str) -> dict[bytes, Token]:
     """Return the tokens among which :func:`~freegpt_auth.tokens.find` finds what *reference* means."""
-    # What PostgreSQL knows no text for is part of no token.
-    bare = reference.rstrip(".…").encode(errors="replace").decode().replace("\0", "?")
-    where = " WHERE t.digest = %s OR t.id = %s OR t.prefix = %s OR (length(t.prefix) = %s AND t.prefix = %s)"
-    start = bare[:PREFIX_LENGTH] if len(bare) < SECRET_LENGTH else ""
-    values = (digest_of(reference), bare, bare, PREFIX_LENGTH, start)
+    wanted = Reference.read(reference)
+    where = " WHERE t.digest = %s OR %s IN (t.id, t.prefix) OR t.name = %s OR t.prefix = %s"
+    values = (wanted.digest, _as_text(wanted.exact), _as_text(wanted.name), _as_text(wanted.start))
     rows = link.run(f"{_ALL}{where} ORDER BY t.number", values)
     return {row[0]: token for row in rows if (token := token_of(row)) is not None}
 
@@ -166,6 +164,11 @@ def token_of(row: Row) -> Token | None:
         models=None if models is None else tuple(models),
         last_used_at=_utc(last_used_at),
     )
+
+
+def _as_text(text: str | None) -> str | None:
+    """Replace the characters that PostgreSQL has no text for; they are part of no token."""
+    return None if text is None else text.encode(errors="replace").decode().replace("\0", "?")
 
 
 def _key(revision: int) -> int:

@@ -19,8 +19,8 @@ from postgresql import PASSWORD, free_port, running
 from freegpt_auth import UNRESOLVED, ConfigurationError, StoreError, StoreUnavailableError, Token
 from freegpt_auth.authentication import Authenticator, AuthMode, Refusal
 from freegpt_auth.callers import Caller
+from freegpt_auth.environment_key import EnvironmentKey
 from freegpt_auth.exceptions import TokenNotFoundError
-from freegpt_auth.settings import EnvironmentKey
 from freegpt_auth.stores.postgres import PostgresTokenStore, follower, store as module, tables
 from freegpt_auth.stores.postgres.links import Address
 from freegpt_auth.tokens import digest_of, issue

@@ -1,0 +1,87 @@
+"""Where a middleware is constructed: in a program, or within the first call of a server's application."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING
+
+from anyio import NoEventLoopError
+from anyio.lowlevel import current_token
+
+from .exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from starlette.types import Receive, Send
+
+_logger = logging.getLogger("freegpt_auth")
+
+
+class Unusable:
+    """The reason for which a middleware cannot serve, kept until a server asks.
+
+    Args:
+        error: raised by the settings or by the token source.
+
+    Attributes:
+        message: the reason in one sentence.
+
+    Raises:
+        Exception: *error*, if no event loop runs: no server is constructing the middleware then.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        if not _in_event_loop():
+            raise error
+        self.message: str = str(error)
+        if not isinstance(error, ConfigurationError):
+            self.message = f"the middleware cannot be constructed: {type(error).__name__}: {error}"
+        self._is_reported = False
+        if _scope_type() is None:  # a mounted application that is being imported: no lifespan will show the message
+            self.report()
+
+    async def fail(self, receive: Receive, send: Send) -> None:
+        """Fail the startup of the lifespan: the server shows the message and ends."""
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": self.message})
+
+    def report(self) -> None:
+        """Log the message, once."""
+        if not self._is_reported:
+            self._is_reported = True
+            _logger.error("every request is answered 503 until the server is restarted: %s", self.message)
+
+
+def warn_if_late() -> None:
+    """Log a warning if a request is being handled: events since the start of the server are then unknown."""
+    if _scope_type() in {"http", "websocket"}:
+        _logger.warning(
+            "the middleware was constructed at the first request: a token file that was removed after the start of the "
+            'server is unknown to it. Wrap the application instead, as in app.mount("/v1", BearerTokenMiddleware(api))'
+        )
+
+
+def _in_event_loop() -> bool:
+    try:
+        current_token()
+    except NoEventLoopError:
+        return False
+    return True
+
+
+def _scope_type() -> str | None:
+    """Return the type of the ASGI scope that is being handled, by the innermost ``scope`` on the stack.
+
+    Starlette constructs its middleware within the application's first call. The first scope that the middleware receives
+    does not show this: without a lifespan, a middleware constructed at the start receives a request first, too.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    while frame is not None:
+        scope = frame.f_locals.get("scope")
+        if isinstance(scope, MutableMapping) and isinstance(scope.get("type"), str):
+            return str(scope["type"])
+        frame = frame.f_back
+    return None

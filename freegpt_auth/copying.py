@@ -1,0 +1,68 @@
+"""Copies of a middleware: within the process they share its parts, another process constructs its own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import TYPE_CHECKING, Any, Self
+
+from .authentication import AuthMode
+from .sharing import place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp
+
+    from .authentication import Authenticator
+    from .construction import Unusable
+    from .settings import Settings
+    from .stores.base import Verifier
+
+
+class Copyable:
+    """Copies and pickles the middleware that inherits from it.
+
+    A pickle holds settings and no token: the other process reads the environment key and the store itself. It refuses to
+    be open there if the pickled middleware is not.
+
+    Raises:
+        TypeError: on pickling, if the token source is an object of this process, or the settings cannot be used.
+    """
+
+    app: ASGIApp
+    _settings: Settings
+    _source: Verifier | None
+    _unusable: Unusable | None
+    _authenticator: Authenticator
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = copy.copy(self)
+        twin.app = copy.deepcopy(self.app, memo)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._unusable is not None:
+            raise TypeError(f"this middleware cannot be pickled: {self._unusable.message}")
+        if self._source is not None:
+            raise TypeError(
+                f"this middleware cannot be pickled: its token source is a {type(self._source).__name__} object of this "
+                "process. Give it the path or URL of a store, or construct it in the other process"
+            )
+        settings, is_open = self._settings, self._authenticator.mode is AuthMode.OPEN
+        construct: Callable[..., Copyable] = type(self)
+        elsewhere = functools.partial(
+            construct,
+            # The other process may run in another directory.
+            store=None if is_open else place(settings.store),
+            required=not is_open,
+            public_paths=settings.public_paths,
+            usage="off" if settings.usage is None else place(settings.usage),
+            usage_interval=settings.usage_interval,
+        )
+        return elsewhere, (self.app,)

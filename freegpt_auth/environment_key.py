@@ -1,0 +1,77 @@
+"""The environment key: one key that is set in the environment, or in a file that the environment names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .bearer import VALUE_LIMIT
+from .exceptions import ConfigurationError
+from .regular import UnsuitableFileError, open_regular
+from .tokens import digest_of
+from .variables import VARIABLES, cleaned, is_off
+
+if TYPE_CHECKING:
+    from .variables import Variables
+
+FILE_LIMIT = 1024 * 1024
+"""Size in bytes of the largest key file."""
+
+
+@dataclass(frozen=True)
+class EnvironmentKey:
+    """The one key that is set in the environment, without the key itself.
+
+    Attributes:
+        digest: its SHA-256 digest.
+        source: the variable it came from.
+    """
+
+    digest: bytes = field(repr=False)
+    source: str
+
+
+def environment_key(variables: Variables) -> EnvironmentKey | None:
+    """Return the first key of ``FREEGPT_API_KEY``, ``FREEGPT_API_KEY_FILE`` and ``OPENAI_API_KEY`` that is set.
+
+    Raises:
+        ConfigurationError: it cannot be used. A variable that is set but empty must not open a server.
+    """
+    if "FREEGPT_API_KEY" in variables and "FREEGPT_API_KEY_FILE" in variables:
+        raise ConfigurationError("FREEGPT_API_KEY and FREEGPT_API_KEY_FILE are both set; unset one of them")
+    for name in ("FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE", "OPENAI_API_KEY"):
+        value = _from_file(variables, name) if name == "FREEGPT_API_KEY_FILE" else variables.text(name)
+        if value is not None:
+            return EnvironmentKey(digest_of(_checked(name, value)), name)
+    return None
+
+
+def _from_file(variables: Variables, name: str) -> str | None:
+    path = variables.location(name)
+    return path and cleaned(f"the file of {name}", _content(path), VARIABLES[name].advice, kind="secret")
+
+
+def _content(path: str) -> str:
+    try:
+        descriptor, _ = open_regular(path, FILE_LIMIT)
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(FILE_LIMIT).decode()
+    except UnicodeDecodeError:
+        problem = "it is not UTF-8 text"
+    except UnsuitableFileError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    # The path is not repeated: it may be the key itself, put there by mistake.
+    raise ConfigurationError(f"FREEGPT_API_KEY_FILE does not name a file that can be read: {problem}")
+
+
+def _checked(name: str, key: str) -> str:
+    if is_off(key):  # a client that sends this word must not be let in
+        raise ConfigurationError(f"{name} is a word for off; to have no environment key, unset it")
+    if not key.isprintable():
+        raise ConfigurationError(f"{name} holds a control character, which no client can send; give it another key")
+    if len(key.encode("utf-8", "surrogateescape")) > VALUE_LIMIT:
+        raise ConfigurationError(f"{name} is longer than {VALUE_LIMIT} bytes, which no request may be; shorten it")
+    return key

@@ -1,0 +1,70 @@
+"""The lifespan of the wrapped application, with shutdown seen in every case.
+
+The ASGI specification lets an application refuse the lifespan: a server then goes on without, and sends no shutdown. The
+last uses would be lost, so the lifespan of such an application is completed here.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_STOPPED = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+_LAST = _STOPPED | {"lifespan.startup.failed"}
+
+_logger = logging.getLogger("freegpt_auth")
+
+
+class Lifespan:
+    """Passes the lifespan on to an application, and completes it where the application does not.
+
+    An application implements no lifespan if it returns without an answer, sends a message of another protocol, or raises
+    before it has received ``lifespan.startup``. Any other exception is its own failure, and the server's to handle.
+
+    Args:
+        receive: the server's.
+        send: the server's.
+        stop: awaited before the end of the shutdown is forwarded: a server stops its event loop on that message.
+    """
+
+    def __init__(self, receive: Receive, send: Send, stop: Callable[[Lifespan], Awaitable[None]]) -> None:
+        self._receive = receive
+        self._send = send
+        self._stop = stop
+        self._due: str | None = None  # the event that waits for its answer
+        self._has_answered = False
+        self._is_over = False
+        self._is_foreign = False
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        """Run *app* through the lifespan."""
+        try:
+            await app(scope, self._forward_event, self._forward_answer)
+        except Exception as error:
+            if self._has_answered or (self._due and not self._is_foreign):
+                raise
+            if not self._is_foreign:
+                _logger.warning("the application raised %r before its startup, and is served without a lifespan", error)
+        while not self._is_over:
+            event = self._due or (await self._forward_event())["type"]
+            await self._forward_answer({"type": f"{event}.complete"})
+
+    async def _forward_event(self) -> Message:
+        message = await self._receive()
+        self._due = message["type"]
+        return message
+
+    async def _forward_answer(self, message: Message) -> None:
+        kind = message["type"]
+        if not kind.startswith("lifespan."):
+            self._is_foreign = True
+            raise RuntimeError(f"{kind} is no answer to a lifespan event")
+        self._due, self._has_answered, self._is_over = None, True, kind in _LAST
+        if kind in _STOPPED:
+            await self._stop(self)
+        await self._send(message)

@@ -1,0 +1,50 @@
+"""One store and one usage recorder for each location in a process, shared by the middlewares over it.
+
+Litestar constructs one middleware for each route: 32 stores of 100,000 tokens took 1,511 MiB and 10.4 s, one takes 62 MiB
+and 1.5 s.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .location import is_url
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_T = TypeVar("_T")
+
+_shared: weakref.WeakValueDictionary[tuple[object, ...], Any] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def shared(make: Callable[[], _T], *key: object) -> _T:
+    """Return this process's object for *key*, made by *make* if there is none. It lives as long as its users.
+
+    Two threads may both make one, and one of the two is discarded: a slow source delays no other.
+    """
+    with _lock:
+        found: _T | None = _shared.get(key)
+    if found is not None:
+        return found
+    made = make()
+    with _lock:
+        first: _T = _shared.setdefault(key, made)
+    return first
+
+
+def place(location: str) -> str:
+    """Return a URL as it is, and a path as an absolute one: the working directory may change."""
+    return location if is_url(location) else os.path.abspath(location)
+
+
+def _renew_lock() -> None:
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()  # another thread may have held it at the moment of the fork
+
+
+os.register_at_fork(after_in_child=_renew_lock)

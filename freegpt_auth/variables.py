@@ -1,0 +1,188 @@
+"""Environment variables: the known ones, and one reader for all of them."""
+
+from __future__ import annotations
+
+import math
+import os.path
+import re
+import string
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+from .exceptions import ConfigurationError
+from .location import may_hold_password
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+OFF: Final = ("off", "false", "no", "0", "none")
+"""Words that turn a setting off, in any case."""
+
+LARGEST: Final = 100_000_000
+"""The largest number of a setting."""
+
+_ON = ("on", "true", "yes", "1")
+
+
+class Variable(NamedTuple):
+    """One environment variable of this library.
+
+    Attributes:
+        advice: the end of a message about it.
+        kind: a *secret* is in no message; a *location* is if it cannot hold a password.
+    """
+
+    advice: str
+    kind: Literal["text", "location", "secret"] = "text"
+
+
+VARIABLES: Final[Mapping[str, Variable]] = {
+    "FREEGPT_API_KEY": Variable("give it a key, or unset it", "secret"),
+    # A secret too: an operator may have put the key itself there.
+    "FREEGPT_API_KEY_FILE": Variable("name a file that holds the key, or unset it", "secret"),
+    "OPENAI_API_KEY": Variable("give it a key, or unset it", "secret"),
+    "FREEGPT_AUTH_STORE": Variable("name a token file or unset it", "location"),
+    "FREEGPT_AUTH_USAGE": Variable("name a file, say off, or unset it", "location"),
+    "FREEGPT_AUTH_PUBLIC_PATHS": Variable("list paths separated by commas, or unset it"),
+    "FREEGPT_AUTH_REQUIRED": Variable("set it to 1 or 0"),
+    "FREEGPT_AUTH_KEEP_CREDENTIALS": Variable("set it to 1 or 0"),
+    "FREEGPT_AUTH_CORS_ORIGINS": Variable("list origins separated by commas, or unset it"),
+    "FREEGPT_AUTH_LEASE": Variable(f"give it a number from 1 to {LARGEST:,}, or unset it"),
+    "FREEGPT_AUTH_CACHE": Variable(f"give it a number from 1 to {LARGEST:,}, or unset it"),
+}
+"""Every variable that is read. Any other that begins with ``FREEGPT_AUTH_`` stops a server."""
+
+_PREFIX = "FREEGPT_"
+_OWN_PREFIX = "FREEGPT_AUTH_"
+_ALIKE = 0.85  # of difflib; AUTH_STOER and AUTH_STORE have 0.90, AUTH_PORT and AUTH_STORE 0.74
+# Kubernetes and Docker set these in every pod beside a Service named freegpt-auth, or freegpt-….
+_SERVICE_LINK = re.compile(
+    r"FREEGPT_\w+_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
+)
+_ENDS = string.whitespace + "\ufeff"
+_QUOTES = "\"'`\u201c\u201d\u201e\u2018\u2019\u201a\u00ab\u00bb"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class Variables:
+    """The values of :data:`VARIABLES`, checked alike.
+
+    White space, CR, LF and a byte order mark at either end of a value are removed.
+
+    Args:
+        environ: the environment.
+
+    Raises:
+        ConfigurationError: of the constructor: a name is misspelt; of every method: a value is empty, wrapped in quotes,
+            holds a control character or cannot be used. The message names the variable.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        for name in environ:
+            if name not in VARIABLES:
+                _check_unknown(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._environ
+
+    def text(self, name: str) -> str | None:
+        """Return the value, ``None`` if the variable is not set."""
+        if name not in self._environ:
+            return None
+        variable = VARIABLES[name]
+        return cleaned(name, self._environ[name], variable.advice, kind=variable.kind)
+
+    def location(self, name: str) -> str | None:
+        """Return a path with its ``~`` expanded, or a URL."""
+        value = self.text(name)
+        return None if value is None else expanded(value)
+
+    def flag(self, name: str) -> bool:
+        """Return whether the value is a word for on. A variable that is not set is off."""
+        value = self.text(name)
+        if value is None or is_off(value):
+            return False
+        if value.lower() not in _ON:
+            raise ConfigurationError(f"{name} is {value!r}; {VARIABLES[name].advice}")
+        return True
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number from 1 to :data:`LARGEST`."""
+        value = self.text(name)
+        if value is None:
+            return default
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 1 <= number <= LARGEST:
+            raise ConfigurationError(f"{name} is {value!r}; {VARIABLES[name].advice}")
+        return number
+
+    def listed(self, name: str) -> list[str]:
+        """Return the items between commas, none for a word for off."""
+        value = self.text(name)
+        if value is None or is_off(value):
+            return []
+        return [item for item in map(str.strip, value.split(",")) if item]
+
+
+def cleaned(subject: str, value: str, advice: str, *, kind: Literal["text", "location", "secret"] = "text") -> str:
+    """Return *value* without white space and byte order marks at its ends.
+
+    Args:
+        subject: the name of the setting, for the message.
+        value: what was set.
+        advice: the end of the message if nothing is left.
+        kind: as of a :class:`Variable`.
+
+    Raises:
+        ConfigurationError: it is then empty, wrapped in quotes, or holds a control character.
+    """
+    text = value.strip(_ENDS)
+    if not text:
+        raise ConfigurationError(f"{subject} is set but empty; {advice}")
+    is_shown = kind == "text" or (kind == "location" and not may_hold_password(value))
+    shown = f": {value!r}" if is_shown else ""
+    if text[0] in _QUOTES and text[-1] in _QUOTES:
+        raise ConfigurationError(
+            f"{subject} is wrapped in quotes{shown}; remove them (docker --env-file passes quotes on)"
+        )
+    if _CONTROL.search(text):
+        raise ConfigurationError(f"{subject} holds a control character{shown}; remove it")
+    return text
+
+
+def expanded(location: str) -> str:
+    """Return *location* with the home directory in the place of its ``~``."""
+    return os.path.expanduser(location)  # noqa: PTH111  Path would merge the slashes of a URL
+
+
+def is_off(value: str) -> bool:
+    """Return whether *value* is a word for off."""
+    return value.lower() in OFF
+
+
+def _check_unknown(name: str) -> None:
+    """Raise an error if *name* was meant to be one of :data:`VARIABLES`. Its value is not repeated."""
+    bare = name.strip(_ENDS + _QUOTES)
+    if bare in VARIABLES:
+        raise ConfigurationError(
+            f"the variable {name!r} was meant to be {bare}: "
+            "save the file that sets it without a byte order mark, white space or quotes round the name"
+        )
+    if not bare.upper().startswith(_PREFIX) or _SERVICE_LINK.fullmatch(bare):
+        return
+    meant = _most_alike(bare.upper())
+    if meant is not None:
+        raise ConfigurationError(f"the variable {name!r} is none of this version: {meant} was meant, or unset it")
+    if bare.startswith(_OWN_PREFIX):
+        raise ConfigurationError(f"the variable {name!r} is none of this version; correct its name, or unset it")
+
+
+def _most_alike(name: str) -> str | None:
+    from difflib import get_close_matches  # noqa: PLC0415  an import that is hardly ever needed
+
+    known = [other.removeprefix(_PREFIX) for other in VARIABLES if other.startswith(_PREFIX)]
+    found = get_close_matches(name.removeprefix(_PREFIX), known, n=1, cutoff=_ALIKE)
+    return _PREFIX + found[0] if found else None

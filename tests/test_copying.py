@@ -1,0 +1,88 @@
+"""Copies of a wrapped application, and its way into another process."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from freegpt_auth import AuthMode, BearerTokenMiddleware, ConfigurationError, FileTokenStore, MemoryTokenStore
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    Ask = Callable[..., Awaitable[Any]]
+
+
+class Plain:
+    """An application with something to copy."""
+
+    def __init__(self) -> None:
+        self.content = ["ok"]
+
+    async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
+        """Answer 200."""
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+async def test_copy_has_the_same_tokens(ask: Ask, keep: Any, duplicate: Callable[[Any], Any]) -> None:
+    """A copy guards with the same token source, also one that is an object; a deep one copies the application."""
+    store = MemoryTokenStore()
+    guard = BearerTokenMiddleware(Plain(), store=store)
+    twin = duplicate(guard)
+    _, secret = keep(store)
+    for app in (guard, twin):
+        assert (await ask(app, headers=[(b"authorization", f"Bearer {secret}".encode())])).status == 200
+    assert (await ask(twin)).status == 401
+    assert (twin.app.content is guard.app.content) is (duplicate is copy.copy)  # type: ignore[attr-defined]
+
+
+def test_pickle_guards_another_process(keep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process in another directory, without the environment of this one, reads the same tokens and usage."""
+    keep(FileTokenStore("api_tokens.json"))
+    pickled = pickle.dumps(BearerTokenMiddleware(print, public_paths=["/health"]))  # type: ignore[arg-type]
+    program = (
+        "import pickle, sys; guard = pickle.loads(sys.stdin.buffer.read()); "
+        "print(guard._authenticator.mode, guard._look_ups.verifier.path, guard._usage._store.source, *guard._public_paths)"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done = subprocess.run([sys.executable, "-c", program], input=pickled, capture_output=True, check=True, timeout=60)
+    expected = f"token-file {tmp_path}/api_tokens.json {tmp_path}/api_tokens.usage.db /health"
+    assert done.stdout.decode().strip() == expected
+
+
+def test_pickle_never_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A middleware that was closed by its environment key is an error where the key is missing; an open one stays open."""
+    assert pickle.loads(pickle.dumps(BearerTokenMiddleware(print)))._authenticator.mode is AuthMode.OPEN  # type: ignore[arg-type]
+    monkeypatch.setenv("FREEGPT_API_KEY", "the-environment-key")
+    pickled = pickle.dumps(BearerTokenMiddleware(print, usage="off"))  # type: ignore[arg-type]
+    assert b"the-environment-key" not in pickled
+    assert pickle.loads(pickled)._usage is None
+    monkeypatch.delenv("FREEGPT_API_KEY")
+    with pytest.raises(ConfigurationError, match="authentication is required"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.anyio
+async def test_pickling_explains_its_refusal() -> None:
+    """A token source that is an object, and settings that cannot be used, are reasons in our own words."""
+    reasons = [("MemoryTokenStore object of this process", {"store": MemoryTokenStore()})]
+    reasons += [("authentication is required", {"required": True})]
+    for reason, arguments in reasons:
+        with pytest.raises(TypeError, match=reason):
+            pickle.dumps(BearerTokenMiddleware(print, **arguments))  # type: ignore[arg-type]
+
+
+def test_pickle_carries_every_argument() -> None:
+    """No argument of the constructor is lost on the way."""
+    construct, _ = BearerTokenMiddleware(print).__reduce__()  # type: ignore[arg-type]
+    assert {"self", "app", *construct.keywords} == set(inspect.signature(BearerTokenMiddleware.__init__).parameters)

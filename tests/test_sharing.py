@@ -1,0 +1,209 @@
+"""The parts that the middlewares of one process share, and those that they do not."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from anyio import to_thread
+
+from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, FileTokenStore, Survey
+from freegpt_auth.sharing import shared
+from freegpt_auth.usage.sqlite import read_usage
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    Ask = Callable[..., Awaitable[Any]]
+
+TOKEN_FILE = "api_tokens.json"
+
+
+async def plain(_scope: Any, _receive: Any, send: Any) -> None:
+    """Answer 200 to every request."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def test_one_location_is_one_store(keep: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A middleware for each route costs one store and one recorder, and announces the mode once."""
+    caplog.set_level(logging.INFO, "freegpt_auth")
+    keep(FileTokenStore(TOKEN_FILE))
+    guards = [BearerTokenMiddleware(plain, store=store) for store in (TOKEN_FILE, os.path.abspath(TOKEN_FILE))]
+    for part in (lambda guard: guard._look_ups.verifier, lambda guard: guard._usage, lambda guard: guard._refusals):
+        assert len({id(part(guard)) for guard in guards}) == 1
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [({"store": "other.json"}, {}), ({"usage_interval": 9.0}, {}), ({}, {"FREEGPT_AUTH_LEASE": "9"})],
+)
+def test_other_settings_are_not_shared(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], environment: dict[str, str]
+) -> None:
+    """Each middleware keeps the settings that it was given."""
+    first = BearerTokenMiddleware(plain)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    second = BearerTokenMiddleware(plain, **arguments)
+    assert (first._look_ups.verifier, first._usage) != (second._look_ups.verifier, second._usage)
+
+
+def test_another_directory_is_another_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same relative path in two directories names two token files."""
+    first = BearerTokenMiddleware(plain)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert BearerTokenMiddleware(plain)._look_ups.verifier is not first._look_ups.verifier
+
+
+def test_unused_parts_are_released() -> None:
+    """The tokens leave memory with the last middleware over them."""
+    guard = BearerTokenMiddleware(plain)
+    twin = BearerTokenMiddleware(plain)
+    store = weakref.ref(guard._look_ups.verifier)
+    del guard
+    gc.collect()
+    assert store() is twin._look_ups.verifier
+    del twin
+    gc.collect()
+    assert store() is None
+
+
+class Thing:
+    """Something to share."""
+
+
+def test_two_threads_share_one_object() -> None:
+    """Two servers that start at the same time in one process end up with one store."""
+    both = threading.Barrier(2)
+    things: list[Thing] = []
+
+    def make() -> Thing:
+        both.wait(10)
+        return Thing()
+
+    threads = [threading.Thread(target=lambda: things.append(shared(make, "a thing"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert things[0] is things[1]
+
+
+_FORK_WHILE_SHARING = """
+import os, signal, sys
+from freegpt_auth import sharing
+with sharing._lock:  # as another thread holds it
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        print(sharing.shared(frozenset, "a key"))
+        sys.exit()
+os.waitpid(child, 0)
+"""
+
+
+def test_fork_renews_the_lock() -> None:
+    """A child that is forked while another thread holds the lock constructs its middleware all the same."""
+    assert subprocess.check_output([sys.executable, "-c", _FORK_WHILE_SHARING], timeout=60) == b"frozenset()\n"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize("interval", [2.0, 9.0])
+async def test_two_guards_count_one_use(ask: Ask, keep: Any, kind: str, interval: float) -> None:
+    """A request through the guard of an application and that of a mounted one is one use, whatever their settings."""
+    token, secret = keep(FileTokenStore(TOKEN_FILE))
+    inner = BearerTokenMiddleware(plain, usage_interval=interval)
+    elsewhere = BearerTokenMiddleware(inner, usage="elsewhere.db")
+    outer = BearerTokenMiddleware(elsewhere)
+    for _ in range(3):
+        assert (await ask(outer, type=kind, headers=[(b"authorization", f"Bearer {secret}".encode())])).status == 200
+    for guard in (outer, inner, elsewhere):
+        await to_thread.run_sync(guard._usage.flush)
+    for place in ("api_tokens.usage.db", "elsewhere.db"):
+        assert (await to_thread.run_sync(read_usage, place))[token.id].use_count == 3
+
+
+class Source:
+    """A token source that answers when it is released, and notes that it is closed."""
+
+    look_up_limit = 1
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.is_closed = False
+
+    def peek(self, _digest: bytes) -> Any:
+        """Know nothing."""
+        return UNRESOLVED
+
+    def resolve(self, _digest: bytes) -> Any:
+        """Find nothing, in the end."""
+        assert self.release.wait(30)
+
+    def survey(self) -> Survey:
+        """Count no token."""
+        return Survey(configured=True, active=0, source="a slow source")
+
+    def close(self) -> None:
+        """Note it."""
+        self.is_closed = True
+
+
+@pytest.mark.anyio
+async def test_slow_source_delays_no_other(ask: Ask) -> None:
+    """Two applications of one process: one's slow token source has no part in the other's answers."""
+    slow, quick = Source(), Source()
+    quick.release.set()
+    occupied, free = BearerTokenMiddleware(plain, store=slow), BearerTokenMiddleware(plain, store=quick)
+    again = BearerTokenMiddleware(plain, store=slow)
+    headers = [(b"x-api-key", b"sk-any")]
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            for _ in range(8):
+                group.start_soon(lambda: ask(occupied, headers=headers))
+            await anyio.wait_all_tasks_blocked()
+            try:
+                assert (await ask(free, headers=headers)).status == 401
+                assert (await ask(again, headers=headers)).status == 503
+            finally:
+                slow.release.set()
+
+
+@pytest.mark.anyio
+async def test_last_lifespan_closes_the_source() -> None:
+    """A server that stops leaves a source open for another server of the process, and a restarted one closes it again."""
+    source = Source()
+    events: dict[str, list[str]] = {}
+
+    async def live(name: str, during: Callable[[], Awaitable[None]]) -> None:
+        async def receive() -> Any:
+            event = events.setdefault(name, ["startup", "shutdown"]).pop(0)
+            if event == "shutdown":
+                await during()
+            return {"type": f"lifespan.{event}"}
+
+        async def send(_message: Any) -> None:
+            closed.append(source.is_closed)
+
+        await BearerTokenMiddleware(plain, store=source)({"type": "lifespan"}, receive, send)
+
+    async def nothing() -> None:
+        """Serve no request."""
+
+    for _ in range(2):
+        events.clear()
+        source.is_closed, closed = False, []
+        await live("outer", lambda: live("inner", nothing))
+        assert closed == [False, False, False, True]

@@ -1,0 +1,66 @@
+"""Environment variables: the checks of every value and every name."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from freegpt_auth import ConfigurationError, Settings
+from freegpt_auth.settings import store_location
+from freegpt_auth.variables import VARIABLES, Variables
+
+SECRET = "a-key-that-nobody-may-see"
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_every_value_is_cleaned(name: str) -> None:
+    """White space, line ends and a byte order mark round a value do no harm; quotes and control characters are errors."""
+    assert Variables({name: "\ufeff \tvalue \v\r\n"}).text(name) == "value"
+    with pytest.raises(ConfigurationError, match=f"^{name} is set but empty; {re.escape(VARIABLES[name].advice)}$"):
+        Variables({name: "\ufeff \r\n"}).text(name)
+    for spoilt, message in (("'value'", "is wrapped in quotes"), ("val\x1fue", "holds a control character")):
+        shown = "" if VARIABLES[name].kind == "secret" else f": {spoilt!r}"
+        with pytest.raises(ConfigurationError, match=f"^{name} {re.escape(message + shown)}; remove"):
+            Variables({name: spoilt}).text(name)
+
+
+@pytest.mark.parametrize("value", ["'postgresql://u:hunter2@h/d'", "'u:hunter2@h'", "'password=hunter2'"])
+def test_quoted_password_is_not_shown(value: str) -> None:
+    """A location is repeated in a message only if it cannot hold a password."""
+    with pytest.raises(ConfigurationError, match=r"^FREEGPT_AUTH_STORE is wrapped in quotes; remove"):
+        Variables({"FREEGPT_AUTH_STORE": value}).text("FREEGPT_AUTH_STORE")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "\ufeffFREEGPT_API_KEY",
+            r"the variable '\\ufeffFREEGPT_API_KEY' was meant to be FREEGPT_API_KEY: save the file",
+        ),
+        ("\ufeffOPENAI_API_KEY", "was meant to be OPENAI_API_KEY"),
+        (" FREEGPT_AUTH_STORE", "was meant to be FREEGPT_AUTH_STORE"),
+        (
+            "FREEGPT_AUTH_STOER",
+            "^the variable 'FREEGPT_AUTH_STOER' is none of this version: FREEGPT_AUTH_STORE was meant",
+        ),
+        ("freegpt_api_key", "FREEGPT_API_KEY was meant"),
+        ("FREEGPT_API_KY", "FREEGPT_API_KEY was meant"),
+        ("FREEGPT_API_KEYS", "FREEGPT_API_KEY was meant"),
+        ("FREEGPT_AUTH_TOKEN", "^the variable 'FREEGPT_AUTH_TOKEN' is none of this version; correct its name"),
+    ],
+)
+def test_misspelt_name_stops_the_start(name: str, message: str) -> None:
+    """A key or a store under a wrong name would leave a server open: the name is reported, and not its value."""
+    for read in (Settings.from_env, store_location):
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            read(environ={name: SECRET})
+        assert SECRET not in str(caught.value)
+
+
+def test_foreign_names_are_ignored() -> None:
+    """Variables of other programs, and those Kubernetes sets beside a Service named freegpt-auth, are no misspellings."""
+    links = ("SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR", "STORE_PORT")
+    names = [f"FREEGPT_AUTH_{link}" for link in links] + ["FREEGPT_MODEL", "FREEGPT_API_URL", "openai_api_key", "PATH"]
+    assert Settings.from_env(environ=dict.fromkeys(names, "x")) == Settings.from_env(environ={})
