@@ -127,7 +127,10 @@ def _become(identity: _Identity) -> None:
 
 
 def _owner_of(path: str, root: _Identity) -> _Identity:
-    way, place = _resolve(path)
+    try:
+        way, place = _resolve(path)
+    except OSError as error:
+        raise StoreError(f"{path}: the way to it cannot be followed: {error.strerror}") from None
     status = _status_or_none(place)
     user = way.user
     if way.shared and not user:
@@ -151,7 +154,7 @@ def _identity_of(user: int, files: list[os.stat_result | None]) -> _Identity:
 
 @dataclass
 class _Way:
-    """Who decides what a path means, by the folders passed so far.
+    """The user that decides the meaning of a path, by the folders passed so far.
 
     Attributes:
         user: owner of the last folder, or of the nearest one above that is not root's; 0 if all are.
@@ -172,10 +175,13 @@ class _Way:
 
 
 def _resolve(path: str) -> tuple[_Way, Path]:
-    """Follow *path* name by name; return who decides what is there, and the place itself.
+    """Follow *path* name by name; return the deciding user, and the place that the path means.
 
     A link in a folder of a user, or of a user, ends the way: its target is reached with that user's rights. So does a
     folder that is missing.
+
+    Raises:
+        OSError: a link or an ACL cannot be read.
     """
     way, links = _Way(), 0
     folder, place, names = Path("/"), Path(path), _names(path)

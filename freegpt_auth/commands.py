@@ -162,10 +162,11 @@ def _usage(location: str) -> Mapping[str, Usage]:
     path = usage_location(location)
     if path is None:
         return {}
-    with as_owner_of(path), contextlib.closing(open_usage(path)) as store:
+    with contextlib.closing(open_usage(path)) as store:
         try:
-            return store.read()
-        except UsageError as error:
+            with as_owner_of(path):
+                return store.read()
+        except (StoreError, UsageError) as error:
             say(f"freegpt-auth: the usage in {store.source} cannot be read and is left out: {error}")
             return {}
 

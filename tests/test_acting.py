@@ -5,6 +5,7 @@ The tests hold for any user, who stays itself; for root they show the change of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -22,7 +23,8 @@ import pytest
 
 import freegpt_auth
 from freegpt_auth import acting, cli
-from freegpt_auth.acting import as_owner_of
+from freegpt_auth.acting import as_owner_of, thread_as_owner_of
+from freegpt_auth.exceptions import StoreError
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
 from freegpt_auth.usage.sqlite import UsageDatabase
@@ -125,6 +127,14 @@ def test_root_stays_root_in_its_own_folder(roots: Path, kind: str) -> None:
         assert acting._current() == before
 
 
+def test_other_users_stay_themselves(home: Path, unprivileged: Path) -> None:
+    """A user who is not root has nothing to lend, in any folder."""
+    before = acting._current()
+    for folder in (unprivileged, home):
+        with as_owner_of(str(folder / "t.json")), thread_as_owner_of(str(folder / "t.json")):
+            assert acting._current() == before
+
+
 @pytest.mark.parametrize("below", ["", "folder"])
 def test_root_refuses_a_shared_folder(roots: Path, capsys: pytest.CaptureFixture[str], below: str) -> None:
     """Where any user may plant a file, and no file names the user of the server, root does nothing and says so."""
@@ -211,6 +221,18 @@ def test_server_that_may_not_change_its_user_writes_nothing(
     recorder.forget()
 
 
+def test_way_that_cannot_be_followed_is_reported(roots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root does not guess who may have made a link that it cannot read."""
+
+    def fail(_: Path) -> Path:
+        raise OSError(errno.EIO, "Input/output error")
+
+    link = linked(roots / "t.json", "other.json")
+    monkeypatch.setattr(Path, "readlink", fail)
+    with pytest.raises(StoreError, match="the way to it cannot be followed") if IS_ROOT else contextlib.nullcontext():
+        as_owner_of(str(link)).__enter__()
+
+
 # --- the attacks
 
 
@@ -267,7 +289,7 @@ def test_modules_that_only_root_may_read(home: Path, tmp_path: Path) -> None:
     """Everything is imported before the change of user: the owner of the folder may not reach root's packages."""
     package = Path(freegpt_auth.__file__).parent
     shutil.copytree(package, tmp_path / "lib" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PYTHONPATH": str(tmp_path / "lib")}  # and none of coverage's: it would count the copy
     for arguments in (["create", "ci"], ["list", "--json"], ["copy", "t.json", "new.json"]):
         store = [] if arguments[0] == "copy" else ["--store", "t.json"]
         program = "import freegpt_auth.cli as cli, sys; assert 'lib' in cli.__file__; sys.exit(cli.main())"

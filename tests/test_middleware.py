@@ -37,7 +37,7 @@ from freegpt_auth import (
 from freegpt_auth.bearer import SUBPROTOCOL
 from freegpt_auth.denials import RETRY_AFTER
 from freegpt_auth.lookups import LANE_WIDTH
-from freegpt_auth.stores import disk, file
+from freegpt_auth.stores import file, table
 from freegpt_auth.tokens import digest_of, issue
 from freegpt_auth.usage.sqlite import read_usage
 
@@ -597,9 +597,9 @@ async def test_one_reading_serves_many_requests(keep: Keep, monkeypatch: pytest.
     keep(store)
     guarded = BearerTokenMiddleware(plain, usage="off")
     _, secret = keep(store)
-    readings: list[str] = []
-    read_file = disk.read_file
-    monkeypatch.setattr(disk, "read_file", lambda path, *rest: (readings.append(path), read_file(path, *rest))[1])
+    readings: list[object] = []
+    read = table.read
+    monkeypatch.setattr(table, "read", lambda source: (readings.append(source), read(source))[1])
     async with anyio.create_task_group() as group:
         for _ in range(25):
             group.start_soon(one, secret, 200)

@@ -1,4 +1,4 @@
-"""Access to a file: what its successor keeps of it, and whether it is wider than its owner can want.
+"""Access to a file: the part that its successor keeps, and warnings about access that is too wide.
 
 A server that could read the old file must be able to read the new one, or it would never see a revocation.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _ACL = "system.posix_acl_access"
 _LABELS = ("system.nfs4_acl", "security.selinux")
-"""Other extended attributes that decide who may read a file."""
+"""Other extended attributes that govern access to a file."""
 
 # linux/posix_acl_xattr.h: a version of 4 bytes, then entries of tag, permissions and id, little-endian.
 _ENTRY = struct.Struct("<HHI")
@@ -134,10 +134,8 @@ def _own(fd: int, path: str, access: Access) -> None:
     except PermissionError:
         # A group without any permission may change: Docker's -u 1000 gives files the group 0, which user 1000 cannot.
         if status.st_uid != access.owner or access.mode & stat.S_IRWXG or access.acl is not None:
-            member = f"user {status.st_uid} is no member of group {access.group}"
-            raise TokenFileError(
-                path, f"its group cannot be kept: {member}; change the group, or add the user"
-            ) from None
+            kept = f"user {status.st_uid} cannot keep its owner and group ({access.owner}:{access.group})"
+            raise TokenFileError(path, f"{kept}; change them, or add the user to the group") from None
 
 
 def _attribute(place: str | int, name: str) -> bytes | None:

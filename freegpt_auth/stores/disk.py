@@ -41,7 +41,7 @@ _PROBLEMS = {
 }
 
 _LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
-"""Errors that say what is at the path. Any other, such as EMFILE, EACCES or EIO, may hide a change of the file."""
+"""Errors that describe the path itself. Any other, such as EMFILE, EACCES or EIO, may hide a change of the file."""
 
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP)  # some file systems have no hard links
 

@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 def read(path: str, parse: Callable[[bytes | None], _T]) -> _T:
-    """Return what *parse* makes of the bytes of the file, or of ``None`` if there is no file.
+    """Parse the bytes of the file, or ``None`` if there is no file.
 
     Raises:
         TokenFileError: the file cannot be read, or *parse* raised a ``ValueError``.
@@ -32,7 +32,7 @@ def read(path: str, parse: Callable[[bytes | None], _T]) -> _T:
 
 
 def change(path: str, edit: Callable[[Document], _T], lock_timeout: float) -> _T:
-    """Replace the file by one that *edit* has changed, and return what *edit* returned. Nothing is written if nothing changed.
+    """Replace the file by the edited one, if *edit* changed it; return the result of *edit*.
 
     Args:
         path: the file; it need not exist.

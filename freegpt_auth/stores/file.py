@@ -167,7 +167,7 @@ class FileTokenStore:
         except (TokenFileError, ValueError) as error:
             return self._failed(error, signature, now)
         if found.contents is None:
-            return replace(self._snapshot, retry_at=NEVER)
+            return self._snapshot if now < self._snapshot.retry_at else replace(self._snapshot, retry_at=NEVER)
         if not found.contents.blank or self._was_closed():
             self._close()
         self._tell_loaded(found.status, found.contents)

@@ -61,6 +61,8 @@ class UsageRecorder:
     def __init__(self, store: UsageStore, *, interval: float) -> None:
         # Now, for a last write at exit: while the interpreter shuts down it cannot be imported, and version 3.30 tries out
         # the file system when it is, which importing this package must not do.
+        import ctypes  # noqa: F401, PLC0415
+
         import filelock  # noqa: F401, PLC0415
 
         store.check()

@@ -15,7 +15,6 @@ import logging
 import os
 import sqlite3
 import time
-import urllib.parse  # noqa: F401  Path.as_uri would import it late, with the rights of the folder's owner
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING

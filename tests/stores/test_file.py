@@ -466,6 +466,23 @@ def test_rewrite_within_one_tick_is_found(
     assert _said(caplog) == [("INFO", f"{path} was read again: 1 active token(s)")]
 
 
+def test_return_within_one_tick_is_compared_again(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """A file that changes and is as before within one tick may change once more: the comparison still comes."""
+    monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
+    (one, first), (two, second) = _issued(), _issued()
+    _write(path, _content((one, first)))
+    store.survey()
+    clock(ticks.FINE / 2)
+    seen, real = [disk.MISSING], disk.signature_at
+    monkeypatch.setattr(disk, "signature_at", lambda name: seen.pop() if seen else real(name))
+    assert _id(store.resolve(one)) == first.id
+    path.write_bytes(_content((two, second)))
+    clock(ticks.FINE)
+    assert _id(_look(store, two)) == second.id
+
+
 # --- missing, blank, configured
 
 
