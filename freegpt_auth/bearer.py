@@ -79,14 +79,7 @@ def presented(scope: Any) -> tuple[list[bytes], Fault | None]:
     Raises:
         MalformedCredentialsError: one carrier comes more than once.
     """
-    secrets: list[bytes] = []
-    found: set[bytes] = set()
-    for name, value in _listed(scope, "headers"):
-        if name in _CARRIERS:
-            if name in found or (name == b"authorization" and _COMMA in value and _JOINED.search(value)):
-                raise MalformedCredentialsError(f"the {name.decode()} header is sent more than once")
-            found.add(name)
-            secrets.append(_secret(name, value))
+    secrets = _header_secrets(scope)
     if scope["type"] == "websocket":
         offered = _offered_secrets(scope)
         if len(offered) > 1:
@@ -121,6 +114,18 @@ def _listed(scope: Any, key: str) -> list[Any]:
     if not isinstance(entry, list):
         entry = scope[key] = list(entry)
     return entry
+
+
+def _header_secrets(scope: Any) -> list[bytes]:
+    secrets: list[bytes] = []
+    found: set[bytes] = set()
+    for name, value in _listed(scope, "headers"):
+        if name in _CARRIERS:
+            if name in found or (name == b"authorization" and _COMMA in value and _JOINED.search(value)):
+                raise MalformedCredentialsError(f"the {name.decode()} header is sent more than once")
+            found.add(name)
+            secrets.append(_secret(name, value))
+    return secrets
 
 
 def _secret(name: bytes, value: bytes) -> bytes:
