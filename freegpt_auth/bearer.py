@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .exceptions import MalformedCredentialsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 SUBPROTOCOL = "openai-insecure-api-key."
 """What a browser puts before its secret, since it can set no header on a WebSocket."""
@@ -43,13 +43,14 @@ _NOT_TO_BE_GUESSED = bytes(VALUE_LIMIT + 1)
 _JOINED = re.compile(rb",[ \t]*(?:bearer|basic) ", re.IGNORECASE)
 
 
-def plain(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int]:
-    """Return digest and place of the one secret that the headers present as nearly every client does.
+def plain(scope: Any) -> tuple[bytes, int]:
+    """Return digest and place of the one secret that a request presents as nearly every client does.
 
-    The place is an index from the end of the list. :data:`NOT_PLAIN` says nothing about the headers; ask
+    The place is an index from the end of the list of headers. :data:`NOT_PLAIN` says nothing about the request; ask
     :func:`presented`, which takes half as long again.
     """
-    if type(headers) is not list:
+    headers = scope["headers"]
+    if type(headers) is not list or scope.get("subprotocols"):
         return NOT_PLAIN
     carrier = value = b""
     left = 0
