@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .exceptions import MalformedCredentialsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 SUBPROTOCOL = "openai-insecure-api-key."
 """What a browser puts before its secret, since it can set no header on a WebSocket."""
@@ -43,13 +43,14 @@ _NOT_TO_BE_GUESSED = bytes(VALUE_LIMIT + 1)
 _JOINED = re.compile(rb",[ \t]*(?:bearer|basic) ", re.IGNORECASE)
 
 
-def plain(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, int]:
-    """Return digest and place of the one secret that the headers present as nearly every client does.
+def plain(scope: Any) -> tuple[bytes, int]:
+    """Return digest and place of the one secret that a request presents as nearly every client does.
 
-    The place is an index from the end of the list. :data:`NOT_PLAIN` says nothing about the headers; ask
+    The place is an index from the end of the list of headers. :data:`NOT_PLAIN` says nothing about the request; ask
     :func:`presented`, which takes half as long again.
     """
-    if type(headers) is not list:
+    headers = scope["headers"]
+    if type(headers) is not list or scope.get("subprotocols"):
         return NOT_PLAIN
     carrier = value = b""
     left = 0
@@ -79,14 +80,7 @@ def presented(scope: Any) -> tuple[list[bytes], Fault | None]:
     Raises:
         MalformedCredentialsError: one carrier comes more than once.
     """
-    secrets: list[bytes] = []
-    found: set[bytes] = set()
-    for name, value in _listed(scope, "headers"):
-        if name in _CARRIERS:
-            if name in found or (name == b"authorization" and _COMMA in value and _JOINED.search(value)):
-                raise MalformedCredentialsError(f"the {name.decode()} header is sent more than once")
-            found.add(name)
-            secrets.append(_secret(name, value))
+    secrets = _header_secrets(scope)
     if scope["type"] == "websocket":
         offered = _offered_secrets(scope)
         if len(offered) > 1:
@@ -121,6 +115,18 @@ def _listed(scope: Any, key: str) -> list[Any]:
     if not isinstance(entry, list):
         entry = scope[key] = list(entry)
     return entry
+
+
+def _header_secrets(scope: Any) -> list[bytes]:
+    secrets: list[bytes] = []
+    found: set[bytes] = set()
+    for name, value in _listed(scope, "headers"):
+        if name in _CARRIERS:
+            if name in found or (name == b"authorization" and _COMMA in value and _JOINED.search(value)):
+                raise MalformedCredentialsError(f"the {name.decode()} header is sent more than once")
+            found.add(name)
+            secrets.append(_secret(name, value))
+    return secrets
 
 
 def _secret(name: bytes, value: bytes) -> bytes:

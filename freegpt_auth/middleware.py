@@ -11,7 +11,7 @@ from anyio import to_thread
 from . import cors, denials
 from .assembly import assemble
 from .authentication import Decision, Refusal
-from .bearer import NOT_PLAIN, plain, withdraw
+from .bearer import plain, withdraw
 from .callers import ANONYMOUS, Caller
 from .construction import Unusable, warn_if_late
 from .copying import Copyable
@@ -118,20 +118,15 @@ class BearerTokenMiddleware(Copyable):
         if self._public_paths and is_public(scope, self._public_paths):
             caller = ANONYMOUS
         else:
-            digest, place = NOT_PLAIN if kind == "websocket" and scope.get("subprotocols") else plain(scope["headers"])
-            known = self._authenticator.recognise(digest) if digest else None
+            digest, place = plain(scope)
+            known = self._authenticator.recognise(digest)
             if known is None:
-                decision = await self._decide(scope, digest)
-                if isinstance(decision, Refusal):
-                    await self._refuse(scope, receive, send, decision)
+                known = await self._admit(scope, receive, send, digest)
+                if known is None:
                     return
-                caller = decision
-                if caller is not ANONYMOUS:
-                    self._withdraw(scope, caller)
-            else:
-                caller = known
-                if not self._keeps:
-                    del scope["headers"][place]
+            elif not self._keeps:
+                del scope["headers"][place]
+            caller = known
             digest = b""  # tracebacks show it, and a key that a person chose can be guessed from its digest
             token, usage = caller.token, self._usage
             if token is not None and usage is not None and self._counted not in scope:
@@ -146,10 +141,19 @@ class BearerTokenMiddleware(Copyable):
             scope[MARK] = caller
         await self.app(scope, receive, send)
 
-    def _withdraw(self, scope: Scope, caller: Caller) -> None:
-        """Remove the credential of *caller*, and each other one that is valid here, from *scope*."""
-        if not self._keeps:
-            withdraw(scope, lambda digest: digest == caller.digest or self._authenticator.accepts(digest))
+    async def _admit(self, scope: Scope, receive: Receive, send: Send, digest: bytes) -> Caller | None:
+        """Return a caller who is not known from an earlier request, without any valid credential left in *scope*.
+
+        ``None`` says that the request was refused.
+        """
+        decision = await self._decide(scope, digest)
+        if isinstance(decision, Refusal):
+            await self._refuse(scope, receive, send, decision)
+            return None
+        if decision is not ANONYMOUS and not self._keeps:
+            verified = decision.digest
+            withdraw(scope, lambda each: each == verified or self._authenticator.accepts(each))
+        return decision
 
     async def _decide(self, scope: Scope, digest: bytes) -> Caller | Refusal:
         """Decide about a caller who is not known from an earlier request."""
