@@ -37,7 +37,7 @@ _ADVICE = {
     "58": _SEE_LOG,
     "XX": _SEE_LOG,
 }
-_UNREACHED = "check that the database runs, and host, port, name, user and password in the URL"
+_UNREACHED = "check that the database runs and can be written to, and host, port, name, user and password in the URL"
 _UNREADABLE = "a value cannot be stored or read: text must be UTF-8 without the character NUL"
 
 
