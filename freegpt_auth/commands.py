@@ -15,7 +15,7 @@ import msgspec
 from .exceptions import AmbiguousTokenError, StoreError, TokenNotFoundError, UsageError
 from .listing import entry, local, record, title
 from .location import is_url
-from .settings import usage_location
+from .settings import copied_locations, usage_location
 from .stores import open_store
 from .stores.base import Migrating
 from .tokens import SECRET_LENGTH, digest_of, has_valid_checksum, issue, printable
@@ -93,6 +93,7 @@ def delete(options: argparse.Namespace) -> int:
 
 def copy(options: argparse.Namespace) -> int:
     """Put the tokens of one store, and their usage, into another. What is revoked in either is revoked in the second."""
+    options.origin, options.target = copied_locations(options.origin, options.target)
     origin, target = open_store(options.origin), open_store(options.target)
     tokens = origin.tokens()
     if not tokens:

@@ -378,6 +378,17 @@ def test_the_same_secret_may_have_another_id(run: Run, database: str) -> None:
     assert usage_at("api_tokens.usage.db") == {"in-the-file": Usage(5, LATER), "x": Usage(9, LATER)}
 
 
+def test_a_dash_is_the_store_in_the_variable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The URL of a database and its password need not stand among the arguments, which every user of a host sees."""
+    put(FILE, token("a"))
+    assert run("copy", FILE, "-").failed_in_one_line("FREEGPT_AUTH_STORE, which is not set")
+    monkeypatch.setenv("FREEGPT_AUTH_STORE", BACK)
+    assert run("copy", "-", "-").failed_in_one_line("FROM and TO are both -")
+    for origin, target in ((FILE, "-"), ("-", "third.json")):
+        assert run("copy", origin, target).status == 0
+    assert names(BACK) == names("third.json") == ["a"]
+
+
 @pytest.mark.parametrize("origin", ["missing.json", "empty.json", "database"])
 def test_nothing_is_copied_from_where_nothing_is(run: Run, database: str, origin: str) -> None:
     """A slip in the name of FROM changes nothing and is no success: least of all does --delete empty TO."""
@@ -516,7 +527,7 @@ def test_what_a_database_cannot_keep_is_one_line(here: Run, database: str) -> No
     good = json.loads(Path(FILE).read_text())
     bad = {**good["tokens"][0], "id": "bad", "name": "nul\x00", "digest": "sha256$" + "0" * 64}
     Path(FILE).write_text(json.dumps({"version": 1, "tokens": [*good["tokens"], bad]}))
-    assert here("copy", FILE, database).failed_in_one_line(f"{place(database)}: ")
+    assert here("copy", FILE, database).failed_in_one_line("text must be UTF-8 without the character NUL")
     assert names(database) == []
 
 
