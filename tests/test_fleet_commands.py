@@ -249,11 +249,25 @@ def test_a_command_leaves_nothing_open(database: str) -> None:
         assert "Warning" not in done.stderr
 
 
+def test_stderr_of_a_command_has_our_lines_only(database: str) -> None:
+    """Where the connection breaks in a transaction, no line of the driver's logger stands beside ours."""
+    program = (
+        "import sys; from freegpt_auth.stores.postgres import changes;"
+        "changes.DURABLE = 'SELECT pg_terminate_backend(pg_backend_pid())';"
+        "from freegpt_auth.cli import main; sys.exit(main())"
+    )
+    start = [sys.executable, "-c", program, "--store", database, "create", "ci"]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=60, check=False)
+    assert Done(done.returncode, done.stdout, done.stderr).failed_in_one_line("try again once it runs")
+
+
 def test_a_database_that_cannot_be_reached_is_one_line(here: Run, cluster: Any) -> None:
     """Where no database answers, or the password is wrong, a command says so in one line that holds no password."""
     put(FILE, token("a"))
     for url, why in (
         ("postgresql://u:hunter2@127.0.0.1:1/d", "does not answer: "),
+        ("postgresql://u:hunter2@a..b/d", "does not answer: the name of the host is none that can be looked up"),
+        ("postgresql://u:hunter2@127.0.0.1:1/d?connect_timeout=x", "check that the database runs"),
         (cluster.url("migrated", password="hunter2"), "password authentication failed"),
         (cluster.url("missing", password="hunter2"), "password authentication failed"),
         (cluster.url("missing"), 'database "missing" does not exist'),

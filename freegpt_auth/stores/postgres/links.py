@@ -79,7 +79,10 @@ class Address:
             psycopg.Error: there is none to be had.
         """
         # Prepared statements do not survive a pooler that gives each transaction another connection.
-        connection = Connection.connect(**self._parameters, autocommit=True, prepare_threshold=None)
+        try:
+            connection = Connection.connect(**self._parameters, autocommit=True, prepare_threshold=None)
+        except UnicodeError:  # of the codec "idna": an empty label, or one of over 63 characters
+            raise psycopg.OperationalError("the name of the host is none that can be looked up") from None
         connection.limit = limit
         connection.ask = self._holders if limit > TIME_LIMIT else None
         link = Link(connection)

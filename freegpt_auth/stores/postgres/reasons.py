@@ -37,7 +37,9 @@ _ADVICE = {
     "58": _SEE_LOG,
     "XX": _SEE_LOG,
 }
-_UNREACHED = "check that the database runs and can be written to, and host, port, name, user and password in the URL"
+_UNREACHED = (
+    "check that the database runs and can be written to, and each part of the URL: host, port, name, user, password"
+)
 _UNREADABLE = "a value cannot be stored or read: text must be UTF-8 without the character NUL"
 
 
@@ -60,6 +62,6 @@ def _advice_for(error: Exception) -> str:
             return _ADVICE[code[:length]]
     if isinstance(error, (psycopg.DataError, UnicodeError)):
         return _UNREADABLE
-    if isinstance(error, psycopg.OperationalError):
+    if isinstance(error, (psycopg.OperationalError, psycopg.ProgrammingError)):
         return _UNREACHED
     return ""
