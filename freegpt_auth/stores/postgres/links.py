@@ -93,9 +93,10 @@ class Address:
         return link
 
     def _holders(self) -> str:
+        held = ""
         with contextlib.suppress(psycopg.Error), contextlib.closing(self.connect()) as link:
-            return blockers.holders(link)
-        return ""
+            held = blockers.holders(link)
+        return held
 
 
 class Pool:

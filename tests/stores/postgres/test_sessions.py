@@ -18,7 +18,7 @@ from proxy import PLAIN
 from freegpt_auth import FileTokenStore
 from freegpt_auth.cli import main
 from freegpt_auth.exceptions import StoreError, StoreUnavailableError
-from freegpt_auth.stores.postgres import PostgresTokenStore
+from freegpt_auth.stores.postgres import PostgresTokenStore, blockers
 from freegpt_auth.stores.postgres.links import Address, Pool
 from freegpt_auth.tokens import Token, digest_of
 from freegpt_auth.usage.base import Batch, Usage
@@ -198,6 +198,22 @@ def test_holder_of_a_lock_is_named(database: str, keep: Any, capsys: pytest.Capt
     assert f"is locked: process {pid} (role postgres, psql, idle in transaction since 20" in line
     assert f") holds a lock; end its transaction, or run SELECT pg_terminate_backend({pid}); if something" in line
     assert main(["--store", database, "revoke", token_id]) == 0
+
+
+def test_holder_may_be_hidden_or_prepared() -> None:
+    """A role without pg_monitor learns no state of a holder, and a prepared transaction has no process to end."""
+
+    class Answer:
+        """A connection with a hidden session and a prepared transaction among the holders."""
+
+        def run(self, _: str) -> list[Any]:
+            """Return the holders."""
+            return [(0, None, None, None, None), (7, "ada", "", None, None)]
+
+    assert blockers.holders(Answer()) == (  # type: ignore[arg-type]
+        "a prepared transaction holds a lock; end it (SELECT gid FROM pg_prepared_xacts; ROLLBACK PREPARED) and "
+        "process 7 (role ada) holds a lock; end its transaction, or run SELECT pg_terminate_backend(7)"
+    )
 
 
 def test_database_limits_each_wait(cluster: Any, database: str) -> None:
