@@ -182,6 +182,8 @@ class PostgresTokenStore:
             if isinstance(error, StoreUnavailableError):
                 raise
             raise StoreUnavailableError(f"{self.source} does not answer: {reason_of(error)}") from None
+        except (StoreError, ValueError) as error:  # of this row alone: others can be looked up
+            raise StoreUnavailableError(f"{self.source}: {reason_of(error)}") from None
 
     # --- commands
 

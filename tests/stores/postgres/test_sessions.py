@@ -283,3 +283,15 @@ def test_damaged_tables_are_one_line(
         assert said in line
     with contextlib.closing(store), pytest.raises(StoreError):
         store.resolve(digest)
+
+
+def test_damaged_row_stops_no_other_look_up(cluster: Any, database: str, keep: Any) -> None:
+    """Of a table that memory does not hold, a damaged row is unavailable, and the others are found."""
+    operator = PostgresTokenStore(database)
+    kept = [keep(operator) for _ in range(4)]
+    damaged = f"UPDATE freegpt_auth.tokens SET scopes = '{{NULL}}' WHERE id = '{kept[3][0].id}'"
+    cluster.sql(damaged, database.rpartition("/")[2])
+    with contextlib.closing(PostgresTokenStore(database, cache_limit=1)) as store:
+        with pytest.raises(StoreUnavailableError, match="the row of the token with the id"):
+            store.resolve(digest_of(kept[3][1]))
+        assert [store.resolve(digest_of(secret)) for _, secret in kept[:3]] == [token for token, _ in kept[:3]]
