@@ -57,11 +57,11 @@ HOSTILE = {
     "client_encoding": "LATIN1",
     "client_min_messages": "debug5",
     "exit_on_error": "on",
-    "lock_timeout": "1ms",
-    "statement_timeout": "40ms",
-    "transaction_timeout": "30ms",
-    "idle_in_transaction_session_timeout": "1ms",
-    "idle_session_timeout": "40ms",
+    "lock_timeout": "31s",
+    "statement_timeout": "31s",
+    "transaction_timeout": "31s",
+    "idle_in_transaction_session_timeout": "31s",
+    "idle_session_timeout": "31s",
     "synchronous_commit": "off",
     "session_replication_role": "replica",
     "row_security": "off",
@@ -173,6 +173,15 @@ def _until(reached: Callable[[], object]) -> None:
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("hostile", ["role", "role, through a pooler"], indirect=True)
+def test_time_limits_are_ours(hostile: str) -> None:
+    """The time limits of a role are replaced, for a session or, behind a pooler, for each transaction."""
+    with contextlib.closing(Address(hostile).connect()) as link:
+        names = ("lock", "statement", "transaction", "idle_in_transaction_session")
+        limits = [link.one("SELECT current_setting(%s)", (f"{name}_timeout",))[0] for name in names]
+    assert limits == ["1500ms", "1800ms", "0", "1min"]
 
 
 def test_read_only_default_is_explained(cluster: Any, database: str) -> None:
