@@ -1,11 +1,11 @@
 #!/bin/sh
 # Serve the example twice, as two hosts would, with the tokens in one PostgreSQL database:
-#     sh examples/two_servers.sh postgresql://user:password@host/database
-# The user must be allowed to make a schema. Ports: 8001 and 8002, or those that follow the URL.
+#     export FREEGPT_AUTH_STORE=postgresql://user:password@host/database
+#     sh examples/two_servers.sh
+# The user must be allowed to make a schema. Ports: 8001 and 8002, or those given as arguments.
 set -eu
-FREEGPT_AUTH_STORE=${1:?give the URL of a database}
-export FREEGPT_AUTH_STORE
-first=${2:-8001} second=${3:-8002}
+: "${FREEGPT_AUTH_STORE:?set it to the URL of a database}"
+first=${1:-8001} second=${2:-8002}
 cd "$(dirname "$0")"
 
 python -m freegpt_auth migrate

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import re
 import sys
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import commands
 from .acting import as_owner_of
-from .exceptions import AmbiguousTokenError, ConfigurationError, FreeGPTAuthError
+from .exceptions import AmbiguousTokenError, FreeGPTAuthError
 from .listing import title
 from .names import checked_name, printable
-from .settings import store_location
+from .settings import copied_locations, store_location
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("cannot write the output: stdout is closed")
     try:
         _prepare_streams()
+        logging.getLogger("psycopg").addHandler(logging.NullHandler())  # its errors are explained by ours
         options = _parser().parse_args(arguments)
-        options.store = store_location(options.store)
+        _locate(options)
         status: int = options.run(options)
         sys.stdout.flush()
     except FreeGPTAuthError as error:
@@ -145,13 +147,13 @@ def _add_fleet_commands(group: argparse._SubParsersAction[_Parser]) -> None:
         "copy",
         commands.copy,
         "put the tokens of one store, and their usage, into another; to do it twice changes nothing more",
-        "copy api_tokens.json postgresql://db/tokens",
+        "copy api_tokens.json -",
         in_store=False,
     )
-    copy.add_argument("origin", metavar="FROM", type=_location, help="a token file or the URL of a database")
     copy.add_argument(
-        "target", metavar="TO", type=_location, help="a token file or the URL of a database; what it holds stays"
+        "origin", metavar="FROM", help="a token file or the URL of a database; - for the one in FREEGPT_AUTH_STORE"
     )
+    copy.add_argument("target", metavar="TO", help="the same; what it holds stays")
     copy.add_argument("--delete", action="store_true", help="also delete the tokens of TO that FROM does not hold")
 
     _command(
@@ -192,15 +194,17 @@ def _add_store(parser: argparse.ArgumentParser, default: str | None) -> None:
         "--store",
         metavar="PATH|URL",
         default=default,
-        help="the token file or database; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory",
+        help="the token file or database; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory; every user "
+        "of this host sees a password given here, and none in the variable",
     )
 
 
-def _location(text: str) -> str:
-    try:
-        return store_location(text)
-    except ConfigurationError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _locate(options: argparse.Namespace) -> None:
+    """Replace the locations that were typed by those that are meant."""
+    if hasattr(options, "origin"):
+        options.origin, options.target = copied_locations(options.origin, options.target)
+    else:
+        options.store = store_location(options.store)
 
 
 def _name(text: str) -> str:

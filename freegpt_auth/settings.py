@@ -132,6 +132,23 @@ def store_location(store: str | os.PathLike[str] | None = None, environ: Mapping
     return location
 
 
+def copied_locations(origin: str, target: str, environ: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """Return the locations of a copy; ``-`` stands for the one in ``FREEGPT_AUTH_STORE``.
+
+    The arguments of a process are visible to every user of its host, its environment is not: a password belongs there.
+
+    Raises:
+        ConfigurationError: both are ``-``, the variable is not set, or a location cannot be used.
+    """
+    env = os.environ if environ is None else environ
+    if origin == target == "-":
+        raise ConfigurationError("FROM and TO are both -, which stands for FREEGPT_AUTH_STORE; name one of the stores")
+    if "-" in (origin, target) and "FREEGPT_AUTH_STORE" not in env:
+        raise ConfigurationError("- stands for FREEGPT_AUTH_STORE, which is not set; set it, or name the store")
+    first, second = (store_location(None if each == "-" else each, env) for each in (origin, target))
+    return first, second
+
+
 def usage_location(
     store: str, usage: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> str | None:

@@ -477,13 +477,9 @@ def test_store_is_accepted_before_and_after_the_command(run: Run, monkeypatch: p
 @pytest.mark.parametrize("address", ["host=h password=hunter2", "postgresql:/u:hunter2@h/d"])
 def test_mistyped_address_makes_no_file(run: Run, address: str) -> None:
     """A mistyped address of a database is no path of a token file, and its password is not shown."""
-    for status, arguments in (
-        (1, ["create", "ci", "--store", address]),
-        (2, ["copy", address, "t.json"]),
-        (2, ["copy", "t.json", address]),
-    ):
+    for arguments in (["create", "ci", "--store", address], ["copy", address, "t.json"], ["copy", "t.json", address]):
         done = run(*arguments)
-        assert done.status == status
+        assert done.status == 1
         assert "resembles the address of a database but is no URL of one; write a postgresql:// URL" in done.err
         assert "hunter2" not in done.err
     assert list(Path().iterdir()) == []

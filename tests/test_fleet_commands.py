@@ -249,11 +249,25 @@ def test_a_command_leaves_nothing_open(database: str) -> None:
         assert "Warning" not in done.stderr
 
 
+def test_stderr_of_a_command_has_our_lines_only(database: str) -> None:
+    """Where the connection breaks in a transaction, no line of the driver's logger stands beside ours."""
+    program = (
+        "import sys; from freegpt_auth.stores.postgres import changes;"
+        "changes.DURABLE = 'SELECT pg_terminate_backend(pg_backend_pid())';"
+        "from freegpt_auth.cli import main; sys.exit(main())"
+    )
+    start = [sys.executable, "-c", program, "--store", database, "create", "ci"]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=60, check=False)
+    assert Done(done.returncode, done.stdout, done.stderr).failed_in_one_line("try again once it runs")
+
+
 def test_a_database_that_cannot_be_reached_is_one_line(here: Run, cluster: Any) -> None:
     """Where no database answers, or the password is wrong, a command says so in one line that holds no password."""
     put(FILE, token("a"))
     for url, why in (
         ("postgresql://u:hunter2@127.0.0.1:1/d", "does not answer: "),
+        ("postgresql://u:hunter2@a..b/d", "does not answer: the name of the host is none that can be looked up"),
+        ("postgresql://u:hunter2@127.0.0.1:1/d?connect_timeout=x", "check that the database runs"),
         (cluster.url("migrated", password="hunter2"), "password authentication failed"),
         (cluster.url("missing", password="hunter2"), "password authentication failed"),
         (cluster.url("missing"), 'database "missing" does not exist'),
@@ -376,6 +390,17 @@ def test_the_same_secret_may_have_another_id(run: Run, database: str) -> None:
     assert run("copy", database, FILE).status == 0
     assert [each["id"] for _, each in facts(FILE)] == ["in-the-file", "x"]
     assert usage_at("api_tokens.usage.db") == {"in-the-file": Usage(5, LATER), "x": Usage(9, LATER)}
+
+
+def test_a_dash_is_the_store_in_the_variable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The URL of a database and its password need not stand among the arguments, which every user of a host sees."""
+    put(FILE, token("a"))
+    assert run("copy", FILE, "-").failed_in_one_line("FREEGPT_AUTH_STORE, which is not set")
+    monkeypatch.setenv("FREEGPT_AUTH_STORE", BACK)
+    assert run("copy", "-", "-").failed_in_one_line("FROM and TO are both -")
+    for origin, target in ((FILE, "-"), ("-", "third.json")):
+        assert run("copy", origin, target).status == 0
+    assert names(BACK) == names("third.json") == ["a"]
 
 
 @pytest.mark.parametrize("origin", ["missing.json", "empty.json", "database"])
@@ -527,7 +552,7 @@ def test_what_a_database_cannot_keep_is_one_line(here: Run, database: str) -> No
     good = json.loads(Path(FILE).read_text())
     bad = {**good["tokens"][0], "id": "bad", "name": "nul\x00", "digest": "sha256$" + "0" * 64}
     Path(FILE).write_text(json.dumps({"version": 1, "tokens": [*good["tokens"], bad]}))
-    assert here("copy", FILE, database).failed_in_one_line(f"{place(database)}: ")
+    assert here("copy", FILE, database).failed_in_one_line("text must be UTF-8 without the character NUL")
     assert names(database) == []
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pages import blocks
-from postgresql import BINARIES
+from postgresql import BINARIES, PASSWORD
 
 from freegpt_auth import FileTokenStore
 from freegpt_auth.stores.postgres import PostgresTokenStore
@@ -20,7 +20,7 @@ from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.postgres import PostgresUsage
 
 BLOCKS = blocks("docs/postgresql.md")
-URL = "postgresql://user:password@host/database"
+URL, WITHOUT_PASSWORD = "postgresql://user:password@host/database", "postgresql://user@host/database"
 
 
 def code(heading: str, language: str = "sh") -> list[str]:
@@ -33,9 +33,10 @@ def code(heading: str, language: str = "sh") -> list[str]:
 def run(script: str, database: str) -> subprocess.CompletedProcess[str]:
     """Run shell code with the URL that stands in it replaced, and this Python's and PostgreSQL's programs on the path."""
     path = os.pathsep.join([str(Path(sys.executable).parent), str(BINARIES), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "FREEGPT_AUTH_STORE": database}
+    environment = {**os.environ, "PATH": path, "FREEGPT_AUTH_STORE": database, "PGPASSWORD": PASSWORD}
+    pasted = script.replace(URL, database).replace(WITHOUT_PASSWORD, database.replace(f":{PASSWORD}", ""))
     return subprocess.run(
-        ["sh", "-ec", script.replace(URL, database)],
+        ["sh", "-ec", pasted],
         capture_output=True,
         text=True,
         timeout=60,

@@ -38,10 +38,10 @@ def commands(cluster: object, database: str, tmp_path: Path) -> Iterator[list[tu
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            ["sh", EXAMPLE, database, str(free_port()), str(free_port())],
+            ["sh", EXAMPLE, str(free_port()), str(free_port())],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PATH": path},
+            env={**os.environ, "PATH": path, "FREEGPT_AUTH_STORE": database},
             start_new_session=True,
         )
     deadline = time.monotonic() + 60

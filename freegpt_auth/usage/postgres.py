@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC
 from typing import TYPE_CHECKING
 
 import psycopg
 
 from ..exceptions import StoreUnavailableError, UsageError
-from ..stores.postgres.links import Address, Pool, reason_of
+from ..stores.postgres.instants import count_of, instant, instant_of, microseconds
+from ..stores.postgres.links import Address, Pool
+from ..stores.postgres.reasons import reason_of
 from .base import Usage
 
 if TYPE_CHECKING:
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from .base import Batch
 
 _ADD = "SELECT freegpt_auth.add_usage(%s, %s, %s, %s::bigint[], %s::float8[])"
-_READ = "SELECT token_id, use_count, last_used_at FROM freegpt_auth.usage"
-_MERGE = """
+_READ = f"SELECT token_id, use_count, {microseconds('last_used_at')} FROM freegpt_auth.usage"
+_MERGE = f"""
     INSERT INTO freegpt_auth.usage AS known
-        SELECT t.id, given.use_count, given.last_used_at
-        FROM unnest(%s::text[], %s::bigint[], %s::timestamptz[]) AS given (token_id, use_count, last_used_at)
+        SELECT t.id, given.use_count, {instant("given.last_used_at")}
+        FROM unnest(%s::text[], %s::bigint[], %s::bigint[]) AS given (token_id, use_count, last_used_at)
         JOIN freegpt_auth.tokens t ON t.id = given.token_id ORDER BY t.id
         ON CONFLICT (token_id) DO UPDATE SET
             use_count = greatest(known.use_count, excluded.use_count),
@@ -58,12 +59,17 @@ class PostgresUsage:
 
     def read(self) -> Mapping[str, Usage]:
         """Return the usage of each used token by its id."""
-        return {row[0]: Usage(row[1], row[2].astimezone(UTC)) for row in self._run(_READ)}
+        try:
+            return {row[0]: Usage(row[1], instant_of(row[2])) for row in self._run(_READ)}
+        except OverflowError:
+            raise UsageError(
+                "a last use is outside the years 1 to 9999; correct freegpt_auth.usage with psql"
+            ) from None
 
     def merge(self, usage: Mapping[str, Usage]) -> None:
         """Raise counts and last uses to at least these, of the tokens that are there."""
-        counts, instants = [one.use_count for one in usage.values()], [one.last_used_at for one in usage.values()]
-        self._run(_MERGE, (list(usage), counts, instants))
+        counts = [one.use_count for one in usage.values()]
+        self._run(_MERGE, (list(usage), counts, [count_of(one.last_used_at) for one in usage.values()]))
 
     def check(self) -> None:
         """Do nothing: the store in the same database checks its schema."""
@@ -78,5 +84,5 @@ class PostgresUsage:
     def _run(self, statement: str, values: tuple[object, ...] = ()) -> list[Row]:
         try:
             return self._pool.ask(lambda link: link.run(statement, values))
-        except (psycopg.Error, StoreUnavailableError) as error:
+        except (psycopg.Error, StoreUnavailableError, ValueError) as error:
             raise UsageError(reason_of(error)) from None

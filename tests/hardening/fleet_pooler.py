@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 from fleet import USUAL, people, until, usage_of
 from pooler import PGBOUNCER, pgbouncer, smallest
@@ -51,3 +54,23 @@ def test_behind_a_pooler_a_server_polls(
         assert durable.sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'", tables) == [(0,)]
     record_property("accepted after the command for at most", round(max(late), 2))
     record_property("commands took at most", round(max(took), 2))
+
+
+@needs_pgbouncer
+def test_commands_hold_behind_a_pooler(durable: Any, tables: str, office: Any) -> None:
+    """Through PgBouncer, with hostile defaults of the role, values are exact and a wait for a lock ends with its holder."""
+    for name, value in {"DateStyle": "German", "extra_float_digits": "-11", "search_path": "public"}.items():
+        durable.sql(f"ALTER DATABASE {tables} SET {name} = '{value}'")
+    with pgbouncer(durable) as port:
+        operator = office(durable.url(tables, port=port) + PLAIN)
+        _, secret = operator.create("brief", "--expires-in", "100")
+        [listed] = json.loads(operator.run("list", "--json").out)
+        created, expires = (datetime.fromisoformat(listed[name]) for name in ("created_at", "expires_at"))
+        assert (expires - created).total_seconds() == 100
+        with psycopg.connect(durable.url(tables), application_name="psql") as other:
+            other.execute("UPDATE freegpt_auth.state SET revision = revision")
+            done = operator.run("revoke", secret)
+            assert (done.status, f"process {other.info.backend_pid} (role postgres, psql" in done.err) == (1, True), (
+                done
+            )
+        assert operator.revoke(secret).err.startswith("Revoked")

@@ -85,9 +85,10 @@ USUAL = {"key": 200, "nothing": 401, "wrong": 401, "revoked": 401, "valid": 200}
 CLOSED = {"key": 200, "nothing": 401, "wrong": 503, "revoked": 503, "valid": 503}
 """What is answered when the database could not be asked for longer than the lease."""
 
-BOUND = 9.0
+BOUND = 10.0
 """Seconds in which every request is answered while no more ask than there are threads: one wait for a connection of the
-process, one question over a connection that is dead, and one new connection and question take 2 seconds each at most."""
+process, one question over a connection that is dead, and one new connection and question take 2 seconds each at most, and
+cancelling a question half a second."""
 
 _LINE = re.compile(r"^(\d+) (WARNING|ERROR) (.*)$", re.MULTILINE)
 _HEAD = re.compile(rb"HTTP/1.1 (\d+) .*?\r\ncontent-length: (\d+).*?\r\n\r\n", re.DOTALL | re.IGNORECASE)

@@ -156,9 +156,9 @@ def _message(kind: bytes, content: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def smallest(cluster: Cluster, tables: str) -> Iterator[int]:
+def smallest(cluster: Cluster, tables: str, user: str = "postgres") -> Iterator[int]:
     """Run the smallest pooler in front of a database, and yield its port."""
-    pooler = Pooler(cluster.url(tables), 4)
+    pooler = Pooler(cluster.url(tables, user), 4)
     try:
         yield pooler.port
     finally:

@@ -220,6 +220,15 @@ def test_what_a_server_writes_spoils_nothing(cluster: Any, filled: str, usage: P
     assert counts(filled) == {"a": largest, "b": 1}
 
 
+def test_an_instant_outside_the_calendar_is_one_line(cluster: Any, filled: str, usage: PostgresUsage) -> None:
+    """A last use that no calendar here has, in a table without its checks, is an error that says what to correct."""
+    usage.add(batch(1, a=1), 1.0)
+    unchecked = "ALTER DOMAIN freegpt_auth.instant DROP CONSTRAINT instant_check"
+    cluster.sql(f"{unchecked}; UPDATE freegpt_auth.usage SET last_used_at = '12000-01-01'", filled.rpartition("/")[2])
+    with pytest.raises(UsageError, match=r"outside the years 1 to 9999; correct freegpt_auth\.usage with psql"):
+        usage.read()
+
+
 # --- clocks
 
 

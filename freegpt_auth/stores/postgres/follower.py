@@ -22,7 +22,8 @@ from ...exceptions import StoreError, StoreUnavailableError
 from ..table import PAUSE
 from . import schema, tables
 from .cache import CHANGES_KEPT, Change
-from .links import PATIENCE, TIME_LIMIT, reason_of
+from .links import PATIENCE, TIME_LIMIT
+from .reasons import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

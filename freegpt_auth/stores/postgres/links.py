@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 import weakref
 from collections import deque
@@ -15,11 +14,14 @@ import psycopg
 from psycopg import conninfo
 
 from ...exceptions import ConfigurationError, StoreUnavailableError
+from . import blockers, sessions
+from .link import Link
+from .waits import Connection, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable
 
-    from psycopg.abc import PQGen
+__all__ = ["PATIENCE", "TIME_LIMIT", "Address", "Link", "Pool", "Row"]
 
 TIME_LIMIT = 2.0
 """Seconds after which a database that does not answer counts as unreachable: a dead connection says nothing of itself."""
@@ -27,25 +29,15 @@ TIME_LIMIT = 2.0
 PATIENCE = 10.0
 """The same for commands, which nobody waits for on an event loop."""
 
-_LONG_PATIENCE = 600.0  # for a statement on a whole table: to copy a million tokens takes one of 20 to 40 seconds
 _T = TypeVar("_T")
-Row = tuple[Any, ...]
-
+# The database lives: another connection would wait as long, beside this one.
+_ANSWERED = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)
 _DEFAULTS = {
     "application_name": "freegpt_auth",
     "connect_timeout": 2,
     # A standby may be minutes behind. Of several hosts in the URL the primary is found.
     "target_session_attrs": "read-write",
 }
-
-
-class _Connection(psycopg.Connection[Row]):
-    """A connection whose every wait has a limit."""
-
-    limit: float = TIME_LIMIT
-
-    def wait(self, gen: PQGen[_T], interval: float = 0.1, timeout: float | None = None) -> _T:
-        return super().wait(gen, interval, self.limit if timeout is None else timeout)
 
 
 class Address:
@@ -87,80 +79,24 @@ class Address:
             psycopg.Error: there is none to be had.
         """
         # Prepared statements do not survive a pooler that gives each transaction another connection.
-        connection = _Connection.connect(**self._parameters, autocommit=True, prepare_threshold=None)
+        try:
+            connection = Connection.connect(**self._parameters, autocommit=True, prepare_threshold=None)
+        except UnicodeError:  # of the codec "idna": an empty label, or one of over 63 characters
+            raise psycopg.OperationalError("the name of the host is none that can be looked up") from None
         connection.limit = limit
+        connection.ask = self._holders if limit > TIME_LIMIT else None
         link = Link(connection)
         with contextlib.ExitStack() as if_it_fails:
             if_it_fails.callback(link.close)
-            # Not among the parameters: PgBouncer before 1.20, and others, refuse a connection that brings options.
-            link.run("SET timezone TO 'UTC'")
+            link.settle(sessions.settings(limit, connection.info.server_version))
             if_it_fails.pop_all()
         return link
 
-
-class Link:
-    """One connection. Whatever it cannot do raises ``psycopg.Error``, and it is then to be closed."""
-
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
-
-    def run(self, statement: str, values: Sequence[object] | dict[str, object] = ()) -> list[Row]:
-        """Run one statement and return its rows."""
-        cursor = self._connection.execute(statement.encode(), values or None)
-        return cursor.fetchall() if cursor.description else []
-
-    def one(self, statement: str, values: Sequence[object] | dict[str, object] = ()) -> Row:
-        """Run one statement and return its only row."""
-        [row] = self.run(statement, values)
-        return row
-
-    def wait_for_much(self) -> None:
-        """Let each answer from now on take as long as a statement on a whole table does."""
-        self._connection.limit = _LONG_PATIENCE
-
-    def script(self, statements: str) -> None:
-        """Run several statements."""
-        self._connection.execute(statements.encode())
-
-    def batches(self, statement: str, size: int) -> Iterator[list[Row]]:
-        """Run one statement in a transaction and yield its rows, so many at a time."""
-        with self._connection.cursor(name="freegpt_auth") as cursor:
-            cursor.execute(statement.encode())
-            while rows := cursor.fetchmany(size):
-                yield rows
-
-    def copy(self, statement: str, rows: Iterator[Row]) -> None:
-        """Send rows to a ``COPY … FROM STDIN``."""
-        with self._connection.cursor() as cursor, cursor.copy(statement.encode()) as copy:
-            for row in rows:
-                copy.write_row(row)
-
-    @contextlib.contextmanager
-    def transaction(self) -> Generator[None]:
-        """Do all within or nothing, whatever the database has as defaults."""
-        with self._connection.transaction():
-            # A snapshot that is older than the lock that was waited for would not do. And a schema in which others may make
-            # functions could hold one that matches a call better than PostgreSQL's own, and would run as us (CVE-2018-1058).
-            self.script("SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL search_path = pg_catalog")
-            yield
-
-    def notifications(self, seconds: float) -> list[str]:
-        """Wait for notifications, and return the channels they came by: of those that come together, all."""
-        if heard := self._heard():
-            return heard
-        # psycopg's own wait does not sleep through its last millisecond: half a percent of a core, if it never ends.
-        poll = select.poll()
-        poll.register(self._connection.fileno(), select.POLLIN)
-        poll.poll(seconds * 1000)
-        return self._heard()
-
-    def close(self) -> None:
-        """Close it. It never fails."""
-        with contextlib.suppress(psycopg.Error):
-            self._connection.close()
-
-    def _heard(self) -> list[str]:
-        return [notify.channel for notify in self._connection.notifies(timeout=0, stop_after=1)]
+    def _holders(self) -> str:
+        held = ""
+        with contextlib.suppress(psycopg.Error), contextlib.closing(self.connect()) as link:
+            held = blockers.holders(link)
+        return held
 
 
 class Pool:
@@ -196,8 +132,12 @@ class Pool:
             age = self._age  # before there is a connection, which may be an old one as soon as there is
             link = self._take()
             if link is not None:
-                with contextlib.suppress(psycopg.OperationalError):
+                try:
                     return self._ask(link, question, age)
+                except _ANSWERED:
+                    raise
+                except psycopg.OperationalError:  # the connection died while it was idle
+                    pass
             return self._ask(self._address.connect(), question, age)
         finally:
             self._free.release()
@@ -239,11 +179,3 @@ def _forget_all() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_all)
-
-
-def reason_of(error: Exception) -> str:
-    """Return what went wrong, in one line without advice."""
-    primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    lines = (primary or str(error) or type(error).__name__).splitlines()
-    # What libpq advises stands in lines that begin with a tab.
-    return " ".join(line.strip() for line in lines if not line.startswith("\t")).rstrip(".")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import psycopg
 
-from ...exceptions import StoreError, StoreUnavailableError, TokenNotFoundError
+from ...exceptions import StoreBusyError, StoreError, StoreUnavailableError, TokenNotFoundError
 from ...settings import CACHE_LIMIT, LEASE
 from ...tokens import find
 from ..base import UNRESOLVED, Merged, Survey, Unresolved
@@ -23,7 +23,8 @@ from ..memory import count_active
 from . import changes, schema, tables
 from .cache import TokenCache
 from .follower import Follower
-from .links import PATIENCE, Address, Pool, reason_of
+from .links import PATIENCE, Address, Pool
+from .reasons import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -181,6 +182,8 @@ class PostgresTokenStore:
             if isinstance(error, StoreUnavailableError):
                 raise
             raise StoreUnavailableError(f"{self.source} does not answer: {reason_of(error)}") from None
+        except (StoreError, ValueError) as error:  # of this row alone: others can be looked up
+            raise StoreUnavailableError(f"{self.source}: {reason_of(error)}") from None
 
     # --- commands
 
@@ -195,7 +198,7 @@ class PostgresTokenStore:
                 if check:
                     schema.check(schema.version_of(link), self.source)
                 yield link
-        except psycopg.Error as error:
+        except (psycopg.Error, ValueError) as error:
             self._explain(error)
 
     def _change(self, change: Callable[[Link], _T]) -> _T:
@@ -216,15 +219,15 @@ class PostgresTokenStore:
                 return
             time.sleep(_LOOK_AGAIN)
 
-    def _explain(self, error: psycopg.Error) -> NoReturn:
+    def _explain(self, error: Exception) -> NoReturn:
         reason = reason_of(error)
+        unsure = "if something was to be changed, look with list whether it was"
         if isinstance(error, psycopg.errors.UniqueViolation):
             raise StoreError(f"{self.source}: a token with the same id or secret is there already") from None
+        if isinstance(error, psycopg.errors.LockNotAvailable):
+            raise StoreBusyError(f"{self.source} is locked: {reason}; {unsure}") from None
         if isinstance(error, psycopg.OperationalError):
-            unsure = "if something was to be changed, look with list whether it was"
             raise StoreUnavailableError(f"{self.source} does not answer any more: {reason}; {unsure}") from None
-        if isinstance(error, psycopg.errors.InsufficientPrivilege):
-            reason += "; use a role of the database that may do this (docs/postgresql.md)"
         raise StoreError(f"{self.source}: {reason}") from None
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 
+from ...exceptions import StoreError
 from ...tokens import Reference, Token
+from .instants import instant_of, microseconds
 from .schema import LOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from datetime import datetime
 
     from .links import Link, Row
 
@@ -30,12 +30,15 @@ COLUMNS = (
 )
 """What a row of the tokens says."""
 
-RECORD = ", ".join(f"t.{column}" for column in COLUMNS)
-"""The same as the columns of a table called t: what :func:`token_of` takes."""
+INSTANTS = frozenset({"created_at", "expires_at", "revoked_at", "last_used_at"})
+"""The columns that hold an instant."""
+
+RECORD = ", ".join(microseconds(f"t.{column}") if column in INSTANTS else f"t.{column}" for column in COLUMNS)
+"""The columns of a table called t, as :func:`token_of` takes them: each instant as an integer."""
 
 _ROWS = 500  # a batch of so many takes 2 ms to become tokens
 
-_HEAD = "SELECT version, revision, mark::text, extract(epoch FROM clock_timestamp())::float8 FROM freegpt_auth.state"
+_HEAD = f"SELECT version, revision, mark::text, {microseconds('clock_timestamp()')} FROM freegpt_auth.state"
 _CHANGES = f"""
     SELECT c.revision, c.mark::text, c.digest, {RECORD}
     FROM freegpt_auth.changes c LEFT JOIN freegpt_auth.tokens t ON t.digest = c.digest
@@ -88,9 +91,10 @@ class Noted(NamedTuple):
 def head(link: Link) -> Head:
     """Return the state of the database; of version 0 if it has no tables."""
     try:
-        return Head(*link.one(_HEAD))
+        version, revision, mark, now = link.one(_HEAD)
     except psycopg.errors.UndefinedTable:
         return Head(0, 0, "", 0.0)
+    return Head(version, revision, mark, now / 1_000_000)
 
 
 def changes_since(link: Link, revision: int, limit: int) -> list[Noted]:
@@ -149,21 +153,37 @@ def processes_behind(link: Link, revision: int) -> int:
 
 
 def token_of(row: Row) -> Token | None:
-    """Return the token that a row tells of; ``None`` if it tells of none."""
+    """Return the token of a row; ``None`` if the row was joined to none.
+
+    Raises:
+        StoreError: the row holds no token of this library: its checks were removed, or a list holds a null.
+    """
     _, token_id, name, prefix, created_at, expires_at, revoked_at, scopes, models, last_used_at = row
     if token_id is None:
         return None
-    return Token(
-        id=token_id,
-        name=name,
-        prefix=prefix,
-        created_at=created_at.astimezone(UTC),
-        expires_at=_utc(expires_at),
-        revoked_at=_utc(revoked_at),
-        scopes=tuple(scopes),
-        models=None if models is None else tuple(models),
-        last_used_at=_utc(last_used_at),
-    )
+    try:
+        return Token(
+            id=token_id,
+            name=name,
+            prefix=prefix,
+            created_at=instant_of(created_at),
+            expires_at=None if expires_at is None else instant_of(expires_at),
+            revoked_at=None if revoked_at is None else instant_of(revoked_at),
+            scopes=_texts(scopes),
+            models=None if models is None else _texts(models),
+            last_used_at=None if last_used_at is None else instant_of(last_used_at),
+        )
+    except (TypeError, OverflowError):
+        raise StoreError(
+            f"the row of the token with the id {token_id} cannot be used: no instant may be outside the years 1 to 9999, and "
+            "scopes and models must be lists of texts without nulls; correct the row with psql"
+        ) from None
+
+
+def _texts(values: list[str]) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError
+    return tuple(values)
 
 
 def _as_text(text: str | None) -> str | None:
@@ -173,7 +193,3 @@ def _as_text(text: str | None) -> str | None:
 
 def _key(revision: int) -> int:
     return LOCKS << 32 | revision & _LOW_HALF
-
-
-def _utc(instant: datetime | None) -> datetime | None:
-    return None if instant is None else instant.astimezone(UTC)

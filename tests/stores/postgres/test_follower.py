@@ -20,7 +20,7 @@ from postgresql import free_port, running
 from proxy import PLAIN
 
 from freegpt_auth import StoreUnavailableError
-from freegpt_auth.stores.postgres import follower as module, links, tables
+from freegpt_auth.stores.postgres import follower as module, tables
 from freegpt_auth.stores.postgres.cache import TokenCache
 from freegpt_auth.stores.postgres.follower import CERTAINTY, HEARTBEAT, Follower
 from freegpt_auth.stores.postgres.links import Address, Link
@@ -370,7 +370,6 @@ def test_what_hangs_is_given_up(
     process: Callable[..., Process], mortal: Cluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A database that takes connections and answers nothing is as good as none, until it goes on."""
-    monkeypatch.setattr(links._Connection, "limit", 0.3)
     monkeypatch.setattr(module, "HEARTBEAT", 0.1)
     server = process(mortal.url("postgres") + "?connect_timeout=2")
     server.follower.start()

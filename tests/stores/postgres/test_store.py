@@ -20,7 +20,7 @@ from freegpt_auth import UNRESOLVED, ConfigurationError, StoreError, StoreUnavai
 from freegpt_auth.authentication import Authenticator, AuthMode, Refusal
 from freegpt_auth.callers import Caller
 from freegpt_auth.environment_key import EnvironmentKey
-from freegpt_auth.exceptions import TokenNotFoundError
+from freegpt_auth.exceptions import StoreBusyError, TokenNotFoundError
 from freegpt_auth.stores.postgres import PostgresTokenStore, follower, store as module, tables
 from freegpt_auth.stores.postgres.links import Address
 from freegpt_auth.tokens import digest_of, issue
@@ -322,7 +322,7 @@ def test_a_look_up_that_fails_is_no_answer(in_part: Part, monkeypatch: pytest.Mo
     monkeypatch.setattr(tables, "look_up", fail)
     with pytest.raises(StoreUnavailableError) as caught:
         store.resolve(UNKNOWN)
-    assert str(caught.value) == f"{store.source} does not answer: permission denied"
+    assert str(caught.value).startswith(f"{store.source} does not answer: permission denied; use a role")
 
 
 def test_nothing_is_looked_up_in_what_cannot_be_followed(in_part: Part, database: str) -> None:
@@ -434,8 +434,14 @@ def test_a_command_says_that_the_schema_is_not_there(opener: Opener, database: s
         (
             psycopg.OperationalError("gone\n\tadvice"),
             StoreUnavailableError,
-            "does not answer any more: gone; if something",
+            "does not answer any more: gone; check that the database runs",
         ),
+        (
+            psycopg.errors.LockNotAvailable("lock timeout"),
+            StoreBusyError,
+            "is locked: lock timeout; another session holds",
+        ),
+        (UnicodeError("utf-8"), StoreError, "text must be UTF-8"),
         (psycopg.errors.DataError("bad\nvalue"), StoreError, "bad value"),
         (psycopg.errors.InsufficientPrivilege("denied"), StoreError, "denied; use a role"),
         (psycopg.errors.UniqueViolation("Key (id)"), StoreError, "a token with the same id or secret is there already"),
