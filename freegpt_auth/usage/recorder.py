@@ -65,7 +65,8 @@ class UsageRecorder:
 
         import filelock  # noqa: F401, PLC0415
 
-        store.check()
+        with contextlib.suppress(StoreError), thread_as_owner_of(store.source):  # the first write reports it
+            store.check()
         self._store = store
         self._interval = interval
         self._told: str | None = None
