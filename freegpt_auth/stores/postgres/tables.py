@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import psycopg
 
 from ...tokens import PREFIX_LENGTH, SECRET_LENGTH, Token, digest_of
-from .schema import LOCKS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from datetime import datetime
 
     from .links import Link, Row
@@ -38,9 +37,13 @@ _ROWS = 500  # a batch of so many takes 2 ms to become tokens
 _HEAD = "SELECT version, revision, mark::text, extract(epoch FROM clock_timestamp())::float8 FROM freegpt_auth.state"
 _CHANGES = f"""
     SELECT c.revision, c.mark::text, c.digest, {RECORD}
-    FROM freegpt_auth.changes c LEFT JOIN freegpt_auth.tokens t ON t.digest = c.digest
-    WHERE c.revision >= %s ORDER BY c.revision LIMIT %s
+    FROM (
+        (SELECT revision, mark, digest FROM freegpt_auth.changes WHERE revision = {{revision:d}} LIMIT 1)
+        UNION ALL SELECT revision, mark, digest FROM freegpt_auth.changes WHERE revision > {{revision:d}}
+    ) c LEFT JOIN freegpt_auth.tokens t ON t.digest = c.digest
+    ORDER BY c.revision
 """
+_BEHIND = "SELECT processes, seconds FROM freegpt_auth.processes_behind(%s)"
 _LOOK_UP = f"SELECT s.revision, {RECORD} FROM freegpt_auth.state s LEFT JOIN freegpt_auth.tokens t ON t.digest = %s"
 _ALL = f"SELECT {RECORD} FROM freegpt_auth.tokens t"
 _ACTIVE = """
@@ -49,8 +52,6 @@ _ACTIVE = """
             WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()) LIMIT 1000000
     ) AS active
 """
-_BEHIND = "SELECT count(*) FROM freegpt_auth.servers WHERE revision < %s"
-_LOW_HALF = 0xFFFFFFFF  # which one change a second fills in 136 years
 
 
 class Head(NamedTuple):
@@ -93,9 +94,23 @@ def head(link: Link) -> Head:
         return Head(0, 0, "", 0.0)
 
 
-def changes_since(link: Link, revision: int, limit: int) -> list[Noted]:
-    """Return what was changed since a revision, beginning with what made that one."""
-    return [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in link.run(_CHANGES, (revision, limit))]
+def changes_since(link: Link, revision: int) -> Generator[list[Noted]]:
+    """Yield one row of that revision, if the log has it, and every later row, in batches; the first one may be empty.
+
+    A batch is read by one statement. If there is more, a cursor reads all of it.
+    """
+    statement = _CHANGES.format(revision=revision)
+    rows = link.run(f"{statement} LIMIT {_ROWS + 1}")
+    if len(rows) <= _ROWS:
+        yield _noted(rows)
+        return
+    with link.transaction():
+        for batch in link.batches(statement, _ROWS):
+            yield _noted(batch)
+
+
+def _noted(rows: list[Row]) -> list[Noted]:
+    return [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in rows]
 
 
 def look_up(link: Link, digest: bytes) -> tuple[int, Token | None]:
@@ -132,22 +147,14 @@ def referred(link: Link, reference: str) -> dict[bytes, Token]:
     return {row[0]: token for row in rows if (token := token_of(row)) is not None}
 
 
-def show_revision(link: Link, revision: int, before: int | None) -> int:
-    """Let those who change tokens see which revision this process is at, and no longer the one before; return it."""
-    link.run("SELECT pg_advisory_lock_shared(%s)", (_key(revision),))
-    if before is not None:
-        link.run("SELECT pg_advisory_unlock_shared(%s)", (_key(before),))
-    return revision
-
-
 def end_if_idle(link: Link, seconds: float) -> None:
     """Let the database end this connection when nothing was asked for so long, even if it hears of no disconnection."""
     link.run("SELECT set_config('idle_session_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
 
 
-def processes_behind(link: Link, revision: int) -> int:
-    """Count the processes that are connected and have not seen a revision yet."""
-    return int(link.one(_BEHIND, (revision & _LOW_HALF,))[0])
+def processes_behind(link: Link, revision: int) -> Row:
+    """Return the number of processes that rely on a state before *revision*, and the seconds until none of them does."""
+    return link.one(_BEHIND, (revision,))
 
 
 def token_of(row: Row) -> Token | None:
@@ -166,10 +173,6 @@ def token_of(row: Row) -> Token | None:
         models=None if models is None else tuple(models),
         last_used_at=_utc(last_used_at),
     )
-
-
-def _key(revision: int) -> int:
-    return LOCKS << 32 | revision & _LOW_HALF
 
 
 def _utc(instant: datetime | None) -> datetime | None:
