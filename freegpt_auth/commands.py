@@ -157,7 +157,9 @@ def _in_force(store: TokenStore, at_once: str = " It is refused from now on.") -
     unseen: Unseen | None = getattr(store, "unseen", None)
     if unseen is None:
         return at_once
-    return f" In force everywhere within {unseen.seconds} s: {unseen.processes} server process(es) have not confirmed it."
+    return (
+        f" In force everywhere within {unseen.seconds} s: {unseen.processes} server process(es) have not confirmed it."
+    )
 
 
 def _typed() -> str:

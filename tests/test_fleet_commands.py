@@ -21,7 +21,7 @@ import pytest
 from freegpt_auth import FileTokenStore, MemoryTokenStore
 from freegpt_auth.cli import main
 from freegpt_auth.stores import file, open_store
-from freegpt_auth.stores.postgres import PostgresTokenStore
+from freegpt_auth.stores.postgres import PostgresTokenStore, schema
 from freegpt_auth.tokens import Token, digest_of, has_valid_checksum, issue
 from freegpt_auth.usage import open_usage
 from freegpt_auth.usage.base import Usage
@@ -395,7 +395,9 @@ def test_a_database_without_the_schema_is_said(run: Run, empty: str) -> None:
     put(FILE, token("a"))
     for arguments in ([FILE, empty], [empty, BACK], [empty, FILE, "--delete"]):
         done = run("copy", *arguments)
-        assert done.failed_in_one_line("has no schema, and this release needs 1: run python -m freegpt_auth migrate")
+        assert done.failed_in_one_line(
+            f"has no schema, and this release needs {schema.VERSION}: run python -m freegpt_auth migrate"
+        )
     assert names(FILE) == ["a"]
     assert not Path(BACK).exists()
 
