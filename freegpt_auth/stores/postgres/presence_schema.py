@@ -8,6 +8,7 @@ SECOND = """
 -- a row is updated in place.
 CREATE TABLE freegpt_auth.processes (
     process text PRIMARY KEY CHECK (length(process) BETWEEN 1 AND 64),  -- random, known to the process alone
+    pid integer NOT NULL,  -- connection that wrote the row last
     role name NOT NULL,
     client_addr inet,
     since timestamptz NOT NULL,
@@ -45,12 +46,12 @@ BEGIN
     END IF;
     PERFORM set_config('synchronous_commit', 'local', true);
     INSERT INTO freegpt_auth.processes AS known
-        SELECT of_process, session_user, inet_client_addr(), now(), term, seen, clock_timestamp() + term,
+        SELECT of_process, pg_backend_pid(), session_user, inet_client_addr(), now(), term, seen, clock_timestamp() + term,
             pg_postmaster_start_time()
         FROM (SELECT least(greatest(seconds, 0), 1e9) * interval '1 second') AS given (term)
         ON CONFLICT (process) DO UPDATE SET
-            client_addr = excluded.client_addr, lease = excluded.lease, revision = excluded.revision,
-            relies_until = excluded.relies_until, server = excluded.server;
+            pid = excluded.pid, client_addr = excluded.client_addr, lease = excluded.lease,
+            revision = excluded.revision, relies_until = excluded.relies_until, server = excluded.server;
     IF seen < 0 THEN
         PERFORM freegpt_auth.adopt_processes();
         DELETE FROM freegpt_auth.processes WHERE process IN (
@@ -78,9 +79,8 @@ BEGIN
 END
 $$;
 
-DROP VIEW freegpt_auth.servers;
-CREATE VIEW freegpt_auth.servers AS
-    SELECT p.role, p.client_addr, p.since, p.lease, p.revision, s.revision - p.revision AS behind, p.relies_until
+CREATE OR REPLACE VIEW freegpt_auth.servers AS
+    SELECT p.pid, p.role, p.client_addr, p.since, p.revision, s.revision - p.revision AS behind, p.lease, p.relies_until
     FROM freegpt_auth.processes p CROSS JOIN freegpt_auth.state s WHERE p.relies_until > clock_timestamp();
 
 -- A statement that changes up to 100,000 tokens is logged in full: servers read and apply that in steps. Only above that
@@ -114,7 +114,25 @@ BEGIN
 END
 $$;
 
-REVOKE ALL ON freegpt_auth.processes, freegpt_auth.servers FROM PUBLIC;
+REVOKE ALL ON freegpt_auth.processes FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA freegpt_auth FROM PUBLIC;
+
+-- The roles of a database that is in use: servers that may add usage may keep a row, commands that see them may wait.
+DO $$
+DECLARE
+    granted record;
+BEGIN
+    FOR granted IN
+        SELECT 'show_process, freegpt_auth.withdraw_process' AS functions, a.grantee::regrole AS role
+            FROM pg_proc p, aclexplode(p.proacl) a
+            WHERE p.oid = 'freegpt_auth.add_usage'::regproc AND a.grantee NOT IN (0, p.proowner)
+        UNION SELECT 'processes_behind', a.grantee::regrole
+            FROM pg_class c, aclexplode(c.relacl) a
+            WHERE c.oid = 'freegpt_auth.servers'::regclass AND a.grantee NOT IN (0, c.relowner)
+    LOOP
+        EXECUTE format('GRANT EXECUTE ON FUNCTION freegpt_auth.%s TO %s', granted.functions, granted.role);
+    END LOOP;
+END
+$$;
 """
 """The statements that bring version 1 to version 2."""

@@ -157,6 +157,34 @@ def test_each_migration_is_done_once_and_in_turn(
             call()
 
 
+def test_version_2_keeps_roles_working(cluster: Any, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The roles of a database of version 1 may do what servers and commands do since: no grant is to be repeated."""
+    name, store = name_of(empty), PostgresTokenStore(empty)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:1])
+        earlier.setattr(schema, "VERSION", 1)
+        assert store.migrate() == (0, 1)
+    for role in ("a server", "a command"):
+        cluster.sql(f'CREATE ROLE "{role}"')
+    try:
+        cluster.sql('GRANT EXECUTE ON FUNCTION freegpt_auth.add_usage TO "a server"', name)
+        cluster.sql('GRANT SELECT ON freegpt_auth.servers TO "a command"', name)
+        assert store.migrate() == (1, THIS)
+        query = (
+            "SELECT r.rolname, p.proname FROM pg_proc p, pg_roles r WHERE p.pronamespace = 'freegpt_auth'::regnamespace"
+            " AND r.rolname LIKE 'a %' AND has_function_privilege(r.oid, p.oid, 'EXECUTE') ORDER BY 1, 2"
+        )
+        server = [("a server", each) for each in ("add_usage", "show_process", "withdraw_process")]
+        assert cluster.sql(query, name) == [("a command", "processes_behind"), *server]
+        assert cluster.sql("SELECT has_table_privilege('a command', 'freegpt_auth.servers', 'SELECT')", name) == [
+            (True,)
+        ]
+    finally:
+        for role in ("a server", "a command"):
+            cluster.sql(f'DROP OWNED BY "{role}"', name)
+            cluster.sql(f'DROP ROLE "{role}"')
+
+
 @pytest.mark.parametrize("statement", ["SELECT 1 / 0", "no statement at all"])
 def test_a_migration_that_fails_leaves_nothing(
     cluster: Any, database: str, at: Callable[..., subprocess.Popen[str]], statement: str
