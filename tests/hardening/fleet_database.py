@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fleet import Record
 
-LEASE = 2.0
+LEASE = 5.0
 POLL = 1.0
 
 GUNICORN = """
@@ -52,7 +52,7 @@ def test_a_database_that_goes_and_comes_undoes_nothing(
         gone = time.monotonic()
         try:
             if number % 2:
-                watch.expect({**CLOSED, "fading": 503}, within=10)
+                watch.expect({**CLOSED, "fading": 503}, within=15)
                 watch.see({"valid": 503, "fading": 503}, gone + LEASE + 0.05, range(2))
                 watch.hold({**CLOSED, "fading": 503}, POLL)
         finally:
