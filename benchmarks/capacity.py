@@ -50,8 +50,8 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _DIGEST = "sha256(('sk-' || left(encode(sha256(:number::text::bytea), 'hex'), 49))::bytea)"
 _LOOK_UP = f"\\set number random(0, {SIZE - 1})\n{tables._LOOK_UP.replace('%s', _DIGEST)};\n"  # noqa: SLF001
 _HEARTBEAT = f"{tables._HEAD};\n"  # noqa: SLF001
-_CHANGES = " ".join(tables._CHANGES.format(revision=0).split())  # noqa: SLF001
-_FOLLOWING = f"""{_HEARTBEAT}{_CHANGES} LIMIT 501;
+_CHANGES = " ".join(tables._CHANGES.split()) % {"known": 0, "revision": 0, "digest": "NULL"}  # noqa: SLF001
+_FOLLOWING = f"""{_HEARTBEAT}{_CHANGES};
 SELECT freegpt_auth.show_process(md5(:client_id::text), 30, 1, false);
 """
 """What each process asks when one token was changed."""

@@ -179,7 +179,7 @@ def test_a_server_that_was_stopped_for_a_while_trusts_nothing_old(
     late = [one for one in watch.given if (one.who, one.status) == ("fading", 200) and one.ended > resumed]
     assert lease == "30" or not late, late
     assert max((one.began for one in late), default=resumed) <= resumed + POLL + SLACK
-    watch.end()
+    watch.end(BOUND + resumed - stopped)
 
 
 def test_connections_that_are_cut_are_made_anew(

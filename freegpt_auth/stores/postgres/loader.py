@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -13,8 +11,6 @@ from . import tables
 from .cache import Change
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ...tokens import Token
     from .cache import TokenCache
     from .links import Link
@@ -47,39 +43,36 @@ class Loader:
             self._read_changes(link)
 
     def _read_changes(self, link: Link) -> None:
-        known = (self._cache.revision, self._mark)
-        with contextlib.closing(tables.changes_since(link, known[0])) as batches:
-            first = next(batches)
-            found = [(noted.revision, noted.mark) for noted in first[:1]]
-            if found == [known] and self._applied(itertools.chain([first[1:]], batches)):
+        known = last = (self._cache.revision, self._mark)
+        for noted in tables.changes_since(link, known[0]):
+            found, new = [(one.revision, one.mark) for one in noted[:1]], noted[1:]
+            if found != [known]:
+                self._load_what_is_left(link, is_lost=not found or found[0][0] == known[0])
                 return
-        # The log does not hold the known revision: it was lost, or the log begins later. Or so much was changed at once.
-        self._load(link, was_known=found == [known])
-        if not found or (found[0] != known and found[0][0] == known[0]):
+            if any(one.digest is None for one in new):  # too many to be logged one by one
+                self._load(link)
+                return
+            # The revision is raised when all are applied: until then other changes of it may be missing.
+            self._cache.apply((Change(one.revision, one.digest or b"", one.token) for one in new), known[0])
+            if new:
+                last = (new[-1].revision, new[-1].mark)
+            time.sleep(PAUSE)
+        if last == known:  # the revision was raised, and the log does not hold by which change
+            self._load(link)
+            return
+        self._cache.apply((), last[0])
+        self._mark = last[1]
+
+    def _load_what_is_left(self, link: Link, *, is_lost: bool) -> None:
+        """Read every token of a database that does not hold the known revision any more, or whose log begins later."""
+        self._load(link, was_known=False)
+        if is_lost:
             _logger.error(
                 "%s has lost changes that were in force (a failover or a backup?): every token was read again. Tokens "
                 "that this process knew as revoked stay so (%d); look through list and revoke what is missing again",
                 self._shown,
                 self._cache.lasting,
             )
-
-    def _applied(self, batches: Iterable[list[tables.Noted]]) -> bool:
-        """Apply changes in steps and return True; False if memory must be read afresh."""
-        last = None
-        for noted in batches:
-            if any(one.digest is None for one in noted):
-                return False
-            # The revision is raised when all are applied: until then other changes of it may be missing.
-            self._cache.apply(
-                (Change(one.revision, one.digest or b"", one.token) for one in noted), self._cache.revision
-            )
-            last = noted[-1] if noted else last
-            time.sleep(PAUSE)
-        if last is None:
-            return False
-        self._cache.apply((), last.revision)
-        self._mark = last.mark
-        return True
 
     def _load(self, link: Link, *, was_known: bool = True) -> None:
         tokens: dict[bytes, Token] = {}

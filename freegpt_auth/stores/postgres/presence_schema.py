@@ -85,6 +85,8 @@ CREATE OR REPLACE VIEW freegpt_auth.servers AS
 
 -- A statement that changes up to 100,000 tokens is logged in full: servers read and apply that in steps. Only above that
 -- is memory read afresh. Much logged at once leaves less room for what was logged before.
+DROP INDEX freegpt_auth.changes_revision;
+CREATE INDEX changes_revision ON freegpt_auth.changes (revision, digest);
 CREATE OR REPLACE FUNCTION freegpt_auth.note_changes() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

@@ -10,7 +10,7 @@ import psycopg
 from ...tokens import PREFIX_LENGTH, SECRET_LENGTH, Token, digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Iterator
     from datetime import datetime
 
     from .links import Link, Row
@@ -38,10 +38,13 @@ _HEAD = "SELECT version, revision, mark::text, extract(epoch FROM clock_timestam
 _CHANGES = f"""
     SELECT c.revision, c.mark::text, c.digest, {RECORD}
     FROM (
-        (SELECT revision, mark, digest FROM freegpt_auth.changes WHERE revision = {{revision:d}} LIMIT 1)
-        UNION ALL SELECT revision, mark, digest FROM freegpt_auth.changes WHERE revision > {{revision:d}}
+        (SELECT revision, mark, digest FROM freegpt_auth.changes WHERE revision = %(known)s LIMIT 1)
+        UNION ALL (
+            SELECT revision, mark, digest FROM freegpt_auth.changes
+            WHERE (revision, digest) > (%(revision)s, %(digest)s::bytea) ORDER BY revision, digest LIMIT {_ROWS}
+        )
     ) c LEFT JOIN freegpt_auth.tokens t ON t.digest = c.digest
-    ORDER BY c.revision
+    ORDER BY c.revision, c.digest
 """
 _BEHIND = "SELECT processes, seconds FROM freegpt_auth.processes_behind(%s)"
 _LOOK_UP = f"SELECT s.revision, {RECORD} FROM freegpt_auth.state s LEFT JOIN freegpt_auth.tokens t ON t.digest = %s"
@@ -94,23 +97,19 @@ def head(link: Link) -> Head:
         return Head(0, 0, "", 0.0)
 
 
-def changes_since(link: Link, revision: int) -> Generator[list[Noted]]:
-    """Yield one row of that revision, if the log has it, and every later row, in batches; the first one may be empty.
+def changes_since(link: Link, known: int) -> Iterator[list[Noted]]:
+    """Yield the changes after a revision in batches, oldest first, each behind one row of the known revision.
 
-    A batch is read by one statement. If there is more, a cursor reads all of it.
+    Each batch is one statement, and there is at least one. Without a row of the known revision a batch begins with a later
+    one, or is empty: the log begins later, or the database has lost that revision.
     """
-    statement = _CHANGES.format(revision=revision)
-    rows = link.run(f"{statement} LIMIT {_ROWS + 1}")
-    if len(rows) <= _ROWS:
-        yield _noted(rows)
-        return
-    with link.transaction():
-        for batch in link.batches(statement, _ROWS):
-            yield _noted(batch)
-
-
-def _noted(rows: list[Row]) -> list[Noted]:
-    return [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in rows]
+    revision, digest, is_full = known, None, True
+    while is_full:
+        rows = link.run(_CHANGES, {"known": known, "revision": revision, "digest": digest})
+        yield [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in rows]
+        is_full = len(rows) > _ROWS
+        if is_full:
+            revision, _, digest = rows[-1][:3]
 
 
 def look_up(link: Link, digest: bytes) -> tuple[int, Token | None]:
