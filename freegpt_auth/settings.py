@@ -23,8 +23,9 @@ LEASE = 30.0
 """Seconds for which a process that cannot reach the database goes on to accept the tokens that it knows."""
 
 SHORTEST_LEASE = 5.0
-"""Lowest lease in seconds. The database is asked each second and has 2 s to answer: with less, one connection that dies
-closes the server (measured: with a lease of 1 s, 39 of 310 requests with a good token were answered 503)."""
+"""Lowest lease in seconds. The database is asked each second and has 2 s to answer, so a shorter lease ends while one dead
+connection is noticed. Measured after a half-open link: no lease for 27-43 % of 8 s with 1 s, 18-21 % with 2, 5-6 % with 3,
+0 % with 4 and more; with 1 s also 35 % of the time without any fault."""
 
 CACHE_LIMIT = 100_000
 """Tokens of a database that a process keeps in memory, about 0.5 KB each."""
