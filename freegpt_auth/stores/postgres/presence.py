@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
     from .links import Link
 
-_RENEWAL = (
-    0.2  # part of the lease after which the row is extended: at least three quarters of the lease are always left
-)
+_RENEWAL = 0.2  # part of the lease after which the row is extended: three quarters of the lease are always left
 
 _NOTHING_READ = -1  # shown before anything is read: commands wait for any later revision
 
