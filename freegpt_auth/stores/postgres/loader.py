@@ -43,25 +43,28 @@ class Loader:
             self._read_changes(link)
 
     def _read_changes(self, link: Link) -> None:
-        known = last = (self._cache.revision, self._mark)
+        known, last = (self._cache.revision, self._mark), None
         for noted in tables.changes_since(link, known[0]):
-            found, new = [(one.revision, one.mark) for one in noted[:1]], noted[1:]
-            if found != [known]:
-                self._load_what_is_left(link, is_lost=not found or found[0][0] == known[0])
+            if not noted or (noted[0].revision, noted[0].mark) != known:
+                self._load_what_is_left(link, is_lost=not noted or noted[0].revision == known[0])
                 return
-            if any(one.digest is None for one in new):  # too many to be logged one by one
-                self._load(link)
-                return
-            # The revision is raised when all are applied: until then other changes of it may be missing.
-            self._cache.apply((Change(one.revision, one.digest or b"", one.token) for one in new), known[0])
-            if new:
-                last = (new[-1].revision, new[-1].mark)
-            time.sleep(PAUSE)
-        if last == known:  # the revision was raised, and the log does not hold by which change
+            new = noted[1:]
+            if any(one.digest is None for one in new):
+                last = None
+                break
+            self._apply(new)
+            last = new[-1] if new else last
+        if last is None:  # more was changed at once than the log holds, or it does not hold the change
             self._load(link)
-            return
-        self._cache.apply((), last[0])
-        self._mark = last[1]
+        else:
+            self._cache.apply((), last.revision)
+            self._mark = last.mark
+
+    def _apply(self, new: list[tables.Noted]) -> None:
+        """Apply changes without raising the revision: until all are applied, others of it may be missing."""
+        changes = (Change(one.revision, one.digest or b"", one.token) for one in new)
+        self._cache.apply(changes, self._cache.revision)
+        time.sleep(PAUSE)
 
     def _load_what_is_left(self, link: Link, *, is_lost: bool) -> None:
         """Read every token of a database that does not hold the known revision any more, or whose log begins later."""

@@ -333,6 +333,22 @@ def test_the_lease_counts_from_before_the_database_was_asked(
     assert server.follower.certain_until > elapsed()
 
 
+def test_the_row_covers_the_lease(
+    process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process relies on its memory until the end of the row that commands see, and no longer."""
+    monkeypatch.setattr(module, "HEARTBEAT", 0.02)
+    server = process(database)
+    server.follower.start()
+    time.sleep(1.0)  # many answers after the row was written
+    with contextlib.closing(Address(database).connect()) as other:
+        until = server.follower.leased_until
+        [left] = other.one(
+            "SELECT extract(epoch FROM relies_until - clock_timestamp())::float8 FROM freegpt_auth.servers"
+        )
+        assert until <= elapsed() + left
+
+
 def test_a_change_waits_for_those_who_have_not_begun_to_read(
     process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
