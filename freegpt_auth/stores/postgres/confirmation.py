@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ class Confirmation:
         self._patience = patience
         self._vain_until = float("-inf")
 
-    def wait(self, link: Link, longest: float = CONFIRMATION) -> Unseen | None:
+    def wait(self, link: Link, longest: float = math.inf) -> Unseen | None:
         """Wait until every process relies on the present state or a later one; return those that do not after the wait.
 
         Processes that an earlier wait did not see are not waited for again: a heartbeat is enough for the others.
@@ -45,7 +46,7 @@ class Confirmation:
         """
         revision = tables.head(link).revision
         began = time.monotonic()
-        limit = min(self._patience, longest, HEARTBEAT if began < self._vain_until else longest)
+        limit = min(self._patience, longest, HEARTBEAT if began < self._vain_until else math.inf)
         pause, longest_pause = _LOOK_AGAIN
         while (unseen := _unseen(link, revision)) and time.monotonic() < began + limit:
             time.sleep(pause)

@@ -7,6 +7,7 @@ until every server process has confirmed the change.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 import weakref
@@ -209,7 +210,7 @@ class PostgresTokenStore:
         except psycopg.Error as error:
             self._explain(error)
 
-    def _change(self, change: Callable[[Link], _T], longest: float = CONFIRMATION) -> _T:
+    def _change(self, change: Callable[[Link], _T], longest: float = math.inf) -> _T:
         with self._connected() as link:
             with link.transaction():
                 link.run(changes.DURABLE)

@@ -170,22 +170,22 @@ def test_the_row_survives_a_crash(tmp_path_factory: pytest.TempPathFactory) -> N
 # --- commands
 
 
-def test_a_command_waits_for_a_process_that_is_not_connected(
-    links: Callable[[], Link], database: str, keep: Any
-) -> None:
+def test_a_command_waits_for_a_lost_process(links: Callable[[], Link], database: str, keep: Any) -> None:
     """The row of a process without a connection is waited for, until it shows the change or is over."""
-    store = PostgresTokenStore(database)
+    store = PostgresTokenStore(database, confirmation=PATIENCE)
+    token, _ = keep(store)
     link, presence = links(), Presence(LEASE)
-    presence.show(link, 0)
+    presence.show(link, 1)
     with ThreadPoolExecutor(1) as threads:
-        adding = threads.submit(keep, store)
-        _until(lambda: len(store.tokens()) == 1)
-        assert not adding.done()
-        presence.show(link, 1)
-        token, _ = adding.result(PATIENCE)
+        revoking = threads.submit(store.revoke, token.id, NOW)
+        _until(lambda: store.find(token.id)[0].revoked_at)
+        assert not revoking.done()
+        presence.show(link, 2)
+        revoking.result(PATIENCE)
     assert store.unseen is None
+    presence.withdraw(link)
     Presence(2.0).join(link)
-    store.revoke(token.id, NOW)
+    store.delete(token.id)
     assert store.unseen is None
     assert link.one("SELECT count(*) FROM freegpt_auth.servers WHERE revision < 2") == (0,)
 
