@@ -50,12 +50,13 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _DIGEST = "sha256(('sk-' || left(encode(sha256(:number::text::bytea), 'hex'), 49))::bytea)"
 _LOOK_UP = f"\\set number random(0, {SIZE - 1})\n{tables._LOOK_UP.replace('%s', _DIGEST)};\n"  # noqa: SLF001
 _HEARTBEAT = f"{tables._HEAD};\n"  # noqa: SLF001
-_CHANGES = " ".join(tables._CHANGES.split()) % (0, 10_001)  # noqa: SLF001
+_CHANGES = " ".join(tables._CHANGES.split()) % {"known": 0, "revision": 0, "digest": "NULL"}  # noqa: SLF001
 _FOLLOWING = f"""{_HEARTBEAT}{_CHANGES};
-SELECT pg_advisory_lock_shared(:client_id);
-SELECT pg_advisory_unlock_shared(:client_id);
+SELECT freegpt_auth.show_process(md5(:client_id::text), 30, 1, false);
 """
 """What each process asks when one token was changed."""
+
+_EXTENDING = "SELECT freegpt_auth.show_process(md5(:client_id::text), 30, 1, true);\n"
 
 
 class Rate(NamedTuple):
@@ -90,6 +91,7 @@ def measure() -> Iterator[Result]:
 def _asked(server: Cluster) -> Iterator[Result]:
     cases = [("look-ups by digest", _LOOK_UP, number) for number in CONNECTIONS]
     cases += [("heartbeats", _HEARTBEAT, 8), ("what a process asks after a change", _FOLLOWING, 8)]
+    cases += [("rows extended", _EXTENDING, 8)]
     for name, script, connections in cases:
         taken = [_pgbench(server, script, connections) for _ in range(ROUNDS)]
         many = f"{name}, {connections} connection{'s' * (connections > 1)}"

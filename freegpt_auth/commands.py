@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Mapping, Sequence
 
-    from .stores.base import TokenStore
+    from .stores.base import TokenStore, Unseen
     from .tokens import Token
     from .usage.base import Usage
 
@@ -81,9 +81,9 @@ def revoke(options: argparse.Namespace) -> int:
     revoked = store.revoke_all(ids, at) if isinstance(store, AtOnce) else (store.revoke(each, at) for each in ids)
     for token, _ in zip(tokens, revoked, strict=True):
         if token.revoked_at is not None:
-            say(f"Token {title(token)} was already revoked at {local(token.revoked_at)}.")
+            say(f"Token {title(token)} was already revoked at {local(token.revoked_at)}.{_in_force(store, '')}")
         else:
-            _say_refused("Revoked", token)
+            say(f"Revoked token {title(token)}.{_in_force(store)}")
     return 0
 
 
@@ -92,7 +92,7 @@ def delete(options: argparse.Namespace) -> int:
     store = open_store(options.store)
     tokens = resolve(store, options.references)
     for token in _deleted(store, tokens, (options.store, None)):
-        _say_refused("Deleted", token)
+        say(f"Deleted token {title(token)}.{_in_force(store)}")
     if not is_url(options.store):  # a server with a database is never open
         with contextlib.suppress(StoreError):  # the token is deleted whether or not the file can be read once more
             if not store.tokens():
@@ -118,11 +118,12 @@ def copy(options: argparse.Namespace) -> int:
     say(
         f"Copied {len(tokens)} token(s) from {origin.source} to {target.source}: {merged.added} new, "
         f"{merged.revoked} revoked now, {len(tokens) - merged.added - merged.revoked} there already."
+        f"{_in_force(target, '')}"
     )
     others = [token for digest, token in there.items() if digest not in tokens]
     if options.delete:
         for token in _deleted(target, others, _usage_setting(options.target)):
-            say(f"Deleted token {title(token)}, which {origin.source} does not hold.")
+            say(f"Deleted token {title(token)}, which {origin.source} does not hold.{_in_force(target, '')}")
     elif active := [token for token in others if token.status(_now(target)) == "active"]:
         say(f"{target.source} accepts {len(active)} token(s) more, which {origin.source} does not hold:")
         for token in active:
@@ -154,8 +155,14 @@ def _deleted(store: TokenStore, tokens: Sequence[Token], usage: _UsageSetting) -
         _forget_usage(usage, done)
 
 
-def _say_refused(done: str, token: Token) -> None:
-    say(f"{done} token {title(token)}. It is refused from now on.")
+def _in_force(store: TokenStore, at_once: str = " It is refused from now on.") -> str:
+    """Return *at_once*, or the seconds until the last change of *store* is in force in every server process."""
+    unseen: Unseen | None = getattr(store, "unseen", None)
+    if unseen is None:
+        return at_once
+    return (
+        f" In force everywhere within {unseen.seconds} s: {unseen.processes} server process(es) have not confirmed it."
+    )
 
 
 def _usage(location: str) -> Mapping[str, Usage]:

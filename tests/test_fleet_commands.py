@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -18,10 +19,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from freegpt_auth import FileTokenStore, MemoryTokenStore
+from freegpt_auth import FileTokenStore, MemoryTokenStore, commands
 from freegpt_auth.cli import main
 from freegpt_auth.stores import file, open_store
-from freegpt_auth.stores.postgres import PostgresTokenStore
+from freegpt_auth.stores.postgres import PostgresTokenStore, schema
+from freegpt_auth.stores.postgres.links import Address
+from freegpt_auth.stores.postgres.presence import Presence
 from freegpt_auth.tokens import Token, digest_of, has_valid_checksum, issue
 from freegpt_auth.usage import open_usage
 from freegpt_auth.usage.base import Usage
@@ -161,6 +164,25 @@ def test_a_tokens_life(run: Run, database: str) -> None:
         "No tokens found.\n",
         f"Is {place(database)} where your server's tokens are? If not, give --store. To add a token: create NAME\n",
     )
+
+
+def test_a_command_names_servers_out_of_reach(run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a server process has not confirmed says within how many seconds it is in force, and not "now"."""
+    monkeypatch.setattr(commands, "open_store", lambda url: PostgresTokenStore(url, confirmation=0.1))
+    run("--store", database, "create", "first")
+    run("--store", database, "create", "second")
+    first, second = [one["id"] for one in json.loads(run("--store", database, "list", "--json").out)]
+    with contextlib.closing(Address(database).connect()) as link:
+        Presence(900.0).join(link)  # a server that is never heard of again
+    for said, *arguments in (
+        (r"Revoked token \S+ \(first\)\.", "--store", database, "revoke", first),
+        (r"Token \S+ \(first\) was already revoked at \S+\.", "--store", database, "revoke", first),
+        (r"Deleted token \S+ \(second\)\.", "--store", database, "delete", second),
+        (r"Copied 1 token\(s\) .* 1 there already\.", "copy", database, database),
+    ):
+        done = run(*arguments)
+        late = r" In force everywhere within \d{3} s: 1 server process\(es\) have not confirmed it\.\n"
+        assert re.fullmatch(said + late, done.err), done
 
 
 @pytest.mark.parametrize(
@@ -420,7 +442,9 @@ def test_a_database_without_the_schema_is_said(run: Run, empty: str) -> None:
     put(FILE, token("a"))
     for arguments in ([FILE, empty], [empty, BACK], [empty, FILE, "--delete"]):
         done = run("copy", *arguments)
-        assert done.failed_in_one_line("has no schema, and this release needs 1: run python -m freegpt_auth migrate")
+        assert done.failed_in_one_line(
+            f"has no schema, and this release needs {schema.VERSION}: run python -m freegpt_auth migrate"
+        )
     assert names(FILE) == ["a"]
     assert not Path(BACK).exists()
 

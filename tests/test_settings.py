@@ -192,8 +192,8 @@ def test_the_lease_and_the_cache() -> None:
     settings = Settings.from_env(environ=environ)
     assert (settings.lease, settings.cache_limit) == (7.5, 1_000_000)
     assert isinstance(settings.cache_limit, int)
-    least = Settings.from_env(environ={"FREEGPT_AUTH_LEASE": "1", "FREEGPT_AUTH_CACHE": "1"})
-    assert (least.lease, least.cache_limit) == (1.0, 1)
+    least = Settings.from_env(environ={"FREEGPT_AUTH_LEASE": "5", "FREEGPT_AUTH_CACHE": "1"})
+    assert (least.lease, least.cache_limit) == (5.0, 1)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_public_paths(argument: list[str] | None, variable: str, expected: set[s
         *[({"usage_interval": interval}, "^usage_interval is .* above 0") for interval in (0, -1, float("nan"), 1e99)],
         ({"environ": {"FREEGPT_AUTH_REQUIRED": "treu"}}, "^FREEGPT_AUTH_REQUIRED is 'treu'; set it to 1 or 0"),
         (
-            {"environ": {"FREEGPT_AUTH_LEASE": "0.5"}},
-            "^FREEGPT_AUTH_LEASE is '0.5'; give it a number from 1 to 100,000,000",
+            {"environ": {"FREEGPT_AUTH_LEASE": "4.9"}},
+            "^FREEGPT_AUTH_LEASE is '4.9'; give it a number from 5 to 100,000,000",
         ),
         *[({"environ": {"FREEGPT_AUTH_LEASE": no}}, "^FREEGPT_AUTH_LEASE is .* or unset it$") for no in NO_NUMBERS],
         *[({"environ": {"FREEGPT_AUTH_CACHE": no}}, "^FREEGPT_AUTH_CACHE is .* or unset it$") for no in NO_NUMBERS],

@@ -52,6 +52,18 @@ class Merged(NamedTuple):
     revoked: int
 
 
+class Unseen(NamedTuple):
+    """Server processes that have not confirmed a change.
+
+    Attributes:
+        processes: their number.
+        seconds: until the last of them refuses every token that was revoked or deleted, at most.
+    """
+
+    processes: int
+    seconds: int
+
+
 class Verifier(Protocol):
     """What the middleware needs of a token source. These three methods are enough to plug in one's own.
 
@@ -98,7 +110,8 @@ class TokenStore(Verifier, Protocol):
     """A store that can also be changed: what the commands need.
 
     When a method that changes something has returned, the change is durable, and no server of this host decides
-    anything without it; of a database, no server on any host that is connected to it.
+    anything without it. A database has servers on several hosts: its store also has ``unseen``, an :class:`Unseen` after a
+    change that some of their processes have not confirmed, else ``None``.
 
     Attributes:
         source: where the tokens are, in words for the operator. No password is in it.

@@ -81,7 +81,7 @@ def host(tmp_path: Path, serve: Callable[..., Any]) -> Iterator[Callable[..., An
                 if away:
                     proxy.refuse()
             program = [] if script else ["app:app", "--no-access-log"]
-            options = {"FREEGPT_AUTH_STORE": url, "FREEGPT_AUTH_LEASE": "2", "FREEGPT_API_KEY": KEY, **env}
+            options = {"FREEGPT_AUTH_STORE": url, "FREEGPT_AUTH_LEASE": "5", "FREEGPT_API_KEY": KEY, **env}
             return Host(serve(*program, *arguments, script=script, **options), proxy)
 
         yield start

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fleet import Record
 
-LEASE = 2.0
+LEASE = 5.0
 POLL = 1.0
 
 GUNICORN = """

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from fleet import Record
 
-LEASE = 2.0
+LEASE = 5.0
 POLL = 1.0
 SLACK = 1.5
 """Seconds that a machine which is busy may take for what is done at once."""
@@ -149,7 +149,7 @@ def test_within_a_long_lease_only_what_is_not_known_waits(
     until(lambda: usage_of(durable.url(tables), ids["valid"]) == watch.accepted("valid"))
 
 
-@pytest.mark.parametrize("lease", ["2", "30"])
+@pytest.mark.parametrize("lease", [f"{LEASE:g}", "30"])
 def test_a_server_that_was_stopped_for_a_while_trusts_nothing_old(
     durable: Any, tables: str, office: Any, host: Any, watched: Any, lease: str
 ) -> None:
@@ -166,7 +166,7 @@ def test_a_server_that_was_stopped_for_a_while_trusts_nothing_old(
     try:
         operator.revoke(token_id)
         _, new = operator.create("new")
-        until(lambda: time.monotonic() > stopped + CERTAINTY)
+        until(lambda: time.monotonic() > stopped + max(CERTAINTY, LEASE))
         with ThreadPoolExecutor(8) as crowd:
             asked = [crowd.submit(alone.server.get, "/", new) for _ in range(8)]
             resumed = time.monotonic()
@@ -179,7 +179,7 @@ def test_a_server_that_was_stopped_for_a_while_trusts_nothing_old(
     late = [one for one in watch.given if (one.who, one.status) == ("fading", 200) and one.ended > resumed]
     assert lease == "30" or not late, late
     assert max((one.began for one in late), default=resumed) <= resumed + POLL + SLACK + watch.delay()
-    watch.end()
+    watch.end(BOUND + resumed - stopped)
 
 
 def test_connections_that_are_cut_are_made_anew(
@@ -242,7 +242,7 @@ def test_a_slow_link_delays_and_opens_nothing(fleet: Fleet, delay: float, record
         hosts[each].proxy.delay = delay
     watch.hold({"key": 200, "nothing": 401}, 1.5)
     done = operator.revoke(token_id)
-    heard = "have not seen" not in done.err
+    heard = "In force everywhere" not in done.err
     assert heard or delay == 0.5, done
     watch.expect({"fading": 401}, WELL)
     watch.see({"fading": 401}, done.ended, range(3) if heard else WELL)
@@ -273,7 +273,7 @@ def test_what_notifications_lose_the_poll_finds(fleet: Fleet, rounds: int, recor
         watch.add("fading", fading)
         watch.expect({"fading": 200})
         done = operator.revoke(token_id)
-        assert "have not seen" not in done.err
+        assert "In force everywhere" not in done.err
         watch.expect({"fading": 401})
         watch.see({"fading": 401}, done.ended, range(3))
         took.append(done.ended - done.began)
@@ -285,7 +285,7 @@ def test_what_notifications_lose_the_poll_finds(fleet: Fleet, rounds: int, recor
 def test_a_host_that_never_hears_polls(
     durable: Any, tables: str, office: Any, host: Any, watched: Any, record_property: Record
 ) -> None:
-    """It says so once, no command waits for it, and a change is in force there a second after the command."""
+    """It says so once, and a command waits until it has looked: nothing is accepted there once the command returned."""
     operator = office(durable.url(tables))
     secrets, _ = people(operator)
     hosts = [host(durable, tables, away=True), host(durable, tables)]
@@ -293,7 +293,7 @@ def test_a_host_that_never_hears_polls(
     hosts[0].proxy.accept()
     watch = watched(hosts, secrets)
     watch.expect(USUAL)
-    late = []
+    took = []
     for number in range(2):
         token_id, fading = operator.create(f"fading-{number}")
         watch.forget("fading")
@@ -301,13 +301,13 @@ def test_a_host_that_never_hears_polls(
         watch.expect({"fading": 200})
         done = operator.revoke(token_id)
         watch.expect({"fading": 401})
-        late.append(watch.last("fading", 0) - done.ended)
-        watch.see({"fading": 401}, done.ended, [1])
-    assert max(late) < POLL + SLACK + watch.delay()
+        watch.see({"fading": 401}, done.ended, range(2))
+        took.append(done.ended - done.began)
+    assert max(took) < POLL + SLACK + watch.delay()
     assert sum("delivers no notifications" in line for line in hosts[0].loud()) == 1
-    assert durable.sql("SELECT count(*) FROM freegpt_auth.servers", tables) == [(1,)]
+    assert durable.sql("SELECT count(*) FROM freegpt_auth.servers", tables) == [(2,)]
     watch.end()
-    record_property("accepted after the command for at most", round(max(late), 2))
+    record_property("revoke took at most", round(max(took), 2))
 
 
 def test_look_ups_that_hang_hold_up_nobody_who_is_known(fleet: Fleet, record_property: Record) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fleet import Record
 
-LEASE = 2.0
+LEASE = 5.0
 POLL = 1.0
 NOBODYS = "02:00:00:00:00:99"
 """The hardware address to which packets are sent that are to vanish."""

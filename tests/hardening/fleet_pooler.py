@@ -25,7 +25,7 @@ needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not
 def test_behind_a_pooler_a_server_polls(
     durable: Any, tables: str, office: Any, host: Any, watched: Any, kind: str, record_property: Record
 ) -> None:
-    """It is detected and said once, a change is in force within a second, and nothing of the session is left behind."""
+    """It is detected and said once, and a command waits until the server has looked."""
     operator = office(durable.url(tables))
     secrets, ids = people(operator, more=6)
     with pgbouncer(durable) if kind == "PgBouncer" else smallest(durable, tables) as port:
@@ -44,15 +44,14 @@ def test_behind_a_pooler_a_server_polls(
             watch.expect({"fading": 401})
             late.append(max(watch.last("fading", each) for each in range(2)) - done.ended)
             took.append(done.ended - done.began)
-        assert max(late) < POLL + SLACK + watch.delay()
-        assert max(took) < 2.0 + watch.delay()
+        assert max(late) <= 0
+        assert max(took) < POLL + SLACK + watch.delay()
         for each in hosts:
             assert [line for line in each.loud() if "delivers no notifications" not in line] == []
             assert len(each.loud()) == 1
         watch.end()
         until(lambda: usage_of(durable.url(tables), ids["valid"]) == watch.accepted("valid"))
-        assert durable.sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'", tables) == [(0,)]
-    record_property("accepted after the command for at most", round(max(late), 2))
+    record_property("accepted after the command", 0)
     record_property("commands took at most", round(max(took), 2))
 
 

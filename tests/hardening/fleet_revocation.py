@@ -79,7 +79,7 @@ def revoke_all(cluster: Any, tables: str, operator: Operator, hosts: list[Host])
             seen.wait(120)
             done = operator.revoke(token_id)
             gone.wait(120)
-            assert "have not seen" not in done.err
+            assert "In force everywhere" not in done.err
             last = max(one.refused[secret] for one in witnesses)
             late = sum(one.accepted.get(secret, 0.0) > done.ended for one in witnesses)
             since = last - committed(cluster, tables, token_id)

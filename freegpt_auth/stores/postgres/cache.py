@@ -79,6 +79,14 @@ class TokenCache:
         """How many tokens stay revoked here whatever the database says, since it may have lost that."""
         return len(self._lasting)
 
+    def same(self, digest: bytes, token: Token) -> Token:
+        """Return the equal token in memory, else *token*: a token that did not change stays the same object."""
+        for tokens in (self._young, self._old):
+            held = tokens.get(digest)
+            if held == token:
+                return held
+        return token
+
     def held(self) -> list[Token]:
         """Return every token that is remembered."""
         with self._lock:
@@ -159,12 +167,11 @@ class TokenCache:
 
     def _remembered(self, digest: bytes, token: Token) -> Token:
         """Remember a token; return it, or the equal one that another thread has read: it stays the same object."""
-        for tokens in (self._young, self._old):
-            if tokens.get(digest) == token:
-                return tokens[digest]
-        self._young[digest] = token
-        self._old.pop(digest, None)
-        return token
+        same = self.same(digest, token)
+        if same is token:
+            self._young[digest] = token
+            self._old.pop(digest, None)
+        return same
 
     def _turned(self) -> dict[bytes, Token]:
         """Make room: return what was not used since room was made last."""

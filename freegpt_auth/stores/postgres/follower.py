@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
+from ...clock import elapsed
 from ...exceptions import StoreError, StoreUnavailableError
-from ..table import PAUSE
 from . import schema, tables
-from .cache import CHANGES_KEPT, Change
 from .links import PATIENCE, TIME_LIMIT
+from .loader import Loader
+from .presence import Presence
 from .reasons import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ...tokens import Token
     from .cache import TokenCache
     from .links import Address, Link
 
@@ -56,24 +56,33 @@ class Follower:
         cache: what is kept up to date.
         lease: seconds for which memory is relied on after the database was last asked.
         renew: called with each new connection of the thread: others may lead to another server now.
+        clock: local clock of leases and of the database's time between two answers, in seconds.
 
     Attributes:
-        leased_until: until when, by the monotonic clock, tokens in memory may be accepted.
+        leased_until: until when, by the local clock, tokens in memory may be accepted.
         certain_until: until when a token that is not in memory does not exist.
         trouble: why the database cannot be asked; ``None`` while it can.
         age: how many connections there were; what was read over an earlier one may come from another server.
     """
 
-    def __init__(self, address: Address, cache: TokenCache, lease: float, renew: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        address: Address,
+        cache: TokenCache,
+        lease: float,
+        renew: Callable[[], None],
+        clock: Callable[[], float] = elapsed,
+    ) -> None:
         self._address = address
         self._cache = cache
         self._lease = lease
         self._renew = renew
+        self._clock = clock
         self.leased_until: float = _NEVER
         self.certain_until: float = _NEVER
         self.trouble: str | None = None
         self.age: int = 0
-        self._mark = ""
+        self._loader = Loader(cache, address.shown)
         self._ahead: float | None = None
         self._reading = threading.Lock()
         self._starting = threading.Lock()
@@ -89,7 +98,7 @@ class Follower:
                     self._look_at_head(link)
             except psycopg.Error as error:
                 raise StoreUnavailableError(f"{self._address.shown} does not answer: {reason_of(error)}") from None
-        return self._ahead + time.monotonic()
+        return self._ahead + self._clock()
 
     def is_running(self) -> bool:
         """Tell whether memory is being kept up to date."""
@@ -127,35 +136,34 @@ class Follower:
 
     def _run(self, stopping: threading.Event) -> None:
         pause, longest = _RETRY
+        presence = Presence(self._lease, self._clock)
         while not stopping.is_set():
             try:
                 with contextlib.closing(self._address.connect()) as link:
-                    self._follow(link, stopping)
+                    self._follow(link, presence, stopping)
+                    self.leased_until = self.certain_until = _NEVER
+                    presence.withdraw(link)
             except Exception as error:  # noqa: BLE001  whatever it is, memory must not stay as it is for good
                 pause = min(longest, 2 * pause) if self.trouble else _RETRY[0]
                 self._lose(error)
                 # A thousand processes that lost the same database must not come back in the same moment.
                 stopping.wait(pause * random.uniform(1, 2))  # noqa: S311
 
-    def _follow(self, link: Link, stopping: threading.Event) -> None:
+    def _follow(self, link: Link, presence: Presence, stopping: threading.Event) -> None:
         schema.check(schema.version_of(link), self._address.shown)
         self._renew()
         self.age += 1  # after that: whoever sees it reads over connections that are as new
-        hears = self._hears(link)
-        shown: int | None = None
-        if hears:
-            # Before anything is read: who changes a token from now on waits for this process, if cut off for a lease long.
+        if self._hears(link):
             tables.end_if_idle(link, self._lease)
-            shown = tables.show_revision(link, 0, None)
-        since = self._catch_up(link)
+        # Before the first read: from here on, commands wait for this process (at most one lease if it is cut off).
+        presence.join(link)
         while not stopping.is_set():
-            self._rely(since)
-            if hears and shown != self._cache.revision:
-                shown = tables.show_revision(link, self._cache.revision, shown)
-            due = time.monotonic() + HEARTBEAT
-            while not stopping.is_set() and time.monotonic() < due and not link.notifications(_SLICE):
-                pass
             since = self._catch_up(link)
+            presence.show(link, self._cache.revision)
+            self._rely(since, presence.covers_until)
+            due = self._clock() + HEARTBEAT
+            while not stopping.is_set() and self._clock() < due and not link.notifications(_SLICE):
+                pass
 
     def _hears(self, link: Link) -> bool:
         """Listen, and tell whether notifications arrive: a pooler may give each transaction another connection."""
@@ -171,8 +179,8 @@ class Follower:
                 link.run(f'UNLISTEN "{own}"')
                 return True
         _logger.warning(
-            "%s delivers no notifications, as a pooler in transaction mode does not: a change is in force here %g s "
-            "after its command has returned",
+            "%s delivers no notifications, as a pooler in transaction mode does not: changes are looked for each %g s, "
+            "and commands wait for that",
             *(self._address.shown, HEARTBEAT),
         )
         return False
@@ -180,55 +188,19 @@ class Follower:
     def _catch_up(self, link: Link) -> float:
         """Bring memory to where the database is now, and return when it was asked."""
         with self._reading:
-            began = time.monotonic()
-            head = self._look_at_head(link)
-            if self._cache.revision < 0:
-                self._load(link)
-            elif (head.revision, head.mark) != (self._cache.revision, self._mark):
-                self._read_changes(link)
+            began = self._clock()
+            self._loader.catch_up(link, self._look_at_head(link))
             return began
 
     def _look_at_head(self, link: Link) -> tables.Head:
-        began = time.monotonic()
+        began = self._clock()
         head = tables.head(link)
         schema.check(head.version, self._address.shown)
         self._ahead = head.now - began  # never behind the database's own clock: no token is accepted after its end
         return head
 
-    def _read_changes(self, link: Link) -> None:
-        known = self._cache.revision
-        noted = tables.changes_since(link, known, CHANGES_KEPT + 1)
-        if not noted or (noted[0].revision, noted[0].mark) != (known, self._mark):
-            # What was known is not in the log: it was lost, or so much was changed since that the log begins later.
-            self._load(link, was_known=False)
-            if not noted or noted[0].revision == known:
-                _logger.error(
-                    "%s has lost changes that were in force (a failover or a backup?): every token was read again. Tokens "
-                    "that this process knew as revoked stay so (%d); look through list and revoke what is missing again",
-                    self._address.shown,
-                    self._cache.lasting,
-                )
-            return
-        new = [one for one in noted if one.revision > known]
-        if len(noted) > CHANGES_KEPT or any(one.digest is None for one in new):
-            self._load(link)
-            return
-        self._cache.apply((Change(one.revision, one.digest or b"", one.token) for one in new), noted[-1].revision)
-        self._mark = noted[-1].mark
-
-    def _load(self, link: Link, *, was_known: bool = True) -> None:
-        tokens: dict[bytes, Token] = {}
-        with link.transaction():
-            link.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            head = tables.head(link)
-            for batch in tables.every_token(link, limit=self._cache.limit + 1):
-                tokens.update(batch)
-                time.sleep(PAUSE)
-        self._cache.load(tokens, head.revision, was_known=was_known)
-        self._mark = head.mark
-
-    def _rely(self, since: float) -> None:
-        self.leased_until = since + self._lease
+    def _rely(self, since: float, covers_until: float) -> None:
+        self.leased_until = min(since + self._lease, covers_until)
         self.certain_until = since + CERTAINTY if self._cache.complete else _NEVER
         if self.trouble is not None:
             _logger.info("%s answers again", self._address.shown)
@@ -238,7 +210,7 @@ class Follower:
     def _lose(self, error: Exception) -> None:
         """Go on with what is known for as long as the lease lasts, and say so."""
         self.certain_until = _NEVER
-        left = self.leased_until - time.monotonic()
+        left = self.leased_until - self._clock()
         reason = reason_of(error)
         trouble = reason if isinstance(error, StoreError) else f"{self._address.shown} does not answer: {reason}"
         if self.trouble is None and left > 0:

@@ -12,15 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...exceptions import StoreError
+from .presence_schema import SECOND
 
 if TYPE_CHECKING:
     from .links import Link
 
 CHANNEL = "freegpt_auth"
 """Where each new revision is announced."""
-
-LOCKS = 0x66726565
-"""The high half of the advisory locks by which processes show the revision they are at; the low half is the revision."""
 
 _FIRST = """
 CREATE SCHEMA freegpt_auth;
@@ -122,7 +120,7 @@ CREATE TRIGGER keep_revoked BEFORE UPDATE ON freegpt_auth.tokens FOR EACH ROW
     WHEN (OLD.revoked_at IS DISTINCT FROM NEW.revoked_at AND OLD.revoked_at IS NOT NULL)
     EXECUTE FUNCTION freegpt_auth.keep_revoked();
 
--- The server processes that are connected, and what each has seen. The number is LOCKS.
+-- The server processes that are connected, and what each has seen.
 CREATE VIEW freegpt_auth.servers AS
     SELECT pid, a.usename AS role, a.client_addr, a.backend_start AS since, l.objid::bigint AS revision,
         s.revision - l.objid::bigint AS behind
@@ -166,7 +164,7 @@ REVOKE ALL ON ALL SEQUENCES IN SCHEMA freegpt_auth FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA freegpt_auth FROM PUBLIC;
 """
 
-_MIGRATIONS = (_FIRST,)
+_MIGRATIONS = (_FIRST, SECOND)
 
 VERSION = len(_MIGRATIONS)
 """The version of the schema that this release works with."""

@@ -1,13 +1,13 @@
 """The contract of a store on PostgreSQL, for any number of servers on any number of hosts.
 
 Requests are answered from memory, which a thread keeps up to date. Commands write in a connection of their own, and wait
-until every server that is connected has seen what they changed.
+until every server process has confirmed the change.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
 import os
 import time
 import weakref
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import psycopg
 
+from ...clock import elapsed
 from ...exceptions import StoreBusyError, StoreError, StoreUnavailableError, TokenNotFoundError
 from ...settings import CACHE_LIMIT, LEASE
 from ...tokens import find
@@ -22,7 +23,8 @@ from ..base import UNRESOLVED, Merged, Survey, Unresolved
 from ..memory import count_active
 from . import changes, schema, tables
 from .cache import TokenCache
-from .follower import Follower
+from .confirmation import CONFIRMATION, Confirmation
+from .follower import CERTAINTY, Follower
 from .links import PATIENCE, Address, Pool
 from .reasons import reason_of
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from ...tokens import Token
+    from ..base import Unseen
     from .links import Link
 
     _T = TypeVar("_T")
@@ -42,10 +45,6 @@ LOOK_UP_LIMIT = 256
 _CONNECTIONS = 2  # for look-ups and usage, beside the follower's one; several threads take turns
 _ATTEMPTS = 5
 _PAUSE = 1.0  # seconds without look-ups after one that failed
-_CONFIRMATION = 3.0  # seconds that a command waits for servers to see what it did
-_LOOK_AGAIN = 0.002
-
-_logger = logging.getLogger("freegpt_auth")
 
 
 class PostgresTokenStore:
@@ -56,6 +55,11 @@ class PostgresTokenStore:
         lease: seconds for which tokens in memory are accepted while the database cannot be reached.
         cache_limit: how many tokens a process keeps in memory. While the database holds no more, an unknown token needs
             no query; of a larger one those used of late are kept.
+        clock: local clock of the lease, in seconds.
+        confirmation: seconds that a change waits for server processes to confirm it.
+
+    Attributes:
+        unseen: server processes that have not confirmed the last change by this object; ``None`` if there are none.
 
     Raises:
         ConfigurationError: *url* cannot be read.
@@ -63,9 +67,20 @@ class PostgresTokenStore:
 
     look_up_limit: int = LOOK_UP_LIMIT
 
-    def __init__(self, url: str, *, lease: float = LEASE, cache_limit: int = CACHE_LIMIT) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        lease: float = LEASE,
+        cache_limit: int = CACHE_LIMIT,
+        clock: Callable[[], float] = elapsed,
+        confirmation: float = CONFIRMATION,
+    ) -> None:
         self._address = Address(url)
         self._lease = lease
+        self._clock = clock
+        self._confirmation = Confirmation(confirmation)
+        self.unseen: Unseen | None = None
         self.cache_limit: int = cache_limit
         self.source: str = self._address.shown
         self._pool = Pool(self._address, _CONNECTIONS)
@@ -75,11 +90,11 @@ class PostgresTokenStore:
 
     def _begin(self) -> None:
         self._cache = TokenCache(self.cache_limit)
-        self._follower = Follower(self._address, self._cache, self._lease, self._pool.renew)
+        self._follower = Follower(self._address, self._cache, self._lease, self._pool.renew, self._clock)
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
         """Answer from memory, for as long as it may be relied on; see :class:`~freegpt_auth.stores.base.Verifier`."""
-        now, follower = time.monotonic(), self._follower
+        now, follower = self._clock(), self._follower
         if now >= follower.leased_until:
             return self._without_lease()
         is_certain = now < follower.certain_until  # as it was before memory is looked at, which may be filled meanwhile
@@ -141,10 +156,11 @@ class PostgresTokenStore:
 
     def add(self, digest: bytes, token: Token) -> None:
         """Keep a new token."""
-        self._change(lambda link: changes.insert(link, digest, token))
+        # A process that has not read for CERTAINTY seconds looks up every token that it does not know.
+        self._change(lambda link: changes.insert(link, digest, token), CERTAINTY)
 
     def revoke(self, token_id: str, at: datetime) -> Token:
-        """Refuse the token from now on, in every process that is connected; in one that is cut off, after its lease."""
+        """Refuse the token from now on, in every process that confirms it; :attr:`unseen` has the others and their end."""
         return self._change(lambda link: _found(changes.revoke(link, token_id, at), token_id))
 
     def delete(self, token_id: str) -> Token:
@@ -156,11 +172,7 @@ class PostgresTokenStore:
         return self._change(lambda link: changes.merge(link, tokens))
 
     def migrate(self) -> tuple[int, int]:
-        """Make the schema, or bring it to this release's version; return the version it had, and has.
-
-        Raises:
-            StoreError: it cannot be done, or its version is a later release's.
-        """
+        """Make the schema, or bring it to this release's version; see :class:`~freegpt_auth.stores.base.Migrating`."""
         with self._connected(check=False) as link:
             return schema.migrate(link, self.source)
 
@@ -201,23 +213,13 @@ class PostgresTokenStore:
         except (psycopg.Error, ValueError) as error:
             self._explain(error)
 
-    def _change(self, change: Callable[[Link], _T]) -> _T:
+    def _change(self, change: Callable[[Link], _T], longest: float = math.inf) -> _T:
         with self._connected() as link:
             with link.transaction():
                 link.run(changes.DURABLE)
                 result = change(link)
-            self._wait_for_servers(link)
+            self.unseen = self._confirmation.wait(link, longest)
         return result
-
-    def _wait_for_servers(self, link: Link) -> None:
-        revision = tables.head(link).revision
-        deadline = time.monotonic() + _CONFIRMATION
-        while behind := tables.processes_behind(link, revision):
-            if time.monotonic() >= deadline:
-                unseen = "%d server process(es) have not seen this change yet and may go on without it for %g s at most"
-                _logger.warning(unseen, behind, self._lease)
-                return
-            time.sleep(_LOOK_AGAIN)
 
     def _explain(self, error: Exception) -> NoReturn:
         reason = reason_of(error)

@@ -9,7 +9,6 @@ import psycopg
 from ...exceptions import StoreError
 from ...tokens import Reference, Token
 from .instants import instant_of, microseconds
-from .schema import LOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,9 +40,16 @@ _ROWS = 500  # a batch of so many takes 2 ms to become tokens
 _HEAD = f"SELECT version, revision, mark::text, {microseconds('clock_timestamp()')} FROM freegpt_auth.state"
 _CHANGES = f"""
     SELECT c.revision, c.mark::text, c.digest, {RECORD}
-    FROM freegpt_auth.changes c LEFT JOIN freegpt_auth.tokens t ON t.digest = c.digest
-    WHERE c.revision >= %s ORDER BY c.revision LIMIT %s
+    FROM (
+        (SELECT revision, mark, digest FROM freegpt_auth.changes WHERE revision = %(known)s LIMIT 1)
+        UNION ALL (
+            SELECT revision, mark, digest FROM freegpt_auth.changes
+            WHERE (revision, digest) > (%(revision)s, %(digest)s::bytea) ORDER BY revision, digest LIMIT {_ROWS}
+        )
+    ) c LEFT JOIN freegpt_auth.tokens t ON t.digest = c.digest
+    ORDER BY c.revision, c.digest
 """
+_BEHIND = "SELECT processes, seconds FROM freegpt_auth.processes_behind(%s)"
 _LOOK_UP = f"SELECT s.revision, {RECORD} FROM freegpt_auth.state s LEFT JOIN freegpt_auth.tokens t ON t.digest = %s"
 _ALL = f"SELECT {RECORD} FROM freegpt_auth.tokens t"
 _ACTIVE = """
@@ -52,8 +58,6 @@ _ACTIVE = """
             WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()) LIMIT 1000000
     ) AS active
 """
-_BEHIND = "SELECT count(*) FROM freegpt_auth.servers WHERE revision < %s"
-_LOW_HALF = 0xFFFFFFFF  # which one change a second fills in 136 years
 
 
 class Head(NamedTuple):
@@ -97,9 +101,19 @@ def head(link: Link) -> Head:
     return Head(version, revision, mark, now / 1_000_000)
 
 
-def changes_since(link: Link, revision: int, limit: int) -> list[Noted]:
-    """Return what was changed since a revision, beginning with what made that one."""
-    return [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in link.run(_CHANGES, (revision, limit))]
+def changes_since(link: Link, known: int) -> Iterator[list[Noted]]:
+    """Yield the changes after a revision in batches, oldest first, each behind one row of the known revision.
+
+    Each batch is one statement, and there is at least one. Without a row of the known revision a batch begins with a later
+    one, or is empty: the log begins later, or the database has lost that revision.
+    """
+    revision, digest, is_full = known, None, True
+    while is_full:
+        rows = link.run(_CHANGES, {"known": known, "revision": revision, "digest": digest})
+        yield [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in rows]
+        is_full = len(rows) > _ROWS
+        if is_full:
+            revision, _, digest = rows[-1][:3]
 
 
 def look_up(link: Link, digest: bytes) -> tuple[int, Token | None]:
@@ -134,22 +148,14 @@ def referred(link: Link, reference: str) -> dict[bytes, Token]:
     return {row[0]: token for row in rows if (token := token_of(row)) is not None}
 
 
-def show_revision(link: Link, revision: int, before: int | None) -> int:
-    """Let those who change tokens see which revision this process is at, and no longer the one before; return it."""
-    link.run("SELECT pg_advisory_lock_shared(%s)", (_key(revision),))
-    if before is not None:
-        link.run("SELECT pg_advisory_unlock_shared(%s)", (_key(before),))
-    return revision
-
-
 def end_if_idle(link: Link, seconds: float) -> None:
     """Let the database end this connection when nothing was asked for so long, even if it hears of no disconnection."""
     link.run("SELECT set_config('idle_session_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
 
 
-def processes_behind(link: Link, revision: int) -> int:
-    """Count the processes that are connected and have not seen a revision yet."""
-    return int(link.one(_BEHIND, (revision & _LOW_HALF,))[0])
+def processes_behind(link: Link, revision: int) -> Row:
+    """Return the number of processes that rely on a state before *revision*, and the seconds until none of them does."""
+    return link.one(_BEHIND, (revision,))
 
 
 def token_of(row: Row) -> Token | None:
@@ -189,7 +195,3 @@ def _texts(values: list[str]) -> tuple[str, ...]:
 def _as_text(text: str | None) -> str | None:
     """Replace the characters that PostgreSQL has no text for; they are part of no token."""
     return None if text is None else text.encode(errors="replace").decode().replace("\0", "?")
-
-
-def _key(revision: int) -> int:
-    return LOCKS << 32 | revision & _LOW_HALF

@@ -20,7 +20,8 @@ from postgresql import free_port, running
 from proxy import PLAIN
 
 from freegpt_auth import StoreUnavailableError
-from freegpt_auth.stores.postgres import follower as module, tables
+from freegpt_auth.clock import elapsed
+from freegpt_auth.stores.postgres import follower as module, schema, tables
 from freegpt_auth.stores.postgres.cache import TokenCache
 from freegpt_auth.stores.postgres.follower import CERTAINTY, HEARTBEAT, Follower
 from freegpt_auth.stores.postgres.links import Address, Link
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from postgresql import Cluster
+
+    from freegpt_auth import Token
 
 LEASE = 30.0
 PATIENCE = 30.0
@@ -130,6 +133,11 @@ def _run(url: str, *statements: str) -> None:
             connection.execute(statement.encode())
 
 
+def _behind(link: Link, revision: int) -> int:
+    """Return the number of processes that commands wait for."""
+    return int(tables.processes_behind(link, revision)[0])
+
+
 def _said(log: pytest.LogCaptureFixture, level: str = "") -> list[str]:
     return [record.getMessage() for record in log.records if level in ("", record.levelname)]
 
@@ -211,42 +219,79 @@ def test_behind_a_pooler_that_delivers_nothing_a_server_looks_and_says_so(
         [warning] = _said(caplog, "WARNING")
         assert warning == (
             f"{server.follower._address.shown} delivers no notifications, as a pooler in transaction mode does not: "
-            f"a change is in force here {HEARTBEAT:g} s after its command has returned"
+            f"changes are looked for each {HEARTBEAT:g} s, and commands wait for that"
         )
         for statement, has_followed in ((INSERT.format(1, 3), lambda: "t3" in server.ids()), (REVOKE, None)):
             _run(database, statement)
             _until(has_followed or (lambda: server.is_revoked(1)))
         with contextlib.closing(Address(database).connect()) as other:
-            # A lock would be the pooler's connection's, and every command would wait for it in vain.
-            assert tables.processes_behind(other, LATE) == 0
-        server.follower.stop()
+            assert _behind(other, LATE) == 1
+            server.follower.stop()
+            assert _behind(other, LATE) == 0
     assert len(_said(caplog)) == 1
 
 
-def test_many_changes_while_nobody_followed(
-    process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the revisions at which a whole table is read."""
+    revisions: list[int] = []
+    load = TokenCache.load
+
+    def noted(cache: TokenCache, tokens: dict[bytes, Token], revision: int, *, was_known: bool = True) -> None:
+        revisions.append(revision)
+        load(cache, tokens, revision, was_known=was_known)
+
+    monkeypatch.setattr(TokenCache, "load", noted)
+    return revisions
+
+
+def test_the_log_is_read_as_far_as_it_reaches(
+    process: Callable[..., Process], database: str, loads: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server that was cut off reads what changed since, or everything if that is more than the log says."""
-    monkeypatch.setattr(module, "CHANGES_KEPT", 4)
+    """A server that was cut off reads the changes since, or everything where the log begins later or has a gap."""
     server = process(database)
-    loads: list[int] = []
-    load = server.cache.load
-    monkeypatch.setattr(server.cache, "load", lambda *given, **named: (loads.append(given[1]), load(*given, **named)))
     server.follower.look()
-    for changes, expected in ((3, 1), (4, 2), (5, 3)):  # what made the known revision is in the log too
-        first = server.cache.revision + 1
-        for number in range(first, first + changes):
+    for number in range(1, 9):
+        _run(database, INSERT.format(number, number))
+    server.follower.look()
+    assert (len(server.ids()), server.cache.revision, loads) == (8, 8, [0])
+    for removed in ("revision <= 9", "revision > 10"):
+        for number in (2 * server.cache.revision, 2 * server.cache.revision + 1):
             _run(database, INSERT.format(number, number))
+        _run(database, f"DELETE FROM freegpt_auth.changes WHERE {removed}")
         server.follower.look()
-        assert len(server.ids()) == server.cache.revision == first + changes - 1
-        assert len(loads) == expected
-    _run(database, INSERT.format(50, 50))
-    _run(database, INSERT.format(51, 51))
-    _run(database, "DELETE FROM freegpt_auth.changes WHERE revision <= 13")
+        assert f"t{number}" in server.ids()
+        assert loads[-1] == server.cache.revision
+    assert (len(loads), _said(caplog)) == (3, [])
+
+
+def test_a_large_change_is_applied_in_steps(process: Callable[..., Process], database: str, loads: list[int]) -> None:
+    """A statement that revokes thousands of tokens reads no table afresh; only TRUNCATE does, or a hundred thousand rows."""
+    _run(database, INSERT.format(1, 5_000))
+    server = process(database)
     server.follower.look()
-    assert {"t50", "t51"} < server.ids()
-    assert len(loads) == 4
-    assert _said(caplog) == []
+    kept = server.cache.find(_digest(5_000))
+    _run(database, "UPDATE freegpt_auth.tokens SET revoked_at = now() WHERE id <> 't5000'", INSERT.format(5_001, 5_001))
+    server.follower.look()
+    assert (server.cache.revision, loads) == (3, [1])
+    assert server.cache.find(_digest(5_000)) is kept
+    assert "t5001" in server.ids()
+    assert all(server.is_revoked(number) for number in range(1, 5_000))
+    _run(database, "TRUNCATE freegpt_auth.tokens", INSERT.format(1, 3_000), INSERT.format(4_000, 4_001))
+    server.follower.look()
+    assert (server.cache.revision, loads, len(server.ids())) == (6, [1, 6], 3_002)
+
+
+def test_a_whole_table_is_read_beside_the_known_one(process: Callable[..., Process], database: str) -> None:
+    """A table that is read afresh takes the place of the one in memory, whose unchanged tokens stay the same objects."""
+    _run(database, INSERT.format(1, 100))
+    server = process(database)
+    server.follower.look()
+    before = {number: server.cache.find(_digest(number)) for number in range(1, 101)}
+    _run(database, REVOKE, "DELETE FROM freegpt_auth.changes")
+    server.follower.look()
+    assert server.is_revoked(1)
+    assert all(server.cache.find(_digest(number)) is before[number] for number in range(2, 101))
 
 
 def test_a_larger_table_is_held_in_part(process: Callable[..., Process], database: str) -> None:
@@ -256,11 +301,11 @@ def test_a_larger_table_is_held_in_part(process: Callable[..., Process], databas
     server.follower.start()
     assert not server.cache.complete
     assert server.follower.certain_until == float("-inf")
-    assert server.follower.leased_until > time.monotonic()
+    assert server.follower.leased_until > elapsed()
     _run(database, "DELETE FROM freegpt_auth.tokens WHERE id = 't3'")
     _until(lambda: server.cache.revision == 2)
     _run(database, "TRUNCATE freegpt_auth.tokens")
-    _until(lambda: server.cache.complete and server.follower.certain_until > time.monotonic())
+    _until(lambda: server.cache.complete and server.follower.certain_until > elapsed())
 
 
 # --- how long memory may be relied on
@@ -274,7 +319,7 @@ def test_the_lease_counts_from_before_the_database_was_asked(
     head = tables.head
 
     def slow_head(link: Link) -> tables.Head:
-        asked.append(time.monotonic())
+        asked.append(elapsed())
         answer = head(link)
         time.sleep(0.2)
         return answer
@@ -285,7 +330,23 @@ def test_the_lease_counts_from_before_the_database_was_asked(
     server.follower.start()
     assert server.follower.leased_until <= asked[0] + LEASE
     assert server.follower.certain_until <= asked[0] + CERTAINTY
-    assert server.follower.certain_until > time.monotonic()
+    assert server.follower.certain_until > elapsed()
+
+
+def test_the_row_covers_the_lease(
+    process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process relies on its memory until the end of the row that commands see, and no longer."""
+    monkeypatch.setattr(module, "HEARTBEAT", 0.02)
+    server = process(database)
+    server.follower.start()
+    time.sleep(1.0)  # many answers after the row was written
+    with contextlib.closing(Address(database).connect()) as other:
+        until = server.follower.leased_until
+        [left] = other.one(
+            "SELECT extract(epoch FROM relies_until - clock_timestamp())::float8 FROM freegpt_auth.servers"
+        )
+        assert until <= elapsed() + left
 
 
 def test_a_change_waits_for_those_who_have_not_begun_to_read(
@@ -306,14 +367,14 @@ def test_a_change_waits_for_those_who_have_not_begun_to_read(
     starting.start()
     with contextlib.closing(Address(database).connect()) as other:
         assert reading.wait(PATIENCE)
-        assert tables.processes_behind(other, 1) == 1
+        assert _behind(other, 0) == _behind(other, 1) == 1
         _run(database, INSERT.format(1, 1))
         go_on.set()
-        _until(lambda: tables.processes_behind(other, 1) == 0)
+        _until(lambda: _behind(other, 1) == 0)
         assert server.ids() == {"t1"}
         starting.join()
         server.follower.stop()
-        _until(lambda: tables.processes_behind(other, 2) == 0)
+        assert _behind(other, 2) == 0
 
 
 @pytest.mark.usefixtures("_only_hearing")
@@ -342,12 +403,12 @@ def test_each_thing_is_said_once(
     mortal.kill()
     _until(lambda: len(_said(caplog)) == 1)
     assert server.follower.certain_until == float("-inf")
-    assert server.follower.leased_until < time.monotonic() + 2.0
+    assert server.follower.leased_until < elapsed() + 2.0
     _until(lambda: len(_said(caplog)) == 2)
-    assert server.follower.leased_until <= time.monotonic()
+    assert server.follower.leased_until <= elapsed()
     tries = len(server.links)
     mortal.start()
-    _until(lambda: server.follower.trouble is None and server.follower.leased_until > time.monotonic())
+    _until(lambda: server.follower.trouble is None and server.follower.leased_until > elapsed())
     lost, over, again = _said(caplog)
     shown = server.follower._address.shown
     assert lost.startswith(f"{shown} does not answer: ")
@@ -357,7 +418,7 @@ def test_each_thing_is_said_once(
     assert again == f"{shown} answers again"
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "INFO"]
     assert len(server.links) > tries
-    assert server.follower.certain_until > time.monotonic()
+    assert server.follower.certain_until > elapsed()
     mortal.kill()
     _until(lambda: len(_said(caplog)) == 5)  # all the same when it is lost again
     mortal.start()
@@ -409,12 +470,12 @@ def test_tables_of_another_release_are_not_read(
     server = process(database)
     server.follower.start()
     shown = server.follower._address.shown
-    newer = f"{shown} has version 9 of the schema, and this release knows 1: upgrade freegpt_auth"
+    newer = f"{shown} has version 9 of the schema, and this release knows {schema.VERSION}: upgrade freegpt_auth"
     assert _said(caplog) == [f"{newer}. Its tokens are answered 503 until this is mended"]
     assert (server.follower.trouble, server.cache.held()) == (newer, [])
-    _run(database, "UPDATE freegpt_auth.state SET version = 1")
+    _run(database, f"UPDATE freegpt_auth.state SET version = {schema.VERSION}")
     _until(lambda: server.ids() == {"t1"})
-    _run(database, "UPDATE freegpt_auth.state SET version = 2")
+    _run(database, "UPDATE freegpt_auth.state SET version = 99")
     _until(lambda: server.follower.trouble)
     assert "accepted for" in _said(caplog, "ERROR")[-1]
     _run(database, "DROP SCHEMA freegpt_auth CASCADE")

@@ -26,6 +26,7 @@ from freegpt_auth.usage.sqlite import UsageDatabase
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 KEY = "the-environment-key"
+THIS, NEXT = schema.VERSION, schema.VERSION + 1
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 
 APPLICATION = """
@@ -40,7 +41,7 @@ import sys
 from freegpt_auth.cli import main
 from freegpt_auth.stores.postgres import schema
 schema._MIGRATIONS += ({migration!r},)
-schema.VERSION = 2
+schema.VERSION += 1
 if __name__ == "__main__":
     sys.exit(main())
 """
@@ -96,10 +97,10 @@ def test_any_number_of_processes_may_migrate_at_once(cluster: Any, empty: str) -
     said = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0] * 8, said
     place = f"postgresql://postgres@127.0.0.1:{cluster.port}/{name_of(empty)}"
-    made = ("", f"{place} was brought from version 0 to version 1 of the schema.\n")
-    assert sorted(said) == [("", f"{place} has version 1 of the schema.\n")] * 7 + [made]
+    made = ("", f"{place} was brought from version 0 to version {THIS} of the schema.\n")
+    assert sorted(said) == [("", f"{place} has version {THIS} of the schema.\n")] * 7 + [made]
     assert tables_of(cluster, name_of(empty)) == tables_of(cluster, "migrated")
-    assert cluster.sql("SELECT version, revision FROM freegpt_auth.state", name_of(empty)) == [(1, 0)]
+    assert cluster.sql("SELECT version, revision FROM freegpt_auth.state", name_of(empty)) == [(THIS, 0)]
 
 
 def test_who_migrates_at_the_same_moment_waits_for_the_first(cluster: Any, empty: str) -> None:
@@ -111,7 +112,7 @@ def test_who_migrates_at_the_same_moment_waits_for_the_first(cluster: Any, empty
             gate.execute("LOCK TABLE pg_namespace IN SHARE MODE")  # none can make a schema till then
             migrating = [pool.submit(PostgresTokenStore(empty).migrate) for _ in range(8)]
             wait_until(lambda: len(cluster.sql(waiting)) == 8)
-        assert sorted(each.result(timeout=30) for each in migrating) == [(0, 1)] + [(1, 1)] * 7
+        assert sorted(each.result(timeout=30) for each in migrating) == [(0, THIS)] + [(THIS, THIS)] * 7
 
 
 def test_to_migrate_again_changes_nothing(cluster: Any, database: str, keep: Any) -> None:
@@ -140,7 +141,7 @@ def test_each_migration_is_done_once_and_in_turn(
     store = PostgresTokenStore(database)
     token, _ = keep(store)
     more = ("CREATE TABLE freegpt_auth.second (x int)", "ALTER TABLE freegpt_auth.second RENAME TO third")
-    for version, migrations in ((2, more[:1]), (3, more)):
+    for version, migrations in ((NEXT, more[:1]), (NEXT + 1, more)):
         with monkeypatch.context() as context:
             context.setattr(schema, "_MIGRATIONS", (*schema._MIGRATIONS, *migrations))
             context.setattr(schema, "VERSION", version)
@@ -150,9 +151,38 @@ def test_each_migration_is_done_once_and_in_turn(
     assert ("r", "third") in tables_of(cluster, name_of(database))
     for call in (store.migrate, store.tokens):
         with pytest.raises(
-            StoreError, match=r"has version 3 of the schema, and this release knows 1: upgrade freegpt_auth"
+            StoreError,
+            match=f"has version {NEXT + 1} of the schema, and this release knows {THIS}: upgrade freegpt_auth",
         ):
             call()
+
+
+def test_version_2_keeps_roles_working(cluster: Any, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The roles of a database of version 1 may do what servers and commands do since: no grant is to be repeated."""
+    name, store = name_of(empty), PostgresTokenStore(empty)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:1])
+        earlier.setattr(schema, "VERSION", 1)
+        assert store.migrate() == (0, 1)
+    for role in ("a server", "a command"):
+        cluster.sql(f'CREATE ROLE "{role}"')
+    try:
+        cluster.sql('GRANT EXECUTE ON FUNCTION freegpt_auth.add_usage TO "a server"', name)
+        cluster.sql('GRANT SELECT ON freegpt_auth.servers TO "a command"', name)
+        assert store.migrate() == (1, THIS)
+        query = (
+            "SELECT r.rolname, p.proname FROM pg_proc p, pg_roles r WHERE p.pronamespace = 'freegpt_auth'::regnamespace"
+            " AND r.rolname LIKE 'a %' AND has_function_privilege(r.oid, p.oid, 'EXECUTE') ORDER BY 1, 2"
+        )
+        server = [("a server", each) for each in ("add_usage", "show_process", "withdraw_process")]
+        assert cluster.sql(query, name) == [("a command", "processes_behind"), *server]
+        assert cluster.sql("SELECT has_table_privilege('a command', 'freegpt_auth.servers', 'SELECT')", name) == [
+            (True,)
+        ]
+    finally:
+        for role in ("a server", "a command"):
+            cluster.sql(f'DROP OWNED BY "{role}"', name)
+            cluster.sql(f'DROP ROLE "{role}"')
 
 
 @pytest.mark.parametrize("statement", ["SELECT 1 / 0", "no statement at all"])
@@ -164,7 +194,7 @@ def test_a_migration_that_fails_leaves_nothing(
     out, err = process.communicate(timeout=60)
     assert one_line(subprocess.CompletedProcess([], process.returncode, out, err), name_of(database))
     assert tables_of(cluster, name_of(database)) == tables_of(cluster, "migrated")
-    assert PostgresTokenStore(database).migrate() == (1, 1)
+    assert PostgresTokenStore(database).migrate() == (THIS, THIS)
 
 
 def test_a_migration_that_is_killed_leaves_nothing(
@@ -182,10 +212,12 @@ def test_a_migration_that_is_killed_leaves_nothing(
         process.kill()
         process.communicate(timeout=30)
     wait_until(lambda: not cluster.sql(connected, name))
-    assert cluster.sql("SELECT version FROM freegpt_auth.state", name) == [(1,)]
+    assert cluster.sql("SELECT version FROM freegpt_auth.state", name) == [(THIS,)]
     assert ("r", "half") not in tables_of(cluster, name)
     process = at("CREATE TABLE freegpt_auth.half ()", "--store", database, "migrate")
-    assert process.communicate(timeout=60)[1].endswith(" was brought from version 1 to version 2 of the schema.\n")
+    assert process.communicate(timeout=60)[1].endswith(
+        f" was brought from version {THIS} to version {NEXT} of the schema.\n"
+    )
     assert ("r", "half") in tables_of(cluster, name)
 
 
@@ -203,7 +235,7 @@ def test_a_server_waits_for_the_schema(empty: str, command: Command, serve: Call
     server = serve("early:app", FREEGPT_AUTH_STORE=empty, FREEGPT_API_KEY=KEY)
     for _ in range(3):
         assert [server.get(token=token) for token in ("sk-anything", None, KEY)] == [503, 401, 200]
-    said = "has no schema, and this release needs 1: run python -m freegpt_auth migrate"
+    said = f"has no schema, and this release needs {THIS}: run python -m freegpt_auth migrate"
     assert one_line(command("--store", empty, "create", "early"), said)
     assert command("--store", empty, "migrate").returncode == 0
     secret = command("--store", empty, "create", "ci").stdout.strip()
@@ -220,21 +252,21 @@ def test_a_server_of_the_next_release_waits_for_its_migration(
     migration = "CREATE TABLE freegpt_auth.second ()"
     (tmp_path / "old.py").write_text(APPLICATION)
     (tmp_path / "new.py").write_text(NEXT_RELEASE.format(migration=migration) + APPLICATION)
-    settings = {"FREEGPT_AUTH_STORE": database, "FREEGPT_API_KEY": KEY, "FREEGPT_AUTH_LEASE": "2"}
+    settings = {"FREEGPT_AUTH_STORE": database, "FREEGPT_API_KEY": KEY, "FREEGPT_AUTH_LEASE": "5"}
     new, old = serve("new:app", **settings), serve("old:app", **settings)
     assert [new.get(token=token) for token in (secret, "sk-anything", None, KEY)] == [503, 503, 401, 200]
     assert [old.get(token=token) for token in (secret, "sk-anything", None, KEY)] == [200, 401, 401, 200]
     process = at(migration, "--store", database, "migrate")
-    assert process.communicate(timeout=60)[1].endswith("was brought from version 1 to version 2 of the schema.\n")
+    assert process.communicate(timeout=60)[1].endswith(
+        f"was brought from version {THIS} to version {NEXT} of the schema.\n"
+    )
     wait_until(answers(new, secret, 200), new.log.read_text)
     wait_until(answers(old, secret, 503), old.log.read_text)
     assert [old.get(token=token) for token in ("sk-anything", None, KEY)] == [503, 401, 200]
-    too_old = "has version 2 of the schema, and this release knows 1: upgrade freegpt_auth"
+    too_old = f"has version {NEXT} of the schema, and this release knows {THIS}: upgrade freegpt_auth"
     assert one_line(command("--store", database, "list"), too_old)
-    assert (
-        new.stop().count("has version 1 of the schema, and this release needs 2: run python -m freegpt_auth migrate")
-        == 1
-    )
+    too_early = f"has version {THIS} of the schema, and this release needs {NEXT}: run python -m freegpt_auth migrate"
+    assert new.stop().count(too_early) == 1
     assert 1 <= old.stop().count(too_old) <= 2  # when the lease begins to run out, and when it is over
 
 
@@ -246,12 +278,12 @@ def test_a_server_recovers_when_the_version_is_put_right(
     version, said = schema_said
     Path("app.py").write_text(APPLICATION)
     token, secret = keep(PostgresTokenStore(database))
-    server = serve("app:app", FREEGPT_AUTH_STORE=database, FREEGPT_API_KEY=KEY, FREEGPT_AUTH_LEASE="2")
+    server = serve("app:app", FREEGPT_AUTH_STORE=database, FREEGPT_API_KEY=KEY, FREEGPT_AUTH_LEASE="5")
     assert server.get(token=secret) == 200
     cluster.sql(f"UPDATE freegpt_auth.state SET version = {version}", name_of(database))
     wait_until(answers(server, secret, 503), server.log.read_text)
     assert [server.get(token=token) for token in ("sk-anything", None, KEY)] == [503, 401, 200]
-    cluster.sql("UPDATE freegpt_auth.state SET version = 1", name_of(database))
+    cluster.sql(f"UPDATE freegpt_auth.state SET version = {THIS}", name_of(database))
     wait_until(answers(server, secret, 200), server.log.read_text)
     PostgresTokenStore(database).revoke(token.id, NOW)
     assert server.get(token=secret) == 401
@@ -292,7 +324,7 @@ def roles(cluster: Any) -> Iterator[Roles]:
     for name in names:
         cluster.sql(f"ALTER ROLE {name} PASSWORD '{PASSWORD}'")
     roles = Roles(*(cluster.url("tokens", name) for name in names))
-    assert PostgresTokenStore(roles.owner).migrate() == (0, 1)
+    assert PostgresTokenStore(roles.owner).migrate() == (0, THIS)
     _psql(after, roles.owner)
     yield roles
     cluster.sql("DROP DATABASE tokens WITH (FORCE)")
@@ -301,7 +333,7 @@ def roles(cluster: Any) -> Iterator[Roles]:
 
 
 def _contents(cluster: Any) -> list[Any]:
-    names = ("state", "tokens", "changes", "usage", "usage_batches")
+    names = ("state", "tokens", "changes", "usage", "usage_batches", "processes")
     return [cluster.sql(f"SELECT * FROM freegpt_auth.{name} ORDER BY 1", "tokens") for name in names]
 
 
@@ -362,13 +394,14 @@ def test_a_command_with_the_servers_role_says_that_it_is_the_wrong_one(
     assert _contents(cluster) == before
 
 
-READS = ["usage", "usage_batches", "servers"]
+READS = ["usage", "usage_batches", "servers", "processes"]
 WRITES = {
     "tokens": "digest = digest",
     "state": "revision = 0",
     "changes": "revision = 0",
     "usage": "use_count = 0",
     "usage_batches": "sequence = 0",
+    "processes": "relies_until = now()",
 }
 FOR_NOBODY = [
     *(f"TRUNCATE freegpt_auth.{table}" for table in WRITES),
@@ -401,6 +434,8 @@ FOR_NOBODY = [
         "INSERT INTO freegpt_auth.tokens (digest) VALUES ('')",
         "UPDATE freegpt_auth.tokens SET revoked_at = NULL",
         "SELECT * FROM freegpt_auth.tokens FOR UPDATE",
+        "SELECT freegpt_auth.processes_behind(1)",
+        "SELECT freegpt_auth.adopt_processes()",
         "LOCK TABLE freegpt_auth.tokens IN ROW EXCLUSIVE MODE",
         "SET ROLE freegpt_admin",
         "CREATE TEMPORARY TABLE mine ()",
@@ -421,10 +456,13 @@ def test_a_servers_password_is_good_for_nothing_else(cluster: Any, roles: Roles,
             f"UPDATE freegpt_auth.{table} SET {WRITES[table]}"
             for table in ("tokens", "state", "changes", "usage_batches")
         ),
-        *(f"DELETE FROM freegpt_auth.{table}" for table in ("state", "changes", "usage_batches")),
+        *(f"DELETE FROM freegpt_auth.{table}" for table in ("state", "changes", "usage_batches", "processes")),
         *(f"UPDATE freegpt_auth.tokens SET {column} = NULL" for column in ("expires_at", "models", "name")),
         "UPDATE freegpt_auth.usage SET token_id = ''",
         "SELECT freegpt_auth.add_usage('', 1, '{}', '{}', '{}')",
+        "SELECT freegpt_auth.show_process('', 1, 1, true)",
+        "SELECT freegpt_auth.withdraw_process('')",
+        "SELECT * FROM freegpt_auth.processes",
         "SET ROLE freegpt_server",
     ],
 )
@@ -465,7 +503,7 @@ def test_the_admins_role_does_every_command(roles: Roles, command: Command, keep
         (["copy", "t.json", roles.admin, "--delete"], f"Deleted token {made[:14]}... (ci), which"),
         (["--store", roles.admin, "revoke", secret], "Revoked token"),
         (["--store", roles.admin, "delete", secret], "Deleted token"),
-        (["--store", roles.admin, "migrate"], "has version 1 of the schema."),
+        (["--store", roles.admin, "migrate"], f"has version {THIS} of the schema."),
     ):
         done = command(*arguments)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
@@ -565,14 +603,15 @@ def test_nobody_runs_code_as_who_migrates(empty: str, stranger: str) -> None:
             " $$ BEGIN RAISE EXCEPTION 'runs as %', current_user; END $$"
         )
     store = PostgresTokenStore(empty)
-    assert store.migrate() == (0, 1)
+    assert store.migrate() == (0, THIS)
 
 
 def test_functions_of_the_owner_look_nowhere_else(cluster: Any) -> None:
     """Each function that runs with the owner's rights names its search path, with temporary objects last."""
     query = "SELECT proname, proconfig FROM pg_proc WHERE pronamespace = 'freegpt_auth'::regnamespace AND prosecdef ORDER BY 1"
     path = ["search_path=pg_catalog, pg_temp"]
-    assert cluster.sql(query, "migrated") == [("add_usage", path), ("note_changes", path)]
+    names = ["add_usage", "adopt_processes", "note_changes", "processes_behind", "show_process", "withdraw_process"]
+    assert cluster.sql(query, "migrated") == [(name, path) for name in names]
 
 
 # --- what an operator does by hand
@@ -593,7 +632,7 @@ def test_a_change_by_hand_counts_like_a_commands(cluster: Any, database: str) ->
         "DELETE FROM freegpt_auth.tokens",
         (
             "INSERT INTO freegpt_auth.tokens (digest, id, name, prefix, created_at)"
-            " SELECT sha256(n::text::bytea), n, '', '', now() FROM generate_series(1, 1001) AS n"
+            " SELECT sha256(n::text::bytea), n, '', '', now() FROM generate_series(1, 100001) AS n"
         ),
         "TRUNCATE freegpt_auth.tokens",
     )

@@ -6,10 +6,8 @@ import contextlib
 import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -19,10 +17,10 @@ from postgresql import PASSWORD, free_port, running
 from freegpt_auth import UNRESOLVED, ConfigurationError, StoreError, StoreUnavailableError, Token
 from freegpt_auth.authentication import Authenticator, AuthMode, Refusal
 from freegpt_auth.callers import Caller
+from freegpt_auth.clock import elapsed
 from freegpt_auth.environment_key import EnvironmentKey
 from freegpt_auth.exceptions import StoreBusyError, TokenNotFoundError
-from freegpt_auth.stores.postgres import PostgresTokenStore, follower, store as module, tables
-from freegpt_auth.stores.postgres.links import Address
+from freegpt_auth.stores.postgres import PostgresTokenStore, follower, schema, tables
 from freegpt_auth.tokens import digest_of, issue
 
 if TYPE_CHECKING:
@@ -37,9 +35,21 @@ NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 UNKNOWN = digest_of("sk-nobody-has-this")
 KEY = EnvironmentKey(digest_of("the-environment-key"), "FREEGPT_API_KEY")
 PATIENCE = 30.0
+NEWER = "UPDATE freegpt_auth.state SET version = 99"
 
 Part = tuple[PostgresTokenStore, list[tuple[Token, bytes]]]
 """A store, and each of its tokens with its digest."""
+
+
+@dataclass
+class Clock:
+    """A local clock that moves by hand."""
+
+    instant: float = 1_000.0
+
+    def __call__(self) -> float:
+        """Return the instant."""
+        return self.instant
 
 
 @pytest.fixture
@@ -121,30 +131,30 @@ def test_nothing_is_unknown_once_the_database_did_not_answer(opener: Opener, kee
     assert store.resolve(UNKNOWN) is None
     known = store.resolve(digest_of(secret))
     assert store.peek(UNKNOWN) is None
-    now = time.monotonic()
+    now = elapsed()
     assert now + follower.CERTAINTY >= store._follower.certain_until > now
     store._follower._lose(StoreUnavailableError("it does not answer"))
     assert store.peek(UNKNOWN) is UNRESOLVED
     assert store.peek(digest_of(secret)) is known
 
 
-def test_time_alone_makes_the_unknown_uncertain(opener: Opener, keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though nothing was said of trouble: three seconds after the last answer nobody is unknown, and after the lease known."""
-    store = opener()
+def test_a_host_that_slept_relies_on_nothing_from_before(opener: Opener, keep: Keep) -> None:
+    """A host sleeps past the lease: known tokens are read again first, and tokens end that expired meanwhile."""
+    clock = Clock()
+    store = opener(lease=6.0, clock=clock)
     _, secret = keep(store)
     store.resolve(digest_of(secret))
-    store._follower._stopping.set()
-    store._follower._thread.join(PATIENCE)  # type: ignore[union-attr]
-    certain_until, leased_until = store._follower.certain_until, store._follower.leased_until
-    for instant, unknown, is_known in (
-        (certain_until - 0.001, None, True),
-        (certain_until, UNRESOLVED, True),
-        (leased_until - 0.001, UNRESOLVED, True),
-        (leased_until, UNRESOLVED, False),
-    ):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=partial(float, instant)))
-        assert store.peek(UNKNOWN) is unknown
-        assert isinstance(store.peek(digest_of(secret)), Token) is is_known
+    before = store.now()
+    with store._follower._reading:  # nothing is read on waking up
+        for slept, unknown, is_known in ((2.99, None, True), (0.01, UNRESOLVED, True), (2.99, UNRESOLVED, True)):
+            clock.instant += slept
+            assert store.peek(UNKNOWN) is unknown
+            assert isinstance(store.peek(digest_of(secret)), Token) is is_known
+        clock.instant += 19.01
+        assert store.peek(UNKNOWN) is UNRESOLVED
+        assert store.peek(digest_of(secret)) is UNRESOLVED
+        assert store.now() - before == pytest.approx(25.0, abs=1e-3)
+    _until(lambda: isinstance(store.peek(digest_of(secret)), Token))
 
 
 def test_memory_that_is_completed_while_it_is_looked_at_is_not_believed(
@@ -185,11 +195,11 @@ def test_a_process_that_is_cut_off_accepts_for_the_lease_and_recovers_by_itself(
     mortal.kill()
     _until(lambda: store._follower.trouble)
     answers = []
-    while time.monotonic() < store._follower.leased_until:
+    while elapsed() < store._follower.leased_until:
         answers.append([ask(each) for each in (bad, key, good)])
     assert answers[0] == ["unavailable", "accepted", "accepted"]
     assert all(answer[:2] == answers[0][:2] for answer in answers)
-    _until(lambda: time.monotonic() >= store._follower.leased_until)
+    _until(lambda: elapsed() >= store._follower.leased_until)
     for each in (good, bad):
         for call in (store.peek, store.resolve):
             with pytest.raises(StoreUnavailableError, match="does not answer"):
@@ -328,11 +338,11 @@ def test_a_look_up_that_fails_is_no_answer(in_part: Part, monkeypatch: pytest.Mo
 def test_nothing_is_looked_up_in_what_cannot_be_followed(in_part: Part, database: str) -> None:
     """A table whose schema has changed since is not asked, though it would answer: 503, and never a 401 by chance."""
     store, _ = in_part
-    _sql(database, "UPDATE freegpt_auth.state SET version = 2")
+    _sql(database, NEWER)
     _until(lambda: store._follower.trouble)
     with pytest.raises(StoreUnavailableError, match="upgrade freegpt_auth"):
         store.resolve(UNKNOWN)
-    _sql(database, "UPDATE freegpt_auth.state SET version = 1")
+    _sql(database, f"UPDATE freegpt_auth.state SET version = {schema.VERSION}")
     _until(lambda: store._follower.trouble is None)
     assert store.resolve(UNKNOWN) is None
 
@@ -346,7 +356,7 @@ def test_a_server_with_a_database_is_never_open(
 ) -> None:
     """A server that cannot read its tokens when it starts is closed, says why in one line, and lets the key through."""
     if kind == "newer schema":
-        _sql(database, "UPDATE freegpt_auth.state SET version = 2")
+        _sql(database, NEWER)
     elif kind == "no schema":
         _sql(database, "DROP SCHEMA freegpt_auth CASCADE")
     store = opener(nowhere if kind == "away" else database)
@@ -356,8 +366,8 @@ def test_a_server_with_a_database_is_never_open(
     [line] = _said(caplog, "ERROR")
     expected = {
         "away": "does not answer: ",
-        "no schema": "has no schema, and this release needs 1: run python -m freegpt_auth migrate. ",
-        "newer schema": "has version 2 of the schema, and this release knows 1: upgrade freegpt_auth. ",
+        "no schema": f"has no schema, and this release needs {schema.VERSION}: run python -m freegpt_auth migrate. ",
+        "newer schema": f"has version 99 of the schema, and this release knows {schema.VERSION}: upgrade freegpt_auth. ",
     }[kind]
     assert line.startswith(f"{store.source} {expected}")
     assert "\n" not in line
@@ -424,7 +434,9 @@ def test_a_command_says_in_one_line_that_the_database_is_away(nowhere: str, comm
 def test_a_command_says_that_the_schema_is_not_there(opener: Opener, database: str, command: str) -> None:
     """Whoever forgot to migrate is told how to."""
     _sql(database, "DROP SCHEMA freegpt_auth CASCADE")
-    with pytest.raises(StoreError, match="has no schema, and this release needs 1: run python -m freegpt_auth migrate"):
+    with pytest.raises(
+        StoreError, match=f"has no schema, and this release needs {schema.VERSION}: run python -m freegpt_auth migrate"
+    ):
         COMMANDS[command](opener())
 
 
@@ -465,28 +477,6 @@ def test_a_command_that_is_broken_off_says_what_is_known(
     assert list(store.tokens()) == [digest]
 
 
-def test_a_command_waits_for_the_servers_and_no_longer_than_its_limit(
-    opener: Opener, database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What has returned is in force; if it is not, since a process does not go on, that is said, and for how long."""
-    store = opener(lease=7.0)
-    with contextlib.closing(Address(database).connect()) as slow, ThreadPoolExecutor(1) as threads:
-        tables.show_revision(slow, 0, None)
-        adding = threads.submit(store.add, *_issued())
-        _until(lambda: len(store.tokens()) == 1)
-        assert not adding.done()
-        tables.show_revision(slow, 1, 0)
-        adding.result(PATIENCE)
-        assert _said(caplog, "WARNING") == []
-        monkeypatch.setattr(module, "_CONFIRMATION", 0.2)
-        began = time.monotonic()
-        store.add(*_issued())
-        assert time.monotonic() - began >= 0.2
-        assert _said(caplog, "WARNING") == [
-            "1 server process(es) have not seen this change yet and may go on without it for 7 s at most"
-        ]
-
-
 def test_a_command_that_has_returned_is_in_force_in_a_process_that_reads_slowly(
     opener: Opener, keep: Keep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,9 +509,9 @@ def test_an_unknown_id_changes_nothing(opener: Opener, keep: Keep) -> None:
 def test_to_migrate_again_changes_nothing(opener: Opener, database: str) -> None:
     """The version before and after is told."""
     store = opener()
-    assert store.migrate() == (1, 1)
+    assert store.migrate() == (schema.VERSION, schema.VERSION)
     _sql(database, "DROP SCHEMA freegpt_auth CASCADE")
-    assert store.migrate() == (0, 1)
-    _sql(database, "UPDATE freegpt_auth.state SET version = 2")
+    assert store.migrate() == (0, schema.VERSION)
+    _sql(database, NEWER)
     with pytest.raises(StoreError, match="upgrade freegpt_auth"):
         store.migrate()

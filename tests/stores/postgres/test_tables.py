@@ -61,7 +61,7 @@ def test_a_row_says_what_the_token_said(link: Link, token: Token) -> None:
     with link.transaction():
         every = dict(tables.in_order(link))
     read = [tables.look_up(link, digest)[1], every[digest], tables.referred(link, token.id)[digest]]
-    read.append(tables.changes_since(link, 1, 1)[0].token)
+    read.append(next(tables.changes_since(link, 1))[0].token)
     assert read == [token] * 4
     assert all(instant.tzinfo is UTC for instant in (read[0].created_at, read[0].expires_at) if instant)  # type: ignore[union-attr]
 
@@ -105,14 +105,27 @@ def test_the_log_tells_what_was_changed_and_how_it_is_now(link: Link) -> None:
     one, two, three = _add(link, _token("one"), _token("two"), _token("three"))
     changes.revoke(link, "one", NOW)
     changes.delete(link, "two")
-    noted = tables.changes_since(link, 2, 100)
+    [noted] = tables.changes_since(link, 2)
     assert [(each.revision, each.digest) for each in noted] == [(2, two), (3, three), (4, one), (5, two)]
     assert [each.token for each in noted] == [None, _token("three"), _token("one", revoked_at=NOW), None]
     assert noted[-1].mark == tables.head(link).mark
-    assert len(tables.changes_since(link, 0, 3)) == 3
     link.run("TRUNCATE freegpt_auth.tokens")
-    assert tables.changes_since(link, 6, 100) == [(6, tables.head(link).mark, None, None)]
-    assert tables.changes_since(link, 7, 100) == []
+    assert list(tables.changes_since(link, 6)) == [[(6, tables.head(link).mark, None, None)]]
+    assert list(tables.changes_since(link, 7)) == [[]]
+
+
+def test_many_changes_are_read_in_batches(link: Link) -> None:
+    """A statement that changed thousands of tokens is in the log in full, and of the known revision one row is read."""
+    many = {digest_of(str(number)): _token(str(number)) for number in range(4_100)}
+    for change in (lambda: changes.merge(link, many), lambda: link.run("UPDATE freegpt_auth.tokens SET name = 'x'")):
+        with link.transaction():
+            change()
+    batches = list(tables.changes_since(link, 1))
+    assert max(map(len, batches)) <= 2_000
+    assert {batch[0].revision for batch in batches} == {1}
+    assert [each.revision for batch in batches for each in batch[1:]] == [2] * 4_100
+    assert {each.digest for batch in batches for each in batch[1:]} == many.keys()
+    assert {each.token.name for each in batches[-1] if each.token} == {"x"}
 
 
 def test_a_large_table_is_read_in_batches(link: Link) -> None:
@@ -175,30 +188,7 @@ def test_a_reference_means_the_same_as_in_a_file(link: Link) -> None:
     assert find(secrets[0][:20], tables.referred(link, secrets[0][:20])) == [tokens[digest_of(secrets[0])]]
 
 
-# --- who has seen what
-
-
-def test_a_process_is_behind_until_it_has_shown_the_revision(link: Link, other: Link) -> None:
-    """Each process that is connected counts once while it is behind, and no longer when it has gone."""
-    assert tables.processes_behind(link, 5) == 0
-    assert tables.show_revision(other, 0, None) == 0
-    assert [tables.processes_behind(link, revision) for revision in (0, 1, 5)] == [0, 1, 1]
-    assert tables.show_revision(other, 5, 0) == 5
-    assert [tables.processes_behind(link, revision) for revision in (5, 6)] == [0, 1]
-    tables.show_revision(link, 4, None)
-    assert [tables.processes_behind(link, revision) for revision in (5, 6)] == [1, 2]
-    other.close()
-    tables.show_revision(link, 6, 4)
-    assert tables.processes_behind(link, 6) == 0
-
-
-def test_other_databases_and_other_locks_count_for_nothing(link: Link, cluster: Any) -> None:
-    """No command waits for the processes of another database, or for the locks of another program."""
-    with contextlib.closing(Address(cluster.url("migrated")).connect()) as elsewhere:
-        tables.show_revision(elsewhere, 0, None)
-        elsewhere.run("SELECT pg_advisory_lock(1), pg_advisory_lock(1, 2)")
-        link.run("SELECT pg_advisory_lock(1), pg_advisory_lock(%s, 2)", (schema.LOCKS,))
-        assert tables.processes_behind(link, 5) == 0
+# --- a connection that is silent
 
 
 def test_a_connection_that_asks_nothing_is_ended(link: Link, other: Link) -> None:

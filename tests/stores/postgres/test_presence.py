@@ -1,0 +1,220 @@
+"""The row of a server process: it covers all that the process relies on, whatever becomes of connections and databases."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from postgresql import running
+
+from freegpt_auth.stores.postgres import PostgresTokenStore, tables
+from freegpt_auth.stores.postgres.follower import CERTAINTY
+from freegpt_auth.stores.postgres.links import Address, Link
+from freegpt_auth.stores.postgres.presence import Presence
+from freegpt_auth.tokens import digest_of, issue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
+PATIENCE = 30.0
+LEASE = 2_000.0
+"""Long, and looked at in hundreds of seconds: a busy machine changes no figure."""
+STATE = "SELECT revision, extract(epoch FROM relies_until - clock_timestamp())::float8 FROM freegpt_auth.processes"
+ANOTHER_SERVER = """
+    UPDATE freegpt_auth.processes SET server = server - interval '1 day', relies_until = now() - interval '1 hour'
+"""
+"""Leaves a row as a failover does to a standby whose clock is ahead, and that had not received the last extension."""
+
+
+class Clock:
+    """A local clock that moves by hand."""
+
+    instant = 100.0
+
+    def __call__(self) -> float:
+        """Return the instant."""
+        return self.instant
+
+
+@pytest.fixture
+def links(database: str) -> Iterator[Callable[[], Link]]:
+    """Return a function that connects to an empty database."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(contextlib.closing(Address(database).connect()))
+
+
+def _behind(link: Link, revision: int) -> int:
+    return int(tables.processes_behind(link, revision)[0])
+
+
+def _lines(link: Link) -> list[tuple[int, int]]:
+    """Return the revision of each row, and the hundreds of seconds until it ends."""
+    return [(revision, round(left / 100)) for revision, left in link.run(STATE)]
+
+
+def _until(reached: Callable[[], object]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# --- the row
+
+
+def test_the_row_is_extended_a_fifth_of_the_lease_early(links: Callable[[], Link]) -> None:
+    """The row ends no sooner than the process stops to rely on its memory, and is not written each second."""
+    link, clock = links(), Clock()
+    presence = Presence(LEASE, clock)
+    presence.join(link)
+    assert presence.covers_until == clock.instant + LEASE
+    assert _lines(link) == [(-1, 20)]
+    link.run("UPDATE freegpt_auth.processes SET relies_until = relies_until - interval '900 seconds'")
+    clock.instant += 390
+    presence.show(link, -1)
+    assert (presence.covers_until, _lines(link)) == (100.0 + LEASE, [(-1, 11)])
+    presence.show(link, 7)  # a revision alone does not move the end
+    assert (presence.covers_until, _lines(link)) == (100.0 + LEASE, [(7, 11)])
+    clock.instant += 20
+    presence.show(link, 7)
+    assert (presence.covers_until, _lines(link)) == (clock.instant + LEASE, [(7, 20)])
+    link.run("DELETE FROM freegpt_auth.processes")
+    presence.show(link, 8)  # it is made again, since the process relies on it
+    assert _lines(link) == [(8, 20)]
+    presence.withdraw(link)
+    assert _lines(link) == []
+    link.close()
+    presence.withdraw(link)
+
+
+def test_a_slow_answer_shortens_the_cover(links: Callable[[], Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The local end counts from before the statement was sent, so the row never ends before it."""
+    link, clock = links(), Clock()
+    presence = Presence(LEASE, clock)
+    run = link.run
+
+    def slowly(*given: Any) -> Any:
+        clock.instant += 5
+        return run(*given)
+
+    monkeypatch.setattr(link, "run", slowly)
+    presence.join(link)
+    assert presence.covers_until == 100.0 + LEASE
+
+
+def test_a_server_that_cannot_write_its_row_is_closed(cluster: Any, database: str, keep: Any) -> None:
+    """A process relies on nothing that no command can see; one line says why, and it recovers by itself."""
+    name = database.rpartition("/")[2]
+    store = PostgresTokenStore(database)
+    _, secret = keep(store)
+    cluster.sql("ALTER FUNCTION freegpt_auth.show_process RENAME TO away", name)
+    with contextlib.closing(store):
+        with pytest.raises(Exception, match="show_process"):
+            store.resolve(digest_of(secret))
+        assert store._follower.leased_until == float("-inf")
+        cluster.sql("ALTER FUNCTION freegpt_auth.away RENAME TO show_process", name)
+        _until(lambda: store._follower.trouble is None)
+        assert store.resolve(digest_of(secret)) is not None
+
+
+def test_rows_that_are_over_are_removed(links: Callable[[], Link]) -> None:
+    """A process that was killed leaves a row, which the next process removes when it is over."""
+    link = links()
+    Presence(0.0).join(link)
+    Presence(LEASE).join(link)
+    assert _lines(link) == [(-1, 20)]
+
+
+# --- after a restart or a failover
+
+
+def test_rows_of_another_server_count_for_a_lease(links: Callable[[], Link]) -> None:
+    """After a failover the rows may be old and the clock ahead: each counts as behind for a lease, once."""
+    link = links()
+    presence = Presence(LEASE)
+    presence.show(link, 99)
+    link.run(ANOTHER_SERVER)
+    for _ in range(2):
+        assert tables.processes_behind(link, 1)[0] == 1
+        assert _lines(link) == [(-1, 20)]
+    presence.show(link, 5)
+    assert _behind(link, 5) == 0
+    link.run(ANOTHER_SERVER)
+    presence.show(link, 6)  # over a connection to the new server: the row is written anew
+    assert _lines(link) == [(6, 20)]
+    link.run(ANOTHER_SERVER)
+    Presence(LEASE).join(link)  # a process that comes back counts the others in
+    assert sorted(_lines(link)) == [(-1, 20), (-1, 20)]
+
+
+def test_the_row_survives_a_crash(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A command sees the processes of before a crash, though none is connected and commits wait for no disk."""
+    with running(tmp_path_factory.mktemp("mortal") / "data", synchronous_commit="off") as cluster:
+        url = cluster.url("postgres")
+        store = PostgresTokenStore(url)
+        store.migrate()
+        with contextlib.closing(Address(url).connect()) as link:
+            Presence(LEASE).show(link, 0)
+        cluster.kill()
+        cluster.start()
+        with contextlib.closing(Address(url).connect()) as link:
+            assert _behind(link, 1) == 1
+
+
+# --- commands
+
+
+def test_a_command_waits_for_a_lost_process(links: Callable[[], Link], database: str, keep: Any) -> None:
+    """The row of a process without a connection is waited for, until it shows the change or is over."""
+    store = PostgresTokenStore(database, confirmation=PATIENCE)
+    token, _ = keep(store)
+    link, presence = links(), Presence(LEASE)
+    presence.show(link, 1)
+    with ThreadPoolExecutor(1) as threads:
+        revoking = threads.submit(store.revoke, token.id, NOW)
+        _until(lambda: store.find(token.id)[0].revoked_at)
+        assert not revoking.done()
+        presence.show(link, 2)
+        revoking.result(PATIENCE)
+    assert store.unseen is None
+    presence.withdraw(link)
+    Presence(2.0).join(link)
+    store.delete(token.id)
+    assert store.unseen is None
+    assert link.one("SELECT count(*) FROM freegpt_auth.servers WHERE revision < 2") == (0,)
+
+
+def test_a_command_names_the_processes_it_waited_for_in_vain(links: Callable[[], Link], database: str) -> None:
+    """Their number, and the seconds until the last of them is over; a second change waits for the others only."""
+    link = links()
+    store = PostgresTokenStore(database, confirmation=1.5)
+    for lease in (LEASE / 2, LEASE):
+        Presence(lease).join(link)
+    waits = []
+    for _ in range(2):
+        token, secret = issue("ci", now=NOW)
+        began = time.monotonic()
+        store.add(digest_of(secret), token)
+        waits.append(time.monotonic() - began)
+        assert store.unseen is not None
+        assert store.unseen.processes == 2
+        assert LEASE - PATIENCE < store.unseen.seconds <= LEASE
+    assert waits[0] >= 1.5
+    assert waits[1] >= 1.0
+    link.run("UPDATE freegpt_auth.processes SET relies_until = now()")
+    store.delete(token.id)
+    assert store.unseen is None
+
+
+def test_a_new_token_waits_for_certainty_only(links: Callable[[], Link], database: str, keep: Any) -> None:
+    """No process says for longer than CERTAINTY that a token does not exist, so a creation waits no longer."""
+    Presence(2 * PATIENCE).join(links())
+    began = time.monotonic()
+    keep(PostgresTokenStore(database, confirmation=2 * PATIENCE))
+    assert CERTAINTY <= time.monotonic() - began < PATIENCE
