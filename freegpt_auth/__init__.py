@@ -7,10 +7,10 @@ from importlib import import_module
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from .authentication import AuthMode
     from .callers import TokenUser
     from .exceptions import ConfigurationError, FreeGPTAuthError, StoreError, StoreUnavailableError
     from .middleware import BearerTokenMiddleware
+    from .modes import AuthMode
     from .settings import Settings
     from .stores.base import UNRESOLVED, Survey, TokenStore, Verifier
     from .stores.file import FileTokenStore
@@ -37,7 +37,7 @@ __all__ = [
 
 _HOMES = {
     "UNRESOLVED": "stores.base",
-    "AuthMode": "authentication",
+    "AuthMode": "modes",
     "BearerTokenMiddleware": "middleware",
     "ConfigurationError": "exceptions",
     "FileTokenStore": "stores.file",

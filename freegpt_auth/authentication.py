@@ -8,15 +8,14 @@ import math
 import threading
 import time
 from datetime import UTC, datetime
-from enum import StrEnum
 from hmac import compare_digest
-from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from .callers import NEVER, Caller, caller_of, environment_caller
 from .exceptions import ConfigurationError, StoreUnavailableError
+from .modes import AuthMode, announce
 from .stores.base import UNRESOLVED, Unresolved
 from .tokens import Token
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .environment_key import EnvironmentKey
-    from .stores.base import Survey, Verifier
+    from .stores.base import Verifier
 
 CALLER_LIMIT = 262_144
 """Callers that are kept ready; a store of more used tokens than that makes some of them anew."""
@@ -32,17 +31,6 @@ CALLER_LIMIT = 262_144
 _NOTHING = b""  # no digest: looks at the store without looking anything up
 
 _logger = logging.getLogger("freegpt_auth")
-
-
-class AuthMode(StrEnum):
-    """What a server accepts, found when it starts."""
-
-    OPEN = "open"
-    """Nothing is configured: every request passes."""
-    ENVIRONMENT = "environment"
-    """Only the environment key."""
-    TOKEN_FILE = "token-file"  # noqa: S105
-    """The active tokens, of a file or of any other store, and the environment key if one is set."""
 
 
 Reason = Literal["missing", "malformed", "prefixed", "quoted", "unknown", "revoked", "expired", "unavailable"]
@@ -105,7 +93,7 @@ class Authenticator:
                 f"authentication is required, but no environment key is set and {survey.source} holds no tokens: "
                 "set FREEGPT_API_KEY, or run python -m freegpt_auth create NAME"
             )
-        _announce(self.mode, survey, key)
+        announce(self.mode, survey, key)
 
     def recognise(self, digest: bytes) -> Caller | None:
         """Return who is calling, if that is known from an earlier request and still so: for nearly every request."""
@@ -231,22 +219,3 @@ def _weightier(
 ) -> Refusal | Literal[Unresolved.UNRESOLVED]:
     """Return what decides about a request that presents several secrets: that one of them cannot be known comes first."""
     return max(decision, other, key=lambda one: _WEIGHTS.get(one, 1))
-
-
-def _announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> None:
-    """Log the mode, once. Never the key."""
-    if mode is AuthMode.OPEN:
-        _logger.warning(
-            "open mode: every request is let through, since no environment key is set and %s holds no tokens. "
-            "To turn authentication on, run: python -m freegpt_auth create NAME",
-            survey.source,
-        )
-        return
-    kind = "database" if "://" in survey.source else mode.value
-    origin = f"the environment key from {key.source}" if key else "no environment key"
-    if mode is AuthMode.TOKEN_FILE and not survey.configured:
-        refused = f"{survey.source} is missing or holds no tokens, so requests are refused (there is {origin})"
-        way_out = f"To create a first token, run: python -m freegpt_auth --store {quote(survey.source)} create NAME"
-        _logger.warning("%s mode: %s. %s", kind, refused, way_out)
-        return
-    _logger.info("%s mode: %d active token(s) from %s, and %s", kind, survey.active, survey.source, origin)

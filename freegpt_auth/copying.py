@@ -6,7 +6,7 @@ import copy
 import functools
 from typing import TYPE_CHECKING, Any, Self
 
-from .authentication import AuthMode
+from .modes import AuthMode
 from .sharing import place
 
 if TYPE_CHECKING:

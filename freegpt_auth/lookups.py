@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +28,8 @@ LANE_WIDTH = 4
 """Look-ups of one source and one event loop at the same time."""
 
 _UNAVAILABLE = Refusal("unavailable")
+
+_logger = logging.getLogger("freegpt_auth")
 
 
 class Lane(NamedTuple):
@@ -55,6 +58,7 @@ class LookUps:
         self.verifier = verifier
         self._limit: float = getattr(verifier, "look_up_limit", math.inf)
         self._lanes: RunVar[Lane] = RunVar("freegpt_auth")
+        self._lacks_threads = False
         self._lifespans: weakref.WeakSet[Lifespan] = weakref.WeakSet()
 
     def lane(self) -> Lane:
@@ -68,7 +72,10 @@ class LookUps:
     async def settle(
         self, peek: Callable[[Scope], Decision], resolve: Callable[[Scope], Caller | Refusal], scope: Scope
     ) -> Caller | Refusal:
-        """Decide about a request from the store, or from memory if an earlier look-up has filled it."""
+        """Decide about a request from the store, or from memory if an earlier look-up has filled it.
+
+        The decision is *unavailable* if the queue is full, or if the system has no thread left for the look-up.
+        """
         lane = self.lane()
         if lane.gate.statistics().tasks_waiting >= self._limit:
             return _UNAVAILABLE
@@ -76,7 +83,27 @@ class LookUps:
             decision = peek(scope)
             if decision is not UNRESOLVED:
                 return decision
-            return await to_thread.run_sync(resolve, scope, limiter=lane.threads)
+            return await self._in_thread(resolve, scope, lane.threads)
+
+    async def _in_thread(
+        self, resolve: Callable[[Scope], Caller | Refusal], scope: Scope, threads: anyio.CapacityLimiter
+    ) -> Caller | Refusal:
+        started = False
+
+        def run() -> Caller | Refusal:
+            nonlocal started
+            started, self._lacks_threads = True, False
+            return resolve(scope)
+
+        try:
+            return await to_thread.run_sync(run, limiter=threads)
+        except RuntimeError:
+            if started:  # an error of the source
+                raise
+        if not self._lacks_threads:
+            self._lacks_threads = True
+            _logger.error("a look-up found no free thread: the system allows this process no more. It is answered 503")
+        return _UNAVAILABLE
 
     def open(self, lifespan: Lifespan) -> None:
         """Keep the source open for *lifespan*."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import anyio
 import pytest
@@ -179,6 +180,34 @@ async def test_slow_source_delays_no_other(ask: Ask) -> None:
                 assert (await ask(again, headers=headers)).status == 503
             finally:
                 slow.release.set()
+
+
+@pytest.mark.anyio
+async def test_exhausted_threads_are_answered_503(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A look-up for which the system has no thread is refused with 503, and the reason is logged once."""
+    source = Source()
+    source.release.set()
+    app, headers = BearerTokenMiddleware(plain, store=source), [(b"x-api-key", b"sk-any")]
+
+    async def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as exhausted:
+        exhausted.setattr(to_thread, "run_sync", fail)
+        assert [(await ask(app, headers=headers)).status for _ in range(2)] == [503, 503]
+    assert [record.levelname for record in caplog.records if "no free thread" in record.message] == ["ERROR"]
+    assert (await ask(app, headers=headers)).status == 401
+
+
+@pytest.mark.anyio
+async def test_error_of_a_source_is_raised(ask: Ask) -> None:
+    """A RuntimeError of the token source is no lack of threads, and reaches the server's log."""
+    source = Source()
+    source.resolve = Mock(side_effect=RuntimeError("broken"))  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="broken"):
+        await ask(BearerTokenMiddleware(plain, store=source), headers=[(b"x-api-key", b"sk-any")])
 
 
 @pytest.mark.anyio

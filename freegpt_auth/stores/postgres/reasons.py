@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
+from ...exceptions import StoreBusyError, StoreError, StoreUnavailableError
 from .waits import HeldError
 
 _RUN_MIGRATE = "the tables are not as this release made them: run python -m freegpt_auth migrate, or restore a backup"
@@ -40,6 +41,7 @@ _ADVICE = {
 _UNREACHED = (
     "check that the database runs and can be written to, and each part of the URL: host, port, name, user, password"
 )
+_UNSURE = "if something was to be changed, look with list whether it was"
 _UNREADABLE = "a value cannot be stored or read: text must be UTF-8 without the character NUL"
 
 
@@ -51,6 +53,23 @@ def reason_of(error: Exception) -> str:
     reason = " ".join(line.strip() for line in lines if not line.startswith("\t")).rstrip(".")
     advice = _advice_for(error)
     return f"{reason}; {advice}" if advice else reason
+
+
+def failure(error: Exception, source: str) -> StoreError:
+    """Return the error of a command for an error of the driver.
+
+    Args:
+        error: ``psycopg.Error``, or ``ValueError`` for a value that the driver cannot convert.
+        source: the database, in words for the operator.
+    """
+    reason = reason_of(error)
+    if isinstance(error, psycopg.errors.UniqueViolation):
+        return StoreError(f"{source}: a token with the same id or secret is there already")
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return StoreBusyError(f"{source} is locked: {reason}; {_UNSURE}")
+    if isinstance(error, psycopg.OperationalError):
+        return StoreUnavailableError(f"{source} does not answer any more: {reason}; {_UNSURE}")
+    return StoreError(f"{source}: {reason}")
 
 
 def _advice_for(error: Exception) -> str:

@@ -11,12 +11,12 @@ import math
 import os
 import time
 import weakref
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 import psycopg
 
 from ...clock import elapsed
-from ...exceptions import StoreBusyError, StoreError, StoreUnavailableError, TokenNotFoundError
+from ...exceptions import StoreError, StoreUnavailableError, TokenNotFoundError
 from ...settings import CACHE_LIMIT, LEASE
 from ...tokens import find
 from ..base import UNRESOLVED, Merged, Survey, Unresolved
@@ -26,7 +26,7 @@ from .cache import TokenCache
 from .confirmation import CONFIRMATION, Confirmation
 from .follower import CERTAINTY, Follower
 from .links import PATIENCE, Address, Pool
-from .reasons import reason_of
+from .reasons import failure, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -211,7 +211,7 @@ class PostgresTokenStore:
                     schema.check(schema.version_of(link), self.source)
                 yield link
         except (psycopg.Error, ValueError) as error:
-            self._explain(error)
+            raise failure(error, self.source) from None
 
     def _change(self, change: Callable[[Link], _T], longest: float = math.inf) -> _T:
         with self._connected() as link:
@@ -220,17 +220,6 @@ class PostgresTokenStore:
                 result = change(link)
             self.unseen = self._confirmation.wait(link, longest)
         return result
-
-    def _explain(self, error: Exception) -> NoReturn:
-        reason = reason_of(error)
-        unsure = "if something was to be changed, look with list whether it was"
-        if isinstance(error, psycopg.errors.UniqueViolation):
-            raise StoreError(f"{self.source}: a token with the same id or secret is there already") from None
-        if isinstance(error, psycopg.errors.LockNotAvailable):
-            raise StoreBusyError(f"{self.source} is locked: {reason}; {unsure}") from None
-        if isinstance(error, psycopg.OperationalError):
-            raise StoreUnavailableError(f"{self.source} does not answer any more: {reason}; {unsure}") from None
-        raise StoreError(f"{self.source}: {reason}") from None
 
 
 def _found(token: Token | None, token_id: str) -> Token:

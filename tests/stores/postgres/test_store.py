@@ -14,8 +14,8 @@ import psycopg
 import pytest
 from postgresql import PASSWORD, free_port, running
 
-from freegpt_auth import UNRESOLVED, ConfigurationError, StoreError, StoreUnavailableError, Token
-from freegpt_auth.authentication import Authenticator, AuthMode, Refusal
+from freegpt_auth import UNRESOLVED, AuthMode, ConfigurationError, StoreError, StoreUnavailableError, Token
+from freegpt_auth.authentication import Authenticator, Refusal
 from freegpt_auth.callers import Caller
 from freegpt_auth.clock import elapsed
 from freegpt_auth.environment_key import EnvironmentKey
