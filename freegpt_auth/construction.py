@@ -80,7 +80,8 @@ def _scope_type() -> str | None:
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     while frame is not None:
-        scope = frame.f_locals.get("scope")
+        # Before Python 3.13 a frame keeps its f_locals, and with them every object that they hold.
+        scope = frame.f_locals.get("scope") if "scope" in frame.f_code.co_varnames else None
         if isinstance(scope, MutableMapping) and isinstance(scope.get("type"), str):
             return str(scope["type"])
         frame = frame.f_back

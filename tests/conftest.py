@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -30,6 +31,11 @@ App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[N
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a run leave out what needs a database, or do nothing else."""
     parser.addoption("--database", choices=["with", "without", "only"], default="with", help="tests on PostgreSQL")
+
+
+def pytest_configure() -> None:
+    """Keep asyncio's warnings about slow steps out of the log: a loaded machine causes them."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

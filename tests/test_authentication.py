@@ -103,7 +103,7 @@ def test_the_mode_is_found_at_the_start(
     if content is not None:
         FILE.write_text(content)
     assert str(Authenticator(FileTokenStore(FILE), key).mode) == mode
-    [record] = [record for record in caplog.records if record.module == "authentication"]
+    [record] = [record for record in caplog.records if record.module == "modes"]
     assert re.match(line, f"{record.levelname} {record.getMessage()}")
     assert not any(secret in caplog.text for secret in (KEY, digest_of(KEY).hex()))
     opens = pytest.raises(ConfigurationError, match="set FREEGPT_API_KEY, or run python -m freegpt_auth create NAME")
@@ -129,7 +129,7 @@ def test_named_store_is_never_open(
         f"To create a first token, run: python -m freegpt_auth --store {FILE.absolute()} create NAME"
     )
     assert authenticator.peek_open() is authenticator.resolve_open() is False
-    assert isinstance(decide(authenticator, KEY), Caller) is (key is not None)
+    assert isinstance(authenticator.resolve([digest_of(KEY)]), Caller) is (key is not None)
     _, secret = keep(FileTokenStore(FILE))
     assert isinstance(authenticator.resolve([digest_of(secret)]), Caller)
 
