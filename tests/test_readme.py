@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -218,10 +219,10 @@ def test_a_server_that_takes_a_middleware_by_name() -> None:
 
 
 def test_settings_that_cannot_be_used_stop_uvicorn(tmp_path: Path) -> None:
-    """With --lifespan on, as the README says, uvicorn stops and names the variable."""
+    """Uvicorn stops, as the README says, and names the variable."""
     (tmp_path / "app.py").write_text(PYTHON[0].code)
     finished = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "app:app", "--port", "0", "--lifespan", "on"],
+        [sys.executable, "-m", "uvicorn", "app:app", "--port", "0"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -253,7 +254,7 @@ def test_run_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            ["sh", "-c", f"exec {named('Run it').strip()} --port 0"],
+            ["sh", "-c", f"exec {named('Run it').strip()} 0"],
             cwd=checkout,
             stdout=output,
             stderr=output,
@@ -265,7 +266,7 @@ def test_run_it(tmp_path: Path) -> None:
         address = re.search(r"running on (http://[\d.:]+)", log.read_text())
         assert command is not None
         assert address is not None
-        pasted = command[1].replace("http://127.0.0.1:8000", address[1])
+        pasted = command[1].replace("http://127.0.0.1:0", address[1])
         answer = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, timeout=120, check=False)
         assert answer.stdout.startswith("HTTP/1.1 200 OK"), answer
         without = "\n".join(line for line in pasted.splitlines() if "Authorization" not in line)
@@ -275,6 +276,18 @@ def test_run_it(tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait(timeout=120)
+
+
+def test_run_it_on_a_busy_port(tmp_path: Path) -> None:
+    """No token is made for a request that would take it to another program's port."""
+    (tmp_path / "examples").mkdir()
+    script = shutil.copy(PROJECT / "examples" / "try_it.sh", tmp_path / "examples")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        finished = subprocess.run(["sh", script, str(port)], capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(f"Port {port} of 127.0.0.1 cannot be used. Give a free one: ")
+    assert not (tmp_path / "api_tokens.json").exists()
 
 
 def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
