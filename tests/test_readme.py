@@ -11,7 +11,7 @@ import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 import pytest
@@ -19,7 +19,9 @@ from pages import PROJECT, blocks
 from starlette.testclient import TestClient
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Settings, Token
+from freegpt_auth.authentication import Reason
 from freegpt_auth.tokens import digest_of
+from freegpt_auth.variables import VARIABLES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 BLOCKS = blocks("README.md")
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 SHELL = [block for block in BLOCKS if block.language == "sh"]
-ARGUMENTS = ["store", "public_paths", "required", "usage", "keep_credentials", "cors_origins"]
 OWN_TESTS = {"More than one host", "Run it", "Test it", "Send the token", "Add it to your server"}
 
 
@@ -299,9 +300,16 @@ def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def test_the_middleware_is_what_the_readme_names() -> None:
-    """Every argument that the settings table names is one that the middleware takes."""
-    table = re.findall(r"^\| `FREEGPT_AUTH_\w+` \| `(\w+)` \|", (PROJECT / "README.md").read_text(), re.MULTILINE)
-    assert len(table) == len(ARGUMENTS)
-    annotations = BearerTokenMiddleware.__init__.__annotations__
-    assert set(table) == {*ARGUMENTS} < set(annotations)
+def test_settings_table_is_complete() -> None:
+    """The README names each variable, and each argument of the middleware."""
+    section = (PROJECT / "README.md").read_text().partition("\n## Settings\n")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")]
+    assert {*re.findall(r"`(\w+)`", " ".join(row[1] for row in rows))} == {*VARIABLES}
+    arguments = {*re.findall(r"`(\w+)`", " ".join(row[2] for row in rows))}
+    assert arguments == {*BearerTokenMiddleware.__init__.__annotations__} - {"app", "return"}
+
+
+def test_every_reason_of_a_refusal_is_named() -> None:
+    """A program that reads the log finds each reason in the README."""
+    (row,) = re.findall(r"^\| `reason` \|.*$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    assert {*get_args(Reason)} == {*re.findall(r"`([a-z]+)`", row)} - {"reason"}
