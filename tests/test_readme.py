@@ -153,8 +153,10 @@ def test_the_commands_and_the_list_they_show(shell: Callable[..., Any], monkeypa
 def test_turning_authentication_off(shell: Callable[..., Any], keep: Callable[..., Any]) -> None:
     """The commands move the token file away, and nothing is left that would ask for a token at the next start."""
     keep(FileTokenStore("api_tokens.json"))
-    finished = shell(named("The three modes"), FREEGPT_API_KEY="x")
+    names = ["FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE", "OPENAI_API_KEY", "FREEGPT_AUTH_STORE", "FREEGPT_AUTH_REQUIRED"]
+    finished = shell(f"{named('The three modes')}\nenv", **dict.fromkeys(names, "x"))
     assert finished.returncode == 0, finished.stderr
+    assert not re.findall("^(?:FREEGPT|OPENAI)_.*", finished.stdout, re.MULTILINE)
     assert Path("api_tokens.json.backup").exists()
     assert FileTokenStore("api_tokens.json").survey().configured is False
 
