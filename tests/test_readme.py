@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 import pytest
@@ -18,7 +19,9 @@ from pages import PROJECT, blocks
 from starlette.testclient import TestClient
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Settings, Token
+from freegpt_auth.authentication import Reason
 from freegpt_auth.tokens import digest_of
+from freegpt_auth.variables import VARIABLES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
 BLOCKS = blocks("README.md")
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 SHELL = [block for block in BLOCKS if block.language == "sh"]
-ARGUMENTS = ["store", "public_paths", "required", "usage", "keep_credentials", "cors_origins"]
 OWN_TESTS = {"More than one host", "Run it", "Test it", "Send the token", "Add it to your server"}
 
 
@@ -151,8 +153,10 @@ def test_the_commands_and_the_list_they_show(shell: Callable[..., Any], monkeypa
 def test_turning_authentication_off(shell: Callable[..., Any], keep: Callable[..., Any]) -> None:
     """The commands move the token file away, and nothing is left that would ask for a token at the next start."""
     keep(FileTokenStore("api_tokens.json"))
-    finished = shell(named("The three modes"), FREEGPT_API_KEY="x")
+    names = ["FREEGPT_API_KEY", "FREEGPT_API_KEY_FILE", "OPENAI_API_KEY", "FREEGPT_AUTH_STORE", "FREEGPT_AUTH_REQUIRED"]
+    finished = shell(f"{named('The three modes')}\nenv", **dict.fromkeys(names, "x"))
     assert finished.returncode == 0, finished.stderr
+    assert not re.findall("^(?:FREEGPT|OPENAI)_.*", finished.stdout, re.MULTILINE)
     assert Path("api_tokens.json.backup").exists()
     assert FileTokenStore("api_tokens.json").survey().configured is False
 
@@ -218,10 +222,10 @@ def test_a_server_that_takes_a_middleware_by_name() -> None:
 
 
 def test_settings_that_cannot_be_used_stop_uvicorn(tmp_path: Path) -> None:
-    """With --lifespan on, as the README says, uvicorn stops and names the variable."""
+    """Uvicorn stops, as the README says, and names the variable."""
     (tmp_path / "app.py").write_text(PYTHON[0].code)
     finished = subprocess.run(
-        [sys.executable, "-m", "uvicorn", "app:app", "--port", "0", "--lifespan", "on"],
+        [sys.executable, "-m", "uvicorn", "app:app", "--port", "0"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -253,7 +257,7 @@ def test_run_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            ["sh", "-c", f"exec {named('Run it').strip()} --port 0"],
+            ["sh", "-c", f"exec {named('Run it').strip()} 0"],
             cwd=checkout,
             stdout=output,
             stderr=output,
@@ -265,7 +269,7 @@ def test_run_it(tmp_path: Path) -> None:
         address = re.search(r"running on (http://[\d.:]+)", log.read_text())
         assert command is not None
         assert address is not None
-        pasted = command[1].replace("http://127.0.0.1:8000", address[1])
+        pasted = command[1].replace("http://127.0.0.1:0", address[1])
         answer = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, timeout=120, check=False)
         assert answer.stdout.startswith("HTTP/1.1 200 OK"), answer
         without = "\n".join(line for line in pasted.splitlines() if "Authorization" not in line)
@@ -277,6 +281,18 @@ def test_run_it(tmp_path: Path) -> None:
         server.wait(timeout=120)
 
 
+def test_run_it_on_a_busy_port(tmp_path: Path) -> None:
+    """No token is made for a request that would take it to another program's port."""
+    (tmp_path / "examples").mkdir()
+    script = shutil.copy(PROJECT / "examples" / "try_it.sh", tmp_path / "examples")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        finished = subprocess.run(["sh", script, str(port)], capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(f"Port {port} of 127.0.0.1 cannot be used. Give a free one: ")
+    assert not (tmp_path / "api_tokens.json").exists()
+
+
 def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
     """Wait until a process has said something."""
     deadline = time.monotonic() + 600
@@ -286,9 +302,16 @@ def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def test_the_middleware_is_what_the_readme_names() -> None:
-    """Every argument that the settings table names is one that the middleware takes."""
-    table = re.findall(r"^\| `FREEGPT_AUTH_\w+` \| `(\w+)` \|", (PROJECT / "README.md").read_text(), re.MULTILINE)
-    assert len(table) == len(ARGUMENTS)
-    annotations = BearerTokenMiddleware.__init__.__annotations__
-    assert set(table) == {*ARGUMENTS} < set(annotations)
+def test_settings_table_is_complete() -> None:
+    """The README names each variable, and each argument of the middleware."""
+    section = (PROJECT / "README.md").read_text().partition("\n## Settings\n")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| ")]
+    assert {*re.findall(r"`(\w+)`", " ".join(row[1] for row in rows))} == {*VARIABLES}
+    arguments = {*re.findall(r"`(\w+)`", " ".join(row[2] for row in rows))}
+    assert arguments == {*BearerTokenMiddleware.__init__.__annotations__} - {"app", "return"}
+
+
+def test_every_reason_of_a_refusal_is_named() -> None:
+    """A program that reads the log finds each reason in the README."""
+    (row,) = re.findall(r"^\| `reason` \|.*$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    assert {*get_args(Reason)} == {*re.findall(r"`([a-z]+)`", row)} - {"reason"}
