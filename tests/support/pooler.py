@@ -77,8 +77,9 @@ class Pooler:
 
     def __init__(self, url: str, size: int) -> None:
         self._connections = [psycopg.connect(url, autocommit=True) for _ in range(size)]
-        self._free = deque(socket.socket(fileno=os.dup(one.fileno())) for one in self._connections)
-        for one in self._free:
+        self._servers = [socket.socket(fileno=os.dup(one.fileno())) for one in self._connections]
+        self._free = deque(self._servers)
+        for one in self._servers:
             one.settimeout(None)
         self._room = threading.Semaphore(size)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -89,7 +90,7 @@ class Pooler:
         """End it."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for each in (*self._free, *self._connections):
+        for each in (*self._servers, *self._connections):
             each.close()
 
     def _accept(self) -> None:

@@ -160,6 +160,8 @@ class Follower:
         while not stopping.is_set():
             since = self._catch_up(link)
             presence.show(link, self._cache.revision)
+            if since < presence.covers_since:  # the host slept: commands returned while the row was over
+                continue
             self._rely(since, presence.covers_until)
             due = self._clock() + HEARTBEAT
             while not stopping.is_set() and self._clock() < due and not link.notifications(_SLICE):

@@ -73,17 +73,20 @@ class Link:
     @contextlib.contextmanager
     def transaction(self) -> Generator[None]:
         """Commit everything within, or nothing."""
+        limit = self._connection.limit
         # A snapshot that is older than the lock that was waited for would not do.
         self.script(f"BEGIN ISOLATION LEVEL READ COMMITTED; {self._local}")
         try:
             yield
+            self.script("COMMIT")
         except BaseException:
             # In any other state the connection waits for an answer or is lost: closing it rolls back.
             if self._status() in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
                 with contextlib.suppress(psycopg.Error):
                     self.script("ROLLBACK")
             raise
-        self.script("COMMIT")
+        finally:
+            self._connection.limit = limit
 
     def notifications(self, seconds: float) -> list[str]:
         """Wait for notifications, and return the channels they came by: of those that come together, all."""

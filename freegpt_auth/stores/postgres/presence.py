@@ -36,10 +36,12 @@ class Shown(NamedTuple):
         revision: the revision the process has seen; -1 before it has read anything.
         covers_until: end of the row, counted by the local clock from before the statement was sent: never later than the
             end by the database's clock.
+        covers_since: local instant since which the row has not been over.
     """
 
     revision: int = _NOTHING_READ
     covers_until: float = _NEVER
+    covers_since: float = _NEVER
 
 
 class Presence:
@@ -60,6 +62,11 @@ class Presence:
     def covers_until(self) -> float:
         """The instant, by the local clock, at which the row ends."""
         return self._shown.covers_until
+
+    @property
+    def covers_since(self) -> float:
+        """The instant, by the local clock, before which commands may have missed this process: its row was over."""
+        return self._shown.covers_since
 
     def join(self, link: Link) -> None:
         """Extend the row over a new connection, before anything is read over it.
@@ -87,4 +94,6 @@ class Presence:
     def _write(self, link: Link, revision: int, *, extend: bool) -> None:
         began = self._clock()
         link.run(_SHOW, (self._process, self._lease, revision, extend))
-        self._shown = Shown(revision, began + self._lease if extend else self.covers_until)
+        answered = self._clock()
+        until = began + self._lease if extend else self.covers_until
+        self._shown = Shown(revision, until, self.covers_since if answered < self.covers_until else answered)

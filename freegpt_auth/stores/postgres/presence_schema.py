@@ -55,7 +55,8 @@ BEGIN
     IF seen < 0 THEN
         PERFORM freegpt_auth.adopt_processes();
         DELETE FROM freegpt_auth.processes WHERE process IN (
-            SELECT process FROM freegpt_auth.processes WHERE relies_until < clock_timestamp() FOR UPDATE SKIP LOCKED
+            SELECT process FROM freegpt_auth.processes
+                WHERE relies_until < clock_timestamp() AND server = pg_postmaster_start_time() FOR UPDATE SKIP LOCKED
         );
     END IF;
 END
@@ -75,7 +76,14 @@ BEGIN
     PERFORM freegpt_auth.adopt_processes();
     SELECT count(*), greatest(1, ceil(extract(epoch FROM max(relies_until) - clock_timestamp())))
         INTO processes, seconds
-        FROM freegpt_auth.processes WHERE revision < of_revision AND relies_until > clock_timestamp();
+        FROM (
+            -- A row that another command adopts at this moment is still seen as it was.
+            SELECT CASE WHEN server = pg_postmaster_start_time() THEN revision ELSE -1 END AS revision,
+                CASE WHEN server = pg_postmaster_start_time() THEN relies_until ELSE clock_timestamp() + lease END
+                    AS relies_until
+            FROM freegpt_auth.processes
+        ) AS known
+        WHERE revision < of_revision AND relies_until > clock_timestamp();
 END
 $$;
 

@@ -41,7 +41,10 @@ _ADVICE = {
 _UNREACHED = (
     "check that the database runs and can be written to, and each part of the URL: host, port, name, user, password"
 )
-_UNSURE = "if something was to be changed, look with list whether it was"
+_UNSURE = (
+    "if something was to be changed, look with list whether it was; a token shown there as revoked may still be accepted: "
+    "run revoke again"
+)
 _UNREADABLE = "a value cannot be stored or read: text must be UTF-8 without the character NUL"
 
 

@@ -214,6 +214,18 @@ def test_a_transaction_is_done_whole_or_not_at_all(link: Link) -> None:
     assert link.run("SELECT number FROM public.here") == [(2,)]
 
 
+def test_limits_of_a_long_transaction_end_with_it(address: Address) -> None:
+    """What follows ``wait_for_much`` over the same connection, as a command's wait for the servers, has the usual limits."""
+    with contextlib.closing(address.connect(1.0)) as link:
+        with link.transaction():
+            link.wait_for_much()
+            link.run("SELECT pg_sleep(1.5)")
+        assert link.one("SELECT current_setting('statement_timeout')") == ("900ms",)
+        link.run("SET statement_timeout TO 0")
+        with pytest.raises(psycopg.OperationalError, match="no answer within 1 s"):
+            link.run("SELECT pg_sleep(30)")
+
+
 def test_rows_are_read_and_sent_in_batches(link: Link) -> None:
     """A large table goes through a process a few rows at a time, in both directions."""
     link.script("CREATE TABLE public.here (number integer, name text); INSERT INTO public.here VALUES (0, NULL)")

@@ -8,14 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+import psycopg
 import pytest
 from postgresql import running
 
+from freegpt_auth.stores.base import UNRESOLVED
 from freegpt_auth.stores.postgres import PostgresTokenStore, tables
 from freegpt_auth.stores.postgres.follower import CERTAINTY
 from freegpt_auth.stores.postgres.links import Address, Link
 from freegpt_auth.stores.postgres.presence import Presence
-from freegpt_auth.tokens import digest_of, issue
+from freegpt_auth.tokens import Token, digest_of, issue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -131,6 +134,34 @@ def test_rows_that_are_over_are_removed(links: Callable[[], Link]) -> None:
     assert _lines(link) == [(-1, 20)]
 
 
+def test_what_was_read_without_a_row_is_not_relied_on(
+    database: str, keep: Any, links: Callable[[], Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that slept reads again after its row is extended: a command between the read and the row missed it."""
+    clock, head, answers = Clock(), tables.head, []
+    store, operator = PostgresTokenStore(database, lease=LEASE, clock=clock), PostgresTokenStore(database)
+    token, secret = keep(operator)
+    digest = digest_of(secret)
+
+    def read_and_revoke(link: Link) -> tables.Head:
+        found = head(link)
+        answers.append(store.peek(digest))
+        clock.instant += 1
+        if len(answers) == 1:
+            operator.revoke(token.id, NOW)
+        return found
+
+    with contextlib.closing(store):
+        assert store.resolve(digest) == token
+        links().run("UPDATE freegpt_auth.processes SET relies_until = now()")
+        monkeypatch.setattr(tables, "head", read_and_revoke)
+        clock.instant += 2 * LEASE
+        _until(lambda: isinstance(store.peek(digest), Token))
+        assert operator.unseen is None
+        assert answers[:3] == 3 * [UNRESOLVED]  # the read, the command, and the read after that
+        assert store.resolve(digest) == msgspec.structs.replace(token, revoked_at=NOW)
+
+
 # --- after a restart or a failover
 
 
@@ -151,6 +182,16 @@ def test_rows_of_another_server_count_for_a_lease(links: Callable[[], Link]) -> 
     link.run(ANOTHER_SERVER)
     Presence(LEASE).join(link)  # a process that comes back counts the others in
     assert sorted(_lines(link)) == [(-1, 20), (-1, 20)]
+
+
+def test_a_row_that_is_being_adopted_counts(links: Callable[[], Link], database: str) -> None:
+    """Of two commands right after a failover, the second counts the rows that the first has not adopted yet."""
+    link = links()
+    Presence(LEASE).show(link, 99)
+    link.run(ANOTHER_SERVER)
+    with psycopg.connect(database) as other:
+        other.execute("SELECT freegpt_auth.adopt_processes()")
+        assert tables.processes_behind(link, 1) == (1, LEASE)
 
 
 def test_the_row_survives_a_crash(tmp_path_factory: pytest.TempPathFactory) -> None:

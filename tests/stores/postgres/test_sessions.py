@@ -170,9 +170,11 @@ def test_hostile_defaults_change_no_server(hostile: str, keep: Callable[..., Any
 
 def _until(reached: Callable[[], object]) -> None:
     deadline = time.monotonic() + 30
-    while not reached():
+    is_reached = False
+    while not is_reached:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+        is_reached = bool(reached())
 
 
 @pytest.mark.parametrize("hostile", ["role", "role, through a pooler"], indirect=True)

@@ -474,6 +474,7 @@ def test_a_command_that_is_broken_off_says_what_is_known(
         store.add(digest, token)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert ("may still be accepted: run revoke again" in str(caught.value)) is (kind is not StoreError)
     assert list(store.tokens()) == [digest]
 
 
