@@ -466,6 +466,40 @@ def test_rewrite_within_one_tick_is_found(
     assert _said(caplog) == [("INFO", f"{path} was read again: 1 active token(s)")]
 
 
+def test_clock_of_the_host_settles_no_state(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """The clock of a file server may be behind the host's: a state that looks old is compared too."""
+    monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
+    (one, first), (two, second) = _issued(), _issued()
+    _write(path, _content((one, first)))
+    time.sleep(2 * ticks.FINE)
+    assert _id(_look(store, one)) == first.id
+    path.write_bytes(_content((two, second)))
+    clock(ticks.FINE)
+    assert _id(_look(store, two)) == second.id
+
+
+def test_rewrite_after_a_slow_reading_is_found(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """The tick counts from the end of a reading: a busy host may hold up its start."""
+    monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
+    (one, first), (two, second) = _issued(), _issued()
+    _write(path, _content((one, first)))
+    real = disk.read_file
+
+    def slow(*arguments: Any) -> Any:
+        clock(ticks.FINE)
+        return real(*arguments)
+
+    monkeypatch.setattr(disk, "read_file", slow)
+    assert [_id(_look(store, one)) for _ in range(2)] == [first.id, first.id]
+    path.write_bytes(_content((two, second)))
+    clock(ticks.FINE)
+    assert _id(_look(store, two)) == second.id
+
+
 def test_return_within_one_tick_is_compared_again(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
