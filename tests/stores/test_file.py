@@ -466,34 +466,17 @@ def test_rewrite_within_one_tick_is_found(
     assert _said(caplog) == [("INFO", f"{path} was read again: 1 active token(s)")]
 
 
-def test_clock_of_the_host_settles_no_state(
-    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
+@pytest.mark.parametrize("delay", [0, ticks.FINE], ids=["old by the host's clock", "slow reading"])
+def test_tick_counts_from_the_end_of_a_reading(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock, delay: float
 ) -> None:
-    """The clock of a file server may be behind the host's: a state that looks old is compared too."""
+    """A rewrite is found though the file server's clock is behind the host's, or the host was too busy to read at once."""
     monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
+    real = disk.read_file
+    monkeypatch.setattr(disk, "read_file", lambda *arguments: (clock(delay), real(*arguments))[1])
     (one, first), (two, second) = _issued(), _issued()
     _write(path, _content((one, first)))
     time.sleep(2 * ticks.FINE)
-    assert _id(_look(store, one)) == first.id
-    path.write_bytes(_content((two, second)))
-    clock(ticks.FINE)
-    assert _id(_look(store, two)) == second.id
-
-
-def test_rewrite_after_a_slow_reading_is_found(
-    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
-    """The tick counts from the end of a reading: a busy host may hold up its start."""
-    monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
-    (one, first), (two, second) = _issued(), _issued()
-    _write(path, _content((one, first)))
-    real = disk.read_file
-
-    def slow(*arguments: Any) -> Any:
-        clock(ticks.FINE)
-        return real(*arguments)
-
-    monkeypatch.setattr(disk, "read_file", slow)
     assert [_id(_look(store, one)) for _ in range(2)] == [first.id, first.id]
     path.write_bytes(_content((two, second)))
     clock(ticks.FINE)
