@@ -104,14 +104,14 @@ def delete(options: argparse.Namespace) -> int:
 
 def copy(options: argparse.Namespace) -> int:
     """Put the tokens of one store, and their usage, into another. What is revoked in either is revoked in the second."""
-    with as_owner_of(options.origin):
+    target = open_store(options.target)
+    with as_owner_of(options.origin):  # also for the import of a driver
         origin = open_store(options.origin)
         tokens = origin.tokens()
     if not tokens:
         raise StoreError(f"{origin.source} holds no tokens, so nothing was copied; is it the right one?")
     # Before anything is changed: a setting may be wrong.
     usage_from, usage_to = (usage_location(*_usage_setting(location)) for location in (options.origin, options.target))
-    target = open_store(options.target)
     merged, there = target.merge(tokens), target.tokens()
     _copy_usage(usage_from, usage_to, {tokens[digest].id: there[digest].id for digest in tokens if digest in there})
     say(
