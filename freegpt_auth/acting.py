@@ -8,6 +8,7 @@ In a folder of root it stays root, unless others may write there: then it acts a
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import pwd
@@ -90,6 +91,7 @@ def thread_as_owner_of(location: str) -> Generator[None]:
         return
     import ctypes  # noqa: PLC0415  commands do without
 
+    _load()
     libc = ctypes.CDLL(None)
     refusal = StoreError(f"{location}: its folder belongs to user {owner.user}; run the server as that user")
     if not hasattr(libc, "setfsuid"):  # not Linux
@@ -113,17 +115,23 @@ def _become(identity: _Identity) -> None:
     current = _current()
     if identity == current:
         return
-    # Every module that a command loads late: the owner may not be able to read it.
-    import filelock  # noqa: F401, PLC0415
-
-    from .stores import file  # noqa: F401, PLC0415
-    from .usage import sqlite  # noqa: F401, PLC0415
-
+    _load()
     if current.user != 0:
         os.seteuid(0)
     os.setgroups(identity.groups)
     os.setegid(identity.group)
     os.seteuid(identity.user)
+
+
+def _load() -> None:
+    """Load each module and codec that is otherwise loaded on first use: the owner may not be able to read Python's files."""
+    import filelock  # noqa: F401, PLC0415
+
+    from .stores import file  # noqa: F401, PLC0415
+    from .usage import sqlite  # noqa: F401, PLC0415
+
+    for codec in ("ascii", "unicode_escape"):
+        codecs.lookup(codec)
 
 
 def _owner_of(path: str, root: _Identity) -> _Identity:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import commands
 from .acting import as_owner_of
-from .exceptions import AmbiguousTokenError, FreeGPTAuthError
+from .exceptions import AmbiguousTokenError, FreeGPTAuthError, StoreError
 from .listing import title
 from .names import checked_name, printable
 from .settings import copied_locations, store_location
@@ -185,8 +185,11 @@ def _command(
 
 def _as_owner(run: Callable[[argparse.Namespace], int], changed: str, options: argparse.Namespace) -> int:
     """Run a command with no more rights than the owner of the store that it changes."""
-    with as_owner_of(getattr(options, changed)):
-        return run(options)
+    try:
+        with as_owner_of(getattr(options, changed)):
+            return run(options)
+    except FileNotFoundError:  # of a relative path: stores explain their own errors, and no write to stdout fails so
+        raise StoreError("the working directory was deleted; change to another, or give absolute paths") from None
 
 
 def _add_store(parser: argparse.ArgumentParser, default: str | None) -> None:

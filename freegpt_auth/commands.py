@@ -27,11 +27,11 @@ from .usage import open_usage
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from .stores.base import TokenStore, Unseen
     from .tokens import Token
-    from .usage.base import Usage
+    from .usage.base import Usage, UsageStore
 
     _UsageSetting = tuple[str, str | None]  # the arguments of usage_location
 
@@ -104,17 +104,16 @@ def delete(options: argparse.Namespace) -> int:
 
 def copy(options: argparse.Namespace) -> int:
     """Put the tokens of one store, and their usage, into another. What is revoked in either is revoked in the second."""
-    origin, target = open_store(options.origin), open_store(options.target)
-    with as_owner_of(options.origin):
+    target = open_store(options.target)
+    with as_owner_of(options.origin):  # also for the import of a driver
+        origin = open_store(options.origin)
         tokens = origin.tokens()
     if not tokens:
         raise StoreError(f"{origin.source} holds no tokens, so nothing was copied; is it the right one?")
     # Before anything is changed: a setting may be wrong.
     usage_from, usage_to = (usage_location(*_usage_setting(location)) for location in (options.origin, options.target))
-    merged = target.merge(tokens)
-    there = target.tokens()
-    if usage_from is not None and usage_to is not None and usage_from != usage_to:
-        _copy_usage(usage_from, usage_to, {tokens[digest].id: there[digest].id for digest in tokens if digest in there})
+    merged, there = target.merge(tokens), target.tokens()
+    _copy_usage(usage_from, usage_to, {tokens[digest].id: there[digest].id for digest in tokens if digest in there})
     say(
         f"Copied {len(tokens)} token(s) from {origin.source} to {target.source}: {merged.added} new, "
         f"{merged.revoked} revoked now, {len(tokens) - merged.added - merged.revoked} there already."
@@ -122,13 +121,9 @@ def copy(options: argparse.Namespace) -> int:
     )
     others = [token for digest, token in there.items() if digest not in tokens]
     if options.delete:
-        for token in _deleted(target, others, _usage_setting(options.target)):
-            say(f"Deleted token {title(token)}, which {origin.source} does not hold.{_in_force(target, '')}")
-    elif active := [token for token in others if token.status(_now(target)) == "active"]:
-        say(f"{target.source} accepts {len(active)} token(s) more, which {origin.source} does not hold:")
-        for token in active:
-            say(f"  {token.id}  {title(token)}")
-        say("If they were deleted there, run the same again with --delete.")
+        _delete_others(target, others, origin.source, _usage_setting(options.target))
+    else:
+        _report_others(target, others, origin.source)
     return 0
 
 
@@ -142,6 +137,21 @@ def migrate(options: argparse.Namespace) -> int:
     done = "has version" if before == after else f"was brought from version {before} to version"
     say(f"{store.source} {done} {after} of the schema.")
     return 0
+
+
+def _delete_others(target: TokenStore, others: Sequence[Token], origin: str, usage: _UsageSetting) -> None:
+    for token in _deleted(target, others, usage):
+        say(f"Deleted token {title(token)}, which {origin} does not hold.{_in_force(target, '')}")
+
+
+def _report_others(target: TokenStore, others: Sequence[Token], origin: str) -> None:
+    active = [token for token in others if token.status(_now(target)) == "active"]
+    if not active:
+        return
+    say(f"{target.source} accepts {len(active)} token(s) more, which {origin} does not hold:")
+    for token in active:
+        say(f"  {token.id}  {title(token)}")
+    say("If they were deleted there, run the same again with --delete.")
 
 
 def _deleted(store: TokenStore, tokens: Sequence[Token], usage: _UsageSetting) -> Iterator[Token]:
@@ -169,13 +179,22 @@ def _usage(location: str) -> Mapping[str, Usage]:
     path = usage_location(location)
     if path is None:
         return {}
-    with contextlib.closing(open_usage(path)) as store:
+    try:
+        with _opened_usage(path) as store:
+            return store.read()
+    except StoreError as error:
+        say(f"freegpt-auth: usage cannot be read and is left out: {error}")
+        return {}
+
+
+@contextlib.contextmanager
+def _opened_usage(location: str) -> Generator[UsageStore]:
+    """Open the usage at *location* as the owner of its folder; any fault is a ``StoreError`` that names the place."""
+    with as_owner_of(location), contextlib.closing(open_usage(location)) as store:
         try:
-            with as_owner_of(path):
-                return store.read()
-        except (StoreError, UsageError) as error:
-            say(f"freegpt-auth: the usage in {store.source} cannot be read and is left out: {error}")
-            return {}
+            yield store
+        except UsageError as error:
+            raise StoreError(f"{store.source}: {error}") from None
 
 
 def _usage_setting(location: str) -> _UsageSetting:
@@ -183,35 +202,30 @@ def _usage_setting(location: str) -> _UsageSetting:
     return location, location if is_url(location) else None
 
 
-def _copy_usage(origin: str, target: str, names: Mapping[str, str]) -> None:
-    """Copy the usage of each token, which may have another id in the second store."""
-    with contextlib.closing(open_usage(origin)) as before, contextlib.closing(open_usage(target)) as after:
-        try:
-            with as_owner_of(origin):
-                usage = {names[token_id]: used for token_id, used in before.read().items() if token_id in names}
-            if usage:
-                with as_owner_of(target):
-                    after.merge(usage)
-        except UsageError as error:
-            raise StoreError(
-                "the tokens were copied; their usage could not be copied "
-                f"from {before.source} to {after.source}: {error}; run it again"
-            ) from None
+def _copy_usage(origin: str | None, target: str | None, names: Mapping[str, str]) -> None:
+    """Copy the usage of each token, which may have another id in the second store; ``None`` is a place without usage."""
+    if origin is None or target is None or origin == target:
+        return
+    try:
+        with _opened_usage(origin) as before:
+            usage = {names[token_id]: used for token_id, used in before.read().items() if token_id in names}
+        if usage:
+            with _opened_usage(target) as after:
+                after.merge(usage)
+    except StoreError as error:
+        raise StoreError(f"the tokens were copied; their usage could not be copied: {error}; run it again") from None
 
 
 def _forget_usage(setting: _UsageSetting, token_ids: Sequence[str]) -> None:
     """Remove the usage of deleted tokens. A fault is one line and no failure: the tokens are deleted."""
-    place = ""
     try:
         location = usage_location(*setting)
         if token_ids and location is not None:
-            store = open_usage(location)
-            place = f" from {store.source}"
-            with as_owner_of(location):
+            with _opened_usage(location) as store:
                 store.forget(token_ids)
     except (FreeGPTAuthError, OSError) as error:  # OSError: the working directory is gone
         reason = explain(error) if isinstance(error, OSError) else error
-        say(f"freegpt-auth: the usage of the deleted token(s) could not be removed{place}: {reason}")
+        say(f"freegpt-auth: the usage of the deleted token(s) could not be removed: {reason}")
 
 
 def _now(store: TokenStore) -> datetime:

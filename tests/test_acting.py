@@ -249,6 +249,22 @@ def test_first_token_by_root_is_readable_by_the_server(home: Path) -> None:
     assert {each.name for each in home.iterdir()} >= {"new.json", "new.json.lock", "new.usage.db", "new.usage.db.lock"}
 
 
+def test_copied_tokens_without_their_usage(home: Path, roots: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where root must not write usage, the tokens are copied, and the error says so."""
+    origin, target = home / "t.json", roots / "new.json"
+    assert cli.main(["--store", str(origin), "create", "ci"]) == 0
+    shutil.copy(origin, target)
+    token_id = next(iter(freegpt_auth.FileTokenStore(origin).tokens().values())).id
+    UsageDatabase(str(home / "t.usage.db")).add(Batch("p", 1, {token_id: (1, 1.0)}), 5.0)
+    for each in (*home.iterdir(), target):
+        own(each)
+    roots.chmod(0o1777)
+    capsys.readouterr()
+    assert cli.main(["copy", str(origin), str(target)]) == int(IS_ROOT)
+    error = f"the tokens were copied; their usage could not be copied: {roots}/new.usage.db: others may write"
+    assert (error in capsys.readouterr().err) is IS_ROOT
+
+
 def test_lock_replaced_by_a_file_of_root(home: Path, roots: Path) -> None:
     """A user who links a file of root in the place of the lock gets no right to it."""
     secret = roots / "secret"
@@ -285,13 +301,35 @@ def test_planted_journal_deletes_no_file(home: Path, roots: Path, work: Callable
     assert victim.exists()
 
 
+# Ends with 70 at an import as another user: the audit event precedes the search for a module that is not loaded.
+PROGRAM = """
+import os, sys
+import freegpt_auth.cli as cli
+user = os.geteuid()
+sys.addaudithook(lambda event, _: event == "import" and os.geteuid() != user and os._exit(70))
+assert "lib" in cli.__file__
+sys.exit(cli.main())
+"""
+
+
 def test_modules_that_only_root_may_read(home: Path, tmp_path: Path) -> None:
     """Everything is imported before the change of user: the owner of the folder may not reach root's packages."""
     package = Path(freegpt_auth.__file__).parent
     shutil.copytree(package, tmp_path / "lib" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {"PYTHONPATH": str(tmp_path / "lib")}  # and none of coverage's: it would count the copy
-    for arguments in (["create", "ci"], ["list", "--json"], ["copy", "t.json", "new.json"]):
-        store = [] if arguments[0] == "copy" else ["--store", "t.json"]
-        program = "import freegpt_auth.cli as cli, sys; assert 'lib' in cli.__file__; sys.exit(cli.main())"
-        subprocess.run([sys.executable, "-c", program, *store, *arguments], cwd=home, env=environment, check=True)
-    assert {each.stat().st_uid for each in home.iterdir()} == {OWNER}
+
+    def done(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PYTHONPATH": str(tmp_path / "lib")}  # and none of coverage's: it would count the copy
+        command = [sys.executable, "-c", PROGRAM, *arguments]
+        return subprocess.run(command, cwd=home, env=environment, check=False, capture_output=True, text=True)
+
+    home.chmod(0o1755)  # filelock looks closer at a sticky folder
+    assert done("--store=t.json", "create", "ci").returncode == 0
+    (home / "t.json").write_text((home / "t.json").read_text().replace('"ci"', r'"\u202e"'))  # to be escaped
+    for arguments in (
+        ("--store=t.json", "list"),
+        ("copy", "t.json", "new.json"),
+        ("--store=new.json", "delete", "\u202e"),
+    ):
+        assert (done(*arguments).returncode, {each.stat().st_uid for each in home.iterdir()}) == (0, {OWNER})
+    # An advice to install the driver would be wrong.
+    assert "does not answer" in done("copy", "postgresql://127.0.0.1:1/tokens", "new.json").stderr

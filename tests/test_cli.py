@@ -203,7 +203,7 @@ def test_list_goes_on_without_usage_that_cannot_be_read(
     done = run("list")
     assert done.status == 0
     assert "   Last used: Never\n" in done.out
-    assert re.fullmatch(r"freegpt-auth: the usage in \S+/api_tokens\.usage\.db cannot be read [^\n]+\n", done.err)
+    assert re.fullmatch(r"freegpt-auth: usage cannot be read [^\n]+: \S+/api_tokens\.usage\.db: [^\n]+\n", done.err)
     monkeypatch.setenv("FREEGPT_AUTH_USAGE", "off")
     assert run("list") == Done(0, done.out, "")
 
@@ -455,6 +455,17 @@ def test_delete_in_a_directory_that_is_gone(run: Run, monkeypatch: pytest.Monkey
     done = run("--store", str(tmp_path / TOKEN_FILE), "delete", SECRET)
     assert (done.status, done.err.count("\n")) == (0, 2)
     assert "could not be removed: no such file or directory" in done.err
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["create", "ci"], ["copy", "a.json", "b.json"]])
+def test_deleted_working_directory_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
+) -> None:
+    """A relative path without a working directory is explained; the output is not to blame."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    assert run(*arguments).failed_in_one_line("the working directory was deleted")
 
 
 # --- where the tokens are

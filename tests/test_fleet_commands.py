@@ -516,9 +516,7 @@ def test_usage_that_cannot_be_copied_is_said(run: Run, database: str) -> None:
     """Where usage cannot be read the tokens are copied all the same, and one line says what is still to do."""
     put(FILE, token("plain"))
     Path("api_tokens.usage.db").write_bytes(b"not a database at all" * 100)
-    said = (
-        f"the tokens were copied; their usage could not be copied from {place('api_tokens.usage.db')} to postgresql://"
-    )
+    said = f"the tokens were copied; their usage could not be copied: {place('api_tokens.usage.db')}: it is no usage"
     assert run("copy", FILE, database).failed_in_one_line(said)
     assert names(database) == ["plain"]
     Path("api_tokens.usage.db").unlink()

@@ -45,7 +45,8 @@ class Document:
             rows = [_row(digest, token) for digest, token in contents.tokens.items()]
         else:
             rows = _rows_in_lines(content) or self._rows_in_any_layout(content)
-        self._rows = dict(zip([token.id for token in contents.tokens.values()], rows, strict=True))
+        self._by_id = {token.id: token for token in contents.tokens.values()}
+        self._rows = dict(zip(self._by_id, rows, strict=True))
 
     def _rows_in_any_layout(self, content: bytes) -> list[bytes]:
         with explained(content):
@@ -115,10 +116,10 @@ class Document:
         return content
 
     def _find(self, token_id: str) -> Token:
-        for token in self._tokens.values():
-            if token.id == token_id:
-                return token
-        raise TokenNotFoundError(f"there is no token with the id {token_id}")
+        token = self._by_id.get(token_id)
+        if token is None:
+            raise TokenNotFoundError(f"there is no token with the id {token_id}")
+        return token
 
     def _enter(self, digest: bytes, token: Token) -> None:
         self._rows[token.id] = _row(digest, token)

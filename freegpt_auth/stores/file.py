@@ -20,7 +20,7 @@ from .. import clock as clocks
 from ..exceptions import StoreUnavailableError, TokenFileError
 from ..settings import LEASE
 from ..tokens import find
-from . import disk, editing, reading, siblings, table
+from . import disk, editing, reading, siblings, table, ticks
 from .access import exposure
 from .base import UNRESOLVED, Merged, Survey, Unresolved
 from .document import tokens_in
@@ -171,10 +171,10 @@ class FileTokenStore:
         if not found.contents.blank or self._was_closed():
             self._close()
         self._tell_loaded(found.status, found.contents)
-        compare_at = now + found.unsettled if found.unsettled else NEVER
-        return Snapshot(
-            found.contents.tokens, disk.signature_of(found.status), retry_at=compare_at, fingerprint=found.fingerprint
-        )
+        signature = disk.signature_of(found.status)
+        # From the end of the reading: a change within the same tick may have come at any moment of it.
+        compare_at = self._clock() + ticks.length(found.status.st_ctime_ns)
+        return Snapshot(found.contents.tokens, signature, retry_at=compare_at, fingerprint=found.fingerprint)
 
     def _gone(self, error: FileNotFoundError, signature: disk.Signature, now: float) -> Snapshot:
         if self._configured:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from ..exceptions import TokenFileError
-from . import disk, table, ticks
+from . import disk, table
 
 if TYPE_CHECKING:
     import os
@@ -47,13 +46,11 @@ class Reading:
         status: of the file.
         contents: its tokens; ``None`` if its bytes are those of the snapshot.
         fingerprint: of its bytes.
-        unsettled: seconds after which the bytes must be compared once more, 0 for never.
     """
 
     status: os.stat_result
     contents: table.Contents | None
     fingerprint: bytes
-    unsettled: float
 
 
 def read(path: str, reserve: Reserve, snapshot: Snapshot, signature: disk.Signature) -> Reading:
@@ -63,7 +60,6 @@ def read(path: str, reserve: Reserve, snapshot: Snapshot, signature: disk.Signat
         ValueError, FileNotFoundError, TokenFileError: as :func:`.disk.read_file` and :func:`.table.read` do.
     """
     known = snapshot.fingerprint if signature == snapshot.signature and snapshot.problem is None else None
-    now = time.time()
 
     def parse(file: BinaryIO) -> tuple[table.Contents | None, bytes]:
         if known:
@@ -76,7 +72,7 @@ def read(path: str, reserve: Reserve, snapshot: Snapshot, signature: disk.Signat
         return contents, hashing.hash.digest()
 
     status, (contents, fingerprint) = disk.read_file(path, parse, reserve)
-    return Reading(status, contents, fingerprint, ticks.left(status.st_ctime_ns, now))
+    return Reading(status, contents, fingerprint)
 
 
 def failed(

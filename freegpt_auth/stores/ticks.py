@@ -17,15 +17,12 @@ _NS = 1_000_000_000
 _STEPS = (1, 1_000, 1_000_000, 10_000_000, _NS, 2 * _NS)
 
 
-def left(changed_ns: int, now: float) -> float:
-    """Return the seconds until the file system's clock has surely left the tick of a change; 0 if it has.
+def length(changed_ns: int) -> float:
+    """Return the upper bound of one tick of a file's clock, in seconds, judged by its ``st_ctime_ns``.
 
-    Args:
-        changed_ns: ``st_ctime_ns`` of the file.
-        now: wall-clock time just before the file was looked at, in seconds.
+    The host's clock has no part in it: that of a file server, or of the host of a virtual machine, may differ by minutes.
     """
-    tick = FINE if changed_ns % _NS else COARSE
-    return max(0.0, tick - max(0.0, now - changed_ns / _NS))  # a time in the future: the clock was set back
+    return FINE if changed_ns % _NS else COARSE
 
 
 def set_later(fd: int, before: int) -> None:

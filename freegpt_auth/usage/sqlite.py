@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from ..exceptions import ConfigurationError, StoreBusyError, TokenFileError, UsageError
 from ..stores.disk import real_path
 from ..stores.lock import locked
-from . import header
+from . import header, schema
 from .base import Batch, Usage
 from .faults import DAMAGED, code_of, damage, explained
 
@@ -36,37 +36,6 @@ READ_TIMEOUT = 5.0
 
 _REMEMBERED = 30 * 86_400.0
 """Seconds for which the last batch of a process that has ended stays known, and a token that was forgotten."""
-
-_USAGE = """
-    CREATE TABLE IF NOT EXISTS usage (
-        token_id TEXT PRIMARY KEY, use_count INTEGER NOT NULL, last_used_at REAL NOT NULL
-    ) WITHOUT ROWID
-"""
-_BATCHES = """
-    CREATE TABLE IF NOT EXISTS batches (
-        process TEXT PRIMARY KEY, sequence INTEGER NOT NULL, written_at REAL NOT NULL
-    ) WITHOUT ROWID
-"""
-_FORGOTTEN = """
-    CREATE TABLE IF NOT EXISTS forgotten (token_id TEXT PRIMARY KEY, forgotten_at REAL NOT NULL) WITHOUT ROWID
-"""
-_ENTER = """
-    INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT (process) DO UPDATE SET
-        sequence = excluded.sequence, written_at = excluded.written_at WHERE sequence < excluded.sequence
-"""
-# A later use than the deletion is one of a token that was restored.
-_ADD = """
-    INSERT INTO usage SELECT ?1, ?2, ?3
-        WHERE NOT EXISTS (SELECT 1 FROM forgotten WHERE token_id = ?1 AND forgotten_at >= ?3) ON CONFLICT (token_id) DO UPDATE SET
-        use_count = use_count + excluded.use_count, last_used_at = max(last_used_at, excluded.last_used_at)
-"""
-_RAISE = """
-    INSERT INTO usage VALUES (?, ?, ?) ON CONFLICT (token_id) DO UPDATE SET
-        use_count = max(use_count, excluded.use_count), last_used_at = max(last_used_at, excluded.last_used_at)
-"""
-_FORGET = """
-    INSERT INTO forgotten VALUES (?, ?) ON CONFLICT (token_id) DO UPDATE SET forgotten_at = excluded.forgotten_at
-"""
 
 _logger = logging.getLogger("freegpt_auth")
 
@@ -95,7 +64,7 @@ class UsageDatabase:
     def merge(self, usage: Mapping[str, Usage]) -> None:
         """Raise counts and last uses to at least these."""
         rows = [(token_id, one.use_count, one.last_used_at.timestamp()) for token_id, one in usage.items()]
-        _change(self.source, lambda connection: connection.executemany(_RAISE, rows), READ_TIMEOUT)
+        _change(self.source, lambda connection: connection.executemany(schema.RAISE, rows), READ_TIMEOUT)
 
     def check(self) -> None:
         """Check that the file is a usage database, or that there is none yet."""
@@ -145,18 +114,18 @@ def read_usage(path: str) -> dict[str, Usage]:
 
 def _add(connection: sqlite3.Connection, batch: Batch) -> None:
     now = time.time()
-    if not connection.execute(_ENTER, (batch.process, batch.sequence, now)).rowcount:
+    if not connection.execute(schema.ENTER, (batch.process, batch.sequence, now)).rowcount:
         return
     if batch.sequence == 1:  # once in the life of each process is often enough
         connection.execute("DELETE FROM batches WHERE written_at < ?", (now - _REMEMBERED,))
         connection.execute("DELETE FROM forgotten WHERE forgotten_at < ?", (now - _REMEMBERED,))
-    connection.executemany(_ADD, ((token_id, *use) for token_id, use in batch.counts.items()))
+    connection.executemany(schema.ADD, ((token_id, *use) for token_id, use in batch.counts.items()))
 
 
 def _forget(connection: sqlite3.Connection, token_ids: Collection[str]) -> None:
     now = time.time()
     connection.executemany("DELETE FROM usage WHERE token_id = ?", ((token_id,) for token_id in token_ids))
-    connection.executemany(_FORGET, ((token_id, now) for token_id in token_ids))
+    connection.executemany(schema.FORGET, ((token_id, now) for token_id in token_ids))
 
 
 def _change(path: str, change: Change, timeout: float) -> None:
@@ -192,7 +161,7 @@ def _write(path: str, change: Change, deadline: float) -> None:
     with _connected(path, "rw", _left(deadline)) as connection:
         connection.execute("BEGIN EXCLUSIVE")  # nobody reads any more
         connection.execute(f"PRAGMA application_id = {header.APPLICATION_ID}")
-        for table in (_USAGE, _BATCHES, _FORGOTTEN):
+        for table in schema.TABLES:
             connection.execute(table)
         change(connection)
         connection.execute("COMMIT")

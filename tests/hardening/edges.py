@@ -843,8 +843,9 @@ def test_names_show_no_escapes(command: Callable[..., Any], secrets: dict[str, s
     done = command("create", "\x1b[2J")
     assert (done.returncode, done.stdout) == (2, "")
     edit(b'"name":"valid"', rb'"name":"\\u001b[2J\\u202e"')(TOKENS)
-    for output in (done.stderr, command("list").stdout, command("revoke", secrets["valid"]).stderr):
-        assert "\\x1b[2J" in output
+    listed, revoked = command("list").stdout, command("revoke", secrets["valid"]).stderr
+    for shown, output in (("U+001B", done.stderr), ("\\x1b[2J", listed), ("\\x1b[2J", revoked)):
+        assert shown in output
         assert output.replace("\n", "").isprintable()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -89,6 +90,15 @@ def test_records_that_share_a_line_or_take_several_are_told_apart() -> None:
     document = Document(content)
     document.remove("id0")
     assert json.loads(document.encode())["tokens"] == [_row(1), nested]
+
+
+def test_many_tokens_are_removed_in_linear_time() -> None:
+    """A cleaning of a large file holds its lock for a moment: other writers give up after 10 s."""
+    document = Document(_in_lines(*(_row(number) for number in range(20_000))))
+    begun = time.process_time()
+    for number in range(20_000):
+        document.remove(f"id{number}")
+    assert time.process_time() - begun < 1  # 20 ms; in quadratic time 4 s
 
 
 @quick

@@ -466,6 +466,23 @@ def test_rewrite_within_one_tick_is_found(
     assert _said(caplog) == [("INFO", f"{path} was read again: 1 active token(s)")]
 
 
+@pytest.mark.parametrize("delay", [0, ticks.FINE], ids=["old by the host's clock", "slow reading"])
+def test_tick_counts_from_the_end_of_a_reading(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock, delay: float
+) -> None:
+    """A rewrite is found though the file server's clock is behind the host's, or the host was too busy to read at once."""
+    monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
+    real = disk.read_file
+    monkeypatch.setattr(disk, "read_file", lambda *arguments: (clock(delay), real(*arguments))[1])
+    (one, first), (two, second) = _issued(), _issued()
+    _write(path, _content((one, first)))
+    time.sleep(2 * ticks.FINE)
+    assert [_id(_look(store, one)) for _ in range(2)] == [first.id, first.id]
+    path.write_bytes(_content((two, second)))
+    clock(ticks.FINE)
+    assert _id(_look(store, two)) == second.id
+
+
 def test_return_within_one_tick_is_compared_again(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:

@@ -1,0 +1,35 @@
+"""Tables and statements of the usage database in SQLite."""
+
+TABLES = (
+    """
+    CREATE TABLE IF NOT EXISTS usage (
+        token_id TEXT PRIMARY KEY, use_count INTEGER NOT NULL, last_used_at REAL NOT NULL
+    ) WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE IF NOT EXISTS batches (
+        process TEXT PRIMARY KEY, sequence INTEGER NOT NULL, written_at REAL NOT NULL
+    ) WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE IF NOT EXISTS forgotten (token_id TEXT PRIMARY KEY, forgotten_at REAL NOT NULL) WITHOUT ROWID
+    """,
+)
+
+ENTER = """
+    INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT (process) DO UPDATE SET
+        sequence = excluded.sequence, written_at = excluded.written_at WHERE sequence < excluded.sequence
+"""
+# A later use than the deletion is one of a token that was restored.
+ADD = """
+    INSERT INTO usage SELECT ?1, ?2, ?3
+        WHERE NOT EXISTS (SELECT 1 FROM forgotten WHERE token_id = ?1 AND forgotten_at >= ?3) ON CONFLICT (token_id) DO UPDATE SET
+        use_count = use_count + excluded.use_count, last_used_at = max(last_used_at, excluded.last_used_at)
+"""
+RAISE = """
+    INSERT INTO usage VALUES (?, ?, ?) ON CONFLICT (token_id) DO UPDATE SET
+        use_count = max(use_count, excluded.use_count), last_used_at = max(last_used_at, excluded.last_used_at)
+"""
+FORGET = """
+    INSERT INTO forgotten VALUES (?, ?) ON CONFLICT (token_id) DO UPDATE SET forgotten_at = excluded.forgotten_at
+"""
