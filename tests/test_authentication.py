@@ -103,7 +103,7 @@ def test_the_mode_is_found_at_the_start(
     if content is not None:
         FILE.write_text(content)
     assert str(Authenticator(FileTokenStore(FILE), key).mode) == mode
-    [record] = [record for record in caplog.records if record.module == "authentication"]
+    [record] = [record for record in caplog.records if record.module == "modes"]
     assert re.match(line, f"{record.levelname} {record.getMessage()}")
     assert not any(secret in caplog.text for secret in (KEY, digest_of(KEY).hex()))
     opens = pytest.raises(ConfigurationError, match="set FREEGPT_API_KEY, or run python -m freegpt_auth create NAME")
