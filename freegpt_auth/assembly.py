@@ -47,8 +47,9 @@ def assemble(settings: Settings, source: Verifier | None) -> Parts:
     named = settings.store_named or source is not None
     authenticator = shared(
         lambda: Authenticator(verifier, settings.key, required=settings.required, named=named),
-        *(Authenticator, one, settings.key, settings.required, named),
+        *(Authenticator, one, settings.key),  # one refusal of a revoked key holds for each guard
     )
+    authenticator.restrict(required=settings.required, named=named)
     place_of_usage = None if settings.usage is None else place(settings.usage)
     usage = None if place_of_usage is None else _recorder(place_of_usage, settings.usage_interval)
     counted = f"freegpt_auth.counted.{hash(place_of_usage):x}"  # hashed: a URL may hold a password
@@ -60,7 +61,7 @@ def _store(settings: Settings) -> Verifier:
     lease, limit = settings.lease, settings.cache_limit
     return shared(
         lambda: open_store(location, named=named, lease=lease, cache_limit=limit),
-        *(open_store, location, named, lease, limit),
+        *(open_store, location, lease, limit),  # a guard that names the default file shares its store
     )
 
 
