@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
 from .authentication import Authenticator
@@ -25,7 +26,7 @@ class Parts(NamedTuple):
         look_ups: the asynchronous side of the token source.
         refusals: the log of refusals.
         usage: counts uses; ``None`` to count none.
-        counted: the key of a scope whose use is counted, the same for each recorder of one usage store.
+        counted: the key of the id of a scope's counted token, the same for each recorder of one usage store.
     """
 
     authenticator: Authenticator
@@ -33,6 +34,13 @@ class Parts(NamedTuple):
     refusals: RefusalLog
     usage: UsageRecorder | None
     counted: str
+
+
+def told_apart(
+    store: str | PathLike[str] | Verifier | None,
+) -> tuple[str | PathLike[str] | None, Verifier | None]:
+    """Return the location of a store, or the token source that *store* is; the other is ``None``."""
+    return (store, None) if store is None or isinstance(store, (str, PathLike)) else (None, store)
 
 
 def assemble(settings: Settings, source: Verifier | None) -> Parts:

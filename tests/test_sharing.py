@@ -174,6 +174,19 @@ async def test_two_guards_count_one_use(ask: Ask, keep: Any, kind: str, interval
         assert (await to_thread.run_sync(read_usage, place))[token.id].use_count == 3
 
 
+@pytest.mark.anyio
+async def test_two_tokens_are_two_uses(ask: Ask, keep: Any) -> None:
+    """Guards over two token files and one usage database count one use of each token that they accept."""
+    (first, secret), (second, other) = keep(FileTokenStore(TOKEN_FILE)), keep(FileTokenStore("other.json"))
+    inner = BearerTokenMiddleware(plain, store="other.json", usage="both.db")
+    outer = BearerTokenMiddleware(inner, usage="both.db")
+    headers = [(b"authorization", f"Bearer {secret}".encode()), (b"x-api-key", other.encode())]
+    assert (await ask(outer, headers=headers)).status == 200
+    await to_thread.run_sync(inner._usage.flush)
+    counted = await to_thread.run_sync(read_usage, "both.db")
+    assert {token_id: use.use_count for token_id, use in counted.items()} == {first.id: 1, second.id: 1}
+
+
 class Source:
     """A token source that answers when it is released, and notes that it is closed."""
 
