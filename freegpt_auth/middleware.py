@@ -202,7 +202,7 @@ class BearerTokenMiddleware(Copyable):
             self._look_ups.open(lifespan)
             await lifespan.run(self.app, scope)
         elif kind == "lifespan":
-            await unusable.fail(receive, send)
+            await unusable.fail(scope, receive, send)
         else:
             unusable.report()
             await self._refuse(scope, receive, send, _UNAVAILABLE)
