@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
 from .authentication import Authenticator
@@ -25,7 +26,7 @@ class Parts(NamedTuple):
         look_ups: the asynchronous side of the token source.
         refusals: the log of refusals.
         usage: counts uses; ``None`` to count none.
-        counted: the key of a scope whose use is counted, the same for each recorder of one usage store.
+        counted: the key of the id of a scope's counted token, the same for each recorder of one usage store.
     """
 
     authenticator: Authenticator
@@ -33,6 +34,13 @@ class Parts(NamedTuple):
     refusals: RefusalLog
     usage: UsageRecorder | None
     counted: str
+
+
+def told_apart(
+    store: str | PathLike[str] | Verifier | None,
+) -> tuple[str | PathLike[str] | None, Verifier | None]:
+    """Return the location of a store, or the token source that *store* is; the other is ``None``."""
+    return (store, None) if store is None or isinstance(store, (str, PathLike)) else (None, store)
 
 
 def assemble(settings: Settings, source: Verifier | None) -> Parts:
@@ -47,8 +55,9 @@ def assemble(settings: Settings, source: Verifier | None) -> Parts:
     named = settings.store_named or source is not None
     authenticator = shared(
         lambda: Authenticator(verifier, settings.key, required=settings.required, named=named),
-        *(Authenticator, one, settings.key, settings.required, named),
+        *(Authenticator, one, settings.key),  # one refusal of a revoked key holds for each guard
     )
+    authenticator.restrict(required=settings.required, named=named)
     place_of_usage = None if settings.usage is None else place(settings.usage)
     usage = None if place_of_usage is None else _recorder(place_of_usage, settings.usage_interval)
     counted = f"freegpt_auth.counted.{hash(place_of_usage):x}"  # hashed: a URL may hold a password
@@ -60,7 +69,7 @@ def _store(settings: Settings) -> Verifier:
     lease, limit = settings.lease, settings.cache_limit
     return shared(
         lambda: open_store(location, named=named, lease=lease, cache_limit=limit),
-        *(open_store, location, named, lease, limit),
+        *(open_store, location, lease, limit),  # a guard that names the default file shares its store
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import threading
 import time
 from datetime import UTC, datetime
@@ -58,9 +59,11 @@ _UNKNOWN = Refusal("unknown")
 _UNAVAILABLE = Refusal("unavailable")
 _WEIGHTS = {UNRESOLVED: 3, _UNAVAILABLE: 2, _UNKNOWN: 0}
 
+_lock = threading.Lock()
+
 
 class Authenticator:
-    """Decides by the environment key and a store.
+    """Decides by the environment key and a store. The guards of a process that have both in common share it.
 
     Args:
         verifier: where tokens are looked up.
@@ -77,23 +80,34 @@ class Authenticator:
     ) -> None:
         self._verifier = verifier
         self._now: Callable[[], float] = getattr(verifier, "now", time.time)
+        self._key = key
         self._key_digest = key.digest if key else None
         self._environment = environment_caller(self._key_digest or _NOTHING, verifier)
         self._callers: dict[bytes, Caller] = {}
         self._caller_limit: float = getattr(verifier, "cache_limit", math.inf)
         self._key_refusal: Refusal | None = None
-        self._lock = threading.Lock()
         self.mode: AuthMode = AuthMode.OPEN if key is None else AuthMode.ENVIRONMENT
         survey = verifier.survey()
         if survey.configured or named:
             self.mode = AuthMode.TOKEN_FILE
         self._watch_key()
-        if required and self.mode is AuthMode.OPEN:
-            raise ConfigurationError(
-                f"authentication is required, but no environment key is set and {survey.source} holds no tokens: "
-                "set FREEGPT_API_KEY, or run python -m freegpt_auth create NAME"
-            )
+        self.restrict(required=required, named=named)
         announce(self.mode, survey, key)
+
+    def restrict(self, *, required: bool, named: bool) -> None:
+        """Apply the settings of one more guard, which close an open server for every guard. May block.
+
+        Raises:
+            ConfigurationError: *required*, and nothing is configured.
+        """
+        if named and self.mode is not AuthMode.TOKEN_FILE:
+            self.mode = AuthMode.TOKEN_FILE
+            announce(self.mode, self._verifier.survey(), self._key)
+        if required and self.resolve_open():
+            raise ConfigurationError(
+                f"authentication is required, but no environment key is set and {self._verifier.survey().source} holds no "
+                "tokens: set FREEGPT_API_KEY, or run python -m freegpt_auth create NAME"
+            )
 
     def recognise(self, digest: bytes) -> Caller | None:
         """Return who is calling, if that is known from an earlier request and still so: for nearly every request."""
@@ -141,7 +155,7 @@ class Authenticator:
             except StoreUnavailableError:  # what cannot be known must not let a request through
                 return False
             if survey.configured:
-                with self._lock:  # several requests may find out at once, and only one is to say so
+                with _lock:  # several requests may find out at once, and only one is to say so
                     is_first, self.mode = self.mode is AuthMode.OPEN, AuthMode.TOKEN_FILE
                 if is_first:
                     _logger.warning(
@@ -149,7 +163,9 @@ class Authenticator:
                     )
         return self.mode is AuthMode.OPEN
 
-    def _decide(self, digests: Sequence[bytes], look_up: Callable[[bytes], Token | Unresolved | None]) -> Decision:
+    def _decide(
+        self, digests: Sequence[bytes], look_up: Callable[[bytes], Token | Literal[Unresolved.UNRESOLVED] | None]
+    ) -> Decision:
         decision: Refusal | Literal[Unresolved.UNRESOLVED] = _UNKNOWN
         for digest in digests:
             if not digest:
@@ -158,34 +174,33 @@ class Authenticator:
             is_key = self._key_digest is not None and compare_digest(digest, self._key_digest)
             try:
                 # For the key too: it may be a token's secret, and a token that was revoked is refused as either.
-                verdict = self._judge(digest, look_up(digest), is_key=is_key)
+                token = look_up(digest)
+                verdict = self._judge_key(digest, token) if is_key else self._judge(digest, token)
             except StoreUnavailableError:
-                verdict = self._judge_key(digest) if is_key else _UNAVAILABLE
+                verdict = self._judge_key(digest, None) if is_key else _UNAVAILABLE
             if isinstance(verdict, Caller):
                 return verdict
             decision = verdict if decision is _UNKNOWN else _weightier(decision, verdict)
         return decision
 
-    def _judge(self, digest: bytes, token: Token | Unresolved | None, *, is_key: bool) -> Decision:
+    def _judge(self, digest: bytes, token: Token | Literal[Unresolved.UNRESOLVED] | None) -> Decision:
         if token is UNRESOLVED:
             return UNRESOLVED
-        if token is None and is_key:
-            return self._judge_key(digest)
         # Nobody must learn by a stop-watch which tokens once were good: all that follows is done for each refusal alike.
         known = _STRANGER if token is None else token
         revoked, ended = known.revoked_at is not None, (known.expires_at or _ONCE).timestamp() <= self._now()
         expired = ended and known.expires_at is not None
-        if is_key:
-            return self._judge_key(digest, known)
         if not (revoked or expired):
             return self._introduce(digest, known)
         self._callers.pop(digest, None)
         reason: Reason = "unknown" if known is _STRANGER else "revoked" if revoked else "expired"
         return Refusal(reason, known.id or None)
 
-    def _judge_key(self, digest: bytes, token: Token | None = None) -> Caller | Refusal:
+    def _judge_key(self, digest: bytes, token: Token | Literal[Unresolved.UNRESOLVED] | None) -> Decision:
         """Return the caller of the environment key, or refuse the key for good once *token* is its revoked token."""
-        with self._lock:  # no other thread may cache the caller after the refusal
+        if token is UNRESOLVED:
+            return UNRESOLVED
+        with _lock:  # no other thread may cache the caller after the refusal
             if token is not None and token.revoked_at is not None:
                 self._key_refusal = Refusal("revoked", token.id)
             if self._key_refusal is not None:
@@ -199,8 +214,7 @@ class Authenticator:
         if self._key_digest is None or self._key_refusal is not None:
             return
         with contextlib.suppress(StoreUnavailableError):
-            token = self._verifier.peek(self._key_digest)
-            self._judge_key(self._key_digest, token if isinstance(token, Token) else None)
+            self._judge_key(self._key_digest, self._verifier.peek(self._key_digest))
 
     def _introduce(self, digest: bytes, token: Token) -> Caller:
         """Return what the application is told of a token, made once for as long as the store answers this object."""
@@ -219,3 +233,11 @@ def _weightier(
 ) -> Refusal | Literal[Unresolved.UNRESOLVED]:
     """Return what decides about a request that presents several secrets: that one of them cannot be known comes first."""
     return max(decision, other, key=lambda one: _WEIGHTS.get(one, 1))
+
+
+def _renew_lock() -> None:
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()  # another thread may have held it at the moment of the fork
+
+
+os.register_at_fork(after_in_child=_renew_lock)

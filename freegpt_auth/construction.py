@@ -15,7 +15,7 @@ from .exceptions import ConfigurationError
 if TYPE_CHECKING:
     from types import FrameType
 
-    from starlette.types import Receive, Send
+    from starlette.types import Receive, Scope, Send
 
 _logger = logging.getLogger("freegpt_auth")
 
@@ -43,10 +43,17 @@ class Unusable:
         if _scope_type() is None:  # a mounted application that is being imported: no lifespan will show the message
             self.report()
 
-    async def fail(self, receive: Receive, send: Send) -> None:
-        """Fail the startup of the lifespan: the server shows the message and ends."""
+    async def fail(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Fail the startup of the lifespan: the server shows the message and ends.
+
+        Raises:
+            ConfigurationError: *scope* names no version of ASGI, as every server's does. Starlette's ``TestClient`` gives
+                none, and waits for ever for an application that returns after a failed startup.
+        """
         await receive()
         await send({"type": "lifespan.startup.failed", "message": self.message})
+        if "asgi" not in scope:
+            raise ConfigurationError(self.message)
 
     def report(self) -> None:
         """Log the message, once."""

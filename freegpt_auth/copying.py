@@ -24,7 +24,7 @@ class Copyable:
     """Copies and pickles the middleware that inherits from it.
 
     A pickle holds settings and no token: the other process reads the environment key and the store itself. It refuses to
-    be open there if the pickled middleware is not.
+    be open there if the pickled middleware is not. The URL of a database is pickled with its password.
 
     Raises:
         TypeError: on pickling, if the token source is an object of this process, or the settings cannot be used.

@@ -15,6 +15,8 @@ from .variables import VARIABLES, cleaned, is_off
 if TYPE_CHECKING:
     from .variables import Variables
 
+_SCHEME = "bearer "
+
 FILE_LIMIT = 1024 * 1024
 """Size in bytes of the largest key file."""
 
@@ -70,6 +72,8 @@ def _content(path: str) -> str:
 def _checked(name: str, key: str) -> str:
     if is_off(key):  # a client that sends this word must not be let in
         raise ConfigurationError(f"{name} is a word for off; to have no environment key, unset it")
+    if key[: len(_SCHEME)].lower() == _SCHEME:  # no request may repeat the word in its secret
+        raise ConfigurationError(f"{name} begins with the word Bearer, which is no part of a key; remove it")
     if not key.isprintable():
         raise ConfigurationError(f"{name} holds a control character, which no client can send; give it another key")
     if len(key.encode("utf-8", "surrogateescape")) > VALUE_LIMIT:

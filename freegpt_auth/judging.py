@@ -28,7 +28,8 @@ def judge(
     Args:
         scope: its scope.
         decide: decides about digests, from memory or from the store.
-        source: the store. A secret that a guard outside verified with the same one is judged again, by its digest.
+        source: the store. A secret that a guard outside verified with the same one is judged again, by its digest, after
+            the credentials that are still presented: an application may have replaced them in a copy of the scope.
         digest: that of the only credential, where it is known already.
     """
     digests, fault = [digest], None
@@ -39,7 +40,7 @@ def judge(
             return _MALFORMED
     outer = scope.get(MARK)
     if outer is not None and isinstance(outer, Caller) and outer.source is source:
-        digests.insert(0, outer.digest)
+        digests.append(outer.digest)
     if not digests:
         return _MISSING
     decision = decide(digests)

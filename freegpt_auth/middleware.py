@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from os import PathLike
 from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
 from . import cors, denials
-from .assembly import assemble
+from .assembly import assemble, told_apart
 from .authentication import Decision, Refusal
 from .bearer import plain, withdraw
 from .callers import ANONYMOUS, Caller
@@ -25,6 +24,7 @@ from .stores.base import UNRESOLVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from os import PathLike
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -82,19 +82,13 @@ class BearerTokenMiddleware(Copyable):
         self._unusable: Unusable | None = None
         self._refusals = RefusalLog()
         self._cors_origins: frozenset[str] = frozenset()
-        location: str | PathLike[str] | None = None
-        self._source: Verifier | None = None
-        if store is None or isinstance(store, (str, PathLike)):
-            location = store
-        else:
-            self._source = store
-            usage = "off" if usage is None else usage
+        location, self._source = told_apart(store)
         try:
             settings = self._settings = Settings.from_env(
                 store=location,
                 public_paths=public_paths,
                 required=required,
-                usage=usage,
+                usage="off" if usage is None and self._source is not None else usage,
                 usage_interval=usage_interval,
                 keep_credentials=keep_credentials,
                 cors_origins=cors_origins,
@@ -128,18 +122,22 @@ class BearerTokenMiddleware(Copyable):
                 del scope["headers"][place]
             caller = known
             digest = b""  # tracebacks show it, and a key that a person chose can be guessed from its digest
-            token, usage = caller.token, self._usage
-            if token is not None and usage is not None and self._counted not in scope:
-                scope[self._counted] = True
-                usage.record((token.id, time.time()))
+        self._introduce(scope, caller)
+        await self.app(scope, receive, send)
+
+    def _introduce(self, scope: Scope, caller: Caller) -> None:
+        """Count the use of the caller's token, and name the caller to the application."""
         if caller is ANONYMOUS:  # a user that an outer middleware set stays
             scope.setdefault("user", caller.user)
             scope.setdefault("auth", caller.auth)
-        else:
-            scope["user"] = caller.user
-            scope["auth"] = caller.auth
-            scope[MARK] = caller
-        await self.app(scope, receive, send)
+            return
+        token, usage = caller.token, self._usage
+        if token is not None and usage is not None and scope.get(self._counted) != token.id:
+            scope[self._counted] = token.id
+            usage.record((token.id, time.time()))
+        scope["user"] = caller.user
+        scope["auth"] = caller.auth
+        scope[MARK] = caller
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send, digest: bytes) -> Caller | None:
         """Return a caller who is not known from an earlier request, without any valid credential left in *scope*.
@@ -204,7 +202,7 @@ class BearerTokenMiddleware(Copyable):
             self._look_ups.open(lifespan)
             await lifespan.run(self.app, scope)
         elif kind == "lifespan":
-            await unusable.fail(receive, send)
+            await unusable.fail(scope, receive, send)
         else:
             unusable.report()
             await self._refuse(scope, receive, send, _UNAVAILABLE)

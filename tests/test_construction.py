@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
+from starlette.testclient import TestClient
 
 from freegpt_auth import BearerTokenMiddleware, ConfigurationError, FileTokenStore
 
@@ -56,7 +58,7 @@ class Site:
         async def send(message: Any) -> None:
             answers.append(message)
 
-        await self.app({"type": "lifespan"}, receive, send)
+        await self.app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
         return answers
 
 
@@ -135,3 +137,10 @@ async def test_early_construction_is_not_reported(ask: Ask, caplog: pytest.LogCa
     mounted = Starlette(routes=[Mount("/v1", BearerTokenMiddleware(Site().app))])
     assert (await ask(site.app)).status == (await ask(mounted, path="/v1/")).status == 401
     assert caplog.messages == []
+
+
+async def test_unusable_settings_reach_test_clients() -> None:
+    """Starlette's test client raises the reason, and does not hang."""
+    client = TestClient(Site(required=True).app)
+    with pytest.raises(ConfigurationError, match="authentication is required"):
+        await to_thread.run_sync(client.__enter__)

@@ -158,6 +158,19 @@ async def test_inner_guard_judges_again(ask: Ask, store: MemoryTokenStore) -> No
     assert (await ask(BearerTokenMiddleware(revoke, store=store), headers=[BEARER])).status == 401
 
 
+async def test_replaced_credentials_name_the_caller(ask: Ask, store: MemoryTokenStore) -> None:
+    """An application that hands on a copy of the scope with another valid token acts as that token's caller."""
+    inner = BearerTokenMiddleware(plain, store=store)
+    scopes: list[Any] = []
+
+    async def act_as_the_second(scope: Any, receive: Any, send: Any) -> None:
+        scopes.append({**scope, "headers": [(b"x-api-key", SECOND.encode())]})
+        await inner(scopes[-1], receive, send)
+
+    assert (await ask(BearerTokenMiddleware(act_as_the_second, store=store), headers=[BEARER])).status == 200
+    assert scopes[0]["user"].display_name == "two"
+
+
 @pytest.mark.parametrize("keeps", [False, True])
 async def test_inner_guard_over_another_store(ask: Ask, store: MemoryTokenStore, *, keeps: bool) -> None:
     """Another store must verify the credential itself, for which the outer guard has to keep it."""

@@ -98,6 +98,10 @@ def test_one_key_is_accepted(environ: dict[str, str], source: str, monkeypatch: 
             for mark in ("'", '"', "\u201c")
         ],
         *[({"FREEGPT_API_KEY": word}, "^FREEGPT_API_KEY is a word for off") for word in ("none", "OFF", "0")],
+        *[
+            ({"OPENAI_API_KEY": f"{word} {SECRET}"}, "^OPENAI_API_KEY begins with the word Bearer")
+            for word in ("Bearer", "bearer")
+        ],
     ],
 )
 def test_a_key_that_cannot_be_used_stops_the_start(environ: dict[str, str], message: str) -> None:

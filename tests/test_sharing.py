@@ -16,7 +16,7 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, FileTokenStore, Survey
+from freegpt_auth import UNRESOLVED, AuthMode, BearerTokenMiddleware, ConfigurationError, FileTokenStore, Survey
 from freegpt_auth.sharing import shared
 from freegpt_auth.usage.sqlite import read_usage
 
@@ -42,6 +42,40 @@ def test_one_location_is_one_store(keep: Any, caplog: pytest.LogCaptureFixture) 
     for part in (lambda guard: guard._look_ups.verifier, lambda guard: guard._usage, lambda guard: guard._refusals):
         assert len({id(part(guard)) for guard in guards}) == 1
     assert len(caplog.messages) == 1
+
+
+def test_named_default_is_one_store() -> None:
+    """A guard over the default file and one that names this file are closed by the latter; a required one starts."""
+    first = BearerTokenMiddleware(plain)
+    assert first._authenticator.mode is AuthMode.OPEN
+    with pytest.raises(ConfigurationError, match="authentication is required"):
+        BearerTokenMiddleware(plain, required=True)
+    second = BearerTokenMiddleware(plain, store=TOKEN_FILE)
+    assert second._look_ups.verifier is first._look_ups.verifier
+    assert first._authenticator.mode is AuthMode.TOKEN_FILE
+    assert BearerTokenMiddleware(plain, required=True)._authenticator is first._authenticator
+
+
+def test_required_guard_reads_the_store_again(keep: Any) -> None:
+    """A required guard starts once there is a token, though no request has shown it to the open guard beside it."""
+    first = BearerTokenMiddleware(plain)
+    keep(FileTokenStore(TOKEN_FILE))
+    second = BearerTokenMiddleware(plain, required=True)
+    assert first._authenticator.mode is second._authenticator.mode is AuthMode.TOKEN_FILE
+
+
+@pytest.mark.anyio
+async def test_revoked_key_is_refused_by_each_guard(ask: Ask, keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process refuses the key for good, whichever of its guards read the revocation."""
+    store = FileTokenStore(TOKEN_FILE)
+    token, secret = keep(store)
+    monkeypatch.setenv("FREEGPT_API_KEY", secret)
+    guards = [BearerTokenMiddleware(plain, **settings) for settings in ({}, {"required": True}, {"store": TOKEN_FILE})]
+    await to_thread.run_sync(store.revoke, token.id, token.created_at)
+    assert (await ask(guards[0], headers=[(b"x-api-key", b"sk-any")])).status == 401
+    await anyio.Path(TOKEN_FILE).unlink()
+    for guard in guards:
+        assert (await ask(guard, headers=[(b"x-api-key", secret.encode())])).status == 401
 
 
 @pytest.mark.parametrize(
@@ -103,20 +137,24 @@ def test_two_threads_share_one_object() -> None:
 
 _FORK_WHILE_SHARING = """
 import os, signal, sys
-from freegpt_auth import sharing
-with sharing._lock:  # as another thread holds it
+from freegpt_auth import BearerTokenMiddleware, authentication, sharing
+with authentication._lock, sharing._lock:  # as another thread holds them
     child = os.fork()
     if child == 0:
         signal.alarm(30)
-        print(sharing.shared(frozenset, "a key"))
+        print(BearerTokenMiddleware(print)._authenticator.mode)
         sys.exit()
 os.waitpid(child, 0)
 """
 
 
-def test_fork_renews_the_lock() -> None:
-    """A child that is forked while another thread holds the lock constructs its middleware all the same."""
-    assert subprocess.check_output([sys.executable, "-c", _FORK_WHILE_SHARING], timeout=60) == b"frozenset()\n"
+def test_fork_renews_the_locks() -> None:
+    """A child that is forked while another thread holds a lock constructs its middleware all the same."""
+    environ = {**os.environ, "FREEGPT_API_KEY": "the-environment-key"}
+    child = subprocess.run(
+        [sys.executable, "-c", _FORK_WHILE_SHARING], env=environ, capture_output=True, check=True, timeout=60
+    )
+    assert child.stdout == b"environment\n"
 
 
 @pytest.mark.anyio
@@ -134,6 +172,19 @@ async def test_two_guards_count_one_use(ask: Ask, keep: Any, kind: str, interval
         await to_thread.run_sync(guard._usage.flush)
     for place in ("api_tokens.usage.db", "elsewhere.db"):
         assert (await to_thread.run_sync(read_usage, place))[token.id].use_count == 3
+
+
+@pytest.mark.anyio
+async def test_two_tokens_are_two_uses(ask: Ask, keep: Any) -> None:
+    """Guards over two token files and one usage database count one use of each token that they accept."""
+    (first, secret), (second, other) = keep(FileTokenStore(TOKEN_FILE)), keep(FileTokenStore("other.json"))
+    inner = BearerTokenMiddleware(plain, store="other.json", usage="both.db")
+    outer = BearerTokenMiddleware(inner, usage="both.db")
+    headers = [(b"authorization", f"Bearer {secret}".encode()), (b"x-api-key", other.encode())]
+    assert (await ask(outer, headers=headers)).status == 200
+    await to_thread.run_sync(inner._usage.flush)
+    counted = await to_thread.run_sync(read_usage, "both.db")
+    assert {token_id: use.use_count for token_id, use in counted.items()} == {first.id: 1, second.id: 1}
 
 
 class Source:
