@@ -22,8 +22,9 @@ ENTER = """
 """
 # A later use than the deletion is one of a token that was restored.
 ADD = """
-    INSERT INTO usage SELECT ?1, ?2, ?3
-        WHERE NOT EXISTS (SELECT 1 FROM forgotten WHERE token_id = ?1 AND forgotten_at >= ?3) ON CONFLICT (token_id) DO UPDATE SET
+    INSERT INTO usage SELECT * FROM (SELECT ? AS id, ? AS uses, ? AS latest)
+        WHERE NOT EXISTS (SELECT 1 FROM forgotten WHERE token_id = id AND forgotten_at >= latest)
+        ON CONFLICT (token_id) DO UPDATE SET
         use_count = use_count + excluded.use_count, last_used_at = max(last_used_at, excluded.last_used_at)
 """
 RAISE = """
