@@ -367,8 +367,9 @@ def test_the_servers_role_lists_without_usage(roles: Roles, command: Command) ->
     done = command("--store", roles.server, "list")
     assert done.returncode == 0
     assert f" {secret[:14]}...\n   Name: listed\n" in done.stdout
+    assert "usage cannot be read and is left out: " in done.stderr
     assert done.stderr.endswith(
-        "left out: permission denied for table usage; use a role of the database that may do this (docs/postgresql.md)\n"
+        ": permission denied for table usage; use a role of the database that may do this (docs/postgresql.md)\n"
     )
     assert done.stderr.count("\n") == 1
 
