@@ -90,6 +90,7 @@ FAULTS = {
         "setxattr fsetxattr fremovexattr": _CHANGE,
         "utimensat": "EIO EPERM EROFS EINTR",
         "ioctl": "",  # asks the terminal for its width
+        "mmap": "",  # the allocator's: memory is no disk
     }.items()
     for call in calls.split()
 }
