@@ -122,11 +122,11 @@ class BearerTokenMiddleware(Copyable):
                 del scope["headers"][place]
             caller = known
             digest = b""  # tracebacks show it, and a key that a person chose can be guessed from its digest
-        self._introduce(scope, caller)
+        self._name_caller(scope, caller)
         await self.app(scope, receive, send)
 
-    def _introduce(self, scope: Scope, caller: Caller) -> None:
-        """Count the use of the caller's token, and name the caller to the application."""
+    def _name_caller(self, scope: Scope, caller: Caller) -> None:
+        """Name the caller to the application, and count the use of the caller's token."""
         if caller is ANONYMOUS:  # a user that an outer middleware set stays
             scope.setdefault("user", caller.user)
             scope.setdefault("auth", caller.auth)
@@ -171,10 +171,9 @@ class BearerTokenMiddleware(Copyable):
 
     def _resolve(self, scope: Scope) -> Caller | Refusal:
         """Decide from the store: in a thread, where memory cannot."""
-        authenticator = self._authenticator
-        return (
-            ANONYMOUS if authenticator.resolve_open() else judge(scope, authenticator.resolve, self._look_ups.verifier)
-        )
+        if self._authenticator.resolve_open():
+            return ANONYMOUS
+        return judge(scope, self._authenticator.resolve, self._look_ups.verifier)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
         denial = denials.denial(scope, refusal.reason)

@@ -68,7 +68,7 @@ def test_deleted_working_directory() -> None:
     """Where no working directory is, help is shown all the same."""
     script = 'mkdir gone; cd gone; rmdir "$PWD"; exec "$0" -m freegpt_auth --help'
     assert run("sh", "-c", script, sys.executable, env=UNSAFE).stdout.startswith("usage: ")
-    # The same once more, in a process whose coverage can be measured.
+    # Once more with a directory that is gone after the start: coverage cannot start without one.
     leave = "import os, runpy; os.mkdir('late'); os.chdir('late'); os.rmdir('../late')"
     start = "runpy.run_module('freegpt_auth', None, '__main__')"
     assert run(sys.executable, "-c", f"{leave}; {start}", "--help").stdout.startswith("usage: ")
