@@ -18,7 +18,7 @@ _OFFSET = len("2025-11-26T10:30:00")
 _NO_SUCH_INSTANT = (OverflowError, ValueError, OSError)
 
 
-def entry(number: int, token: Token, usage: Usage | None, now: float) -> str:
+def as_text(number: int, token: Token, usage: Usage | None, now: float) -> str:
     """Return the lines of one token, for a person."""
     used = _last_used(token, usage)
     return "\n".join(
@@ -26,14 +26,14 @@ def entry(number: int, token: Token, usage: Usage | None, now: float) -> str:
             f"{number}. {printable(token.prefix)}...",
             f"   Name: {printable(token.name)}",
             f"   Status: {_SIGNS[token.status(now)]}",
-            f"   Created: {local(token.created_at)}",
-            *([f"   Expires: {local(token.expires_at)}"] if token.expires_at else []),
-            f"   Last used: {local(used) if used else 'Never'}",
+            f"   Created: {local_time(token.created_at)}",
+            *([f"   Expires: {local_time(token.expires_at)}"] if token.expires_at else []),
+            f"   Last used: {local_time(used) if used else 'Never'}",
         )
     )
 
 
-def record(token: Token, usage: Usage | None, now: float) -> dict[str, object]:
+def as_json(token: Token, usage: Usage | None, now: float) -> dict[str, object]:
     """Return one token as it stands in JSON."""
     return {
         "id": token.id,
@@ -53,7 +53,7 @@ def title(token: Token) -> str:
     return f"{printable(token.prefix)}... ({printable(token.name)})"
 
 
-def local(instant: datetime) -> str:
+def local_time(instant: datetime) -> str:
     """Return an instant as a person at this machine reads it, without the offset; JSON has it."""
     try:
         # In half the time of astimezone, which counts where all of 100,000 tokens are listed.

@@ -21,7 +21,7 @@ import pytest
 
 from freegpt_auth import FileTokenStore, MemoryTokenStore
 from freegpt_auth.cli import main
-from freegpt_auth.commands import tokens
+from freegpt_auth.commands import FAMILIES
 from freegpt_auth.stores import open_store, open_usage
 from freegpt_auth.stores.file import store as file_store
 from freegpt_auth.stores.postgres import PostgresTokenStore, schema
@@ -169,7 +169,8 @@ def test_a_tokens_life(run: Run, database: str) -> None:
 
 def test_a_command_names_servers_out_of_reach(run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that a server process has not confirmed says within how many seconds it is in force, and not "now"."""
-    monkeypatch.setattr(tokens, "open_store", lambda url: PostgresTokenStore(url, confirmation=0.1))
+    for family in FAMILIES:
+        monkeypatch.setattr(family, "open_store", lambda url: PostgresTokenStore(url, confirmation=0.1))
     run("--store", database, "create", "first")
     run("--store", database, "create", "second")
     first, second = [one["id"] for one in json.loads(run("--store", database, "list", "--json").out)]
@@ -275,8 +276,8 @@ def test_a_command_leaves_nothing_open(database: str) -> None:
 def test_stderr_of_a_command_has_our_lines_only(database: str) -> None:
     """Where the connection breaks in a transaction, no line of the driver's logger stands beside ours."""
     program = (
-        "import sys; from freegpt_auth.stores.postgres import changes;"
-        "changes.DURABLE = 'SELECT pg_terminate_backend(pg_backend_pid())';"
+        "import sys; from freegpt_auth.stores.postgres import writes;"
+        "writes.DURABLE = 'SELECT pg_terminate_backend(pg_backend_pid())';"
         "from freegpt_auth.cli import main; sys.exit(main())"
     )
     start = [sys.executable, "-c", program, "--store", database, "create", "ci"]
@@ -613,5 +614,5 @@ def test_only_databases_are_migrated(here: Run, monkeypatch: pytest.MonkeyPatch)
     """A store that has no tables says that there is nothing to do, and is not touched."""
     assert here("migrate").err == f"{place(FILE)} is a token file, which needs no schema: there is nothing to do.\n"
     assert not Path(FILE).exists()
-    monkeypatch.setattr("freegpt_auth.commands.tokens.open_store", lambda _: MemoryTokenStore())
+    monkeypatch.setattr("freegpt_auth.commands.fleet.open_store", lambda _: MemoryTokenStore())
     assert here("migrate").err.startswith("memory is ")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from freegpt_auth.commands.listing import entry, record, title
+from freegpt_auth.commands.listing import as_json, as_text, title
 from freegpt_auth.tokens import Token
 from freegpt_auth.usage.base import Usage
 
@@ -53,12 +53,12 @@ def test_an_entry_has_the_lines_of_the_guide(
 
     wall = by_the_wall(CREATED)
     expires = f"   Expires: {by_the_wall(expires_at)}\n" if expires_at else ""
-    assert entry(12, token, Usage(3, CREATED.replace(microsecond=999_999)), NOW.timestamp()) == (
+    assert as_text(12, token, Usage(3, CREATED.replace(microsecond=999_999)), NOW.timestamp()) == (
         f"12. sk-a1b2c3d4e5f...\n   Name: my-application\n   Status: {shown}\n   Created: {wall}\n"
         f"{expires}   Last used: {wall}"
     )
-    assert entry(1, token, None, NOW.timestamp()).endswith("\n   Last used: Never")
-    assert record(token, None, NOW.timestamp())["status"] == shown[2:].lower()
+    assert as_text(1, token, None, NOW.timestamp()).endswith("\n   Last used: Never")
+    assert as_json(token, None, NOW.timestamp())["status"] == shown[2:].lower()
 
 
 @pytest.mark.parametrize(("imported", "recorded"), [(LATE, None), (None, LATE), (EARLY, LATE), (LATE, EARLY)])
@@ -66,7 +66,7 @@ def test_a_record_is_json_with_offsets(hours: int, imported: datetime | None, re
     """A program finds every field, times in UTC with their offset; of an imported and a recorded use the later one."""
     expires_at = LATE.astimezone(timezone(timedelta(hours=hours)))
     token = replace(TOKEN, expires_at=expires_at, revoked_at=EARLY, last_used_at=imported)
-    assert json.loads(json.dumps(record(token, recorded and Usage(7, recorded), NOW.timestamp()))) == {
+    assert json.loads(json.dumps(as_json(token, recorded and Usage(7, recorded), NOW.timestamp()))) == {
         "id": "a1b2c3d4e5f6",
         "name": "my-application",
         "prefix": "sk-a1b2c3d4e5f",
@@ -85,13 +85,13 @@ def test_a_record_is_json_with_offsets(hours: int, imported: datetime | None, re
 def test_the_ends_of_the_calendar_can_be_shown(naive: datetime, offset: int) -> None:
     """Every instant that a token file can hold can be shown, in every time zone."""
     token = replace(TOKEN, created_at=naive.replace(tzinfo=timezone(timedelta(hours=offset))))
-    assert "   Created: " in entry(1, token, None, NOW.timestamp())
-    assert isinstance(record(token, None, NOW.timestamp())["created_at"], str)
+    assert "   Created: " in as_text(1, token, None, NOW.timestamp())
+    assert isinstance(as_json(token, None, NOW.timestamp())["created_at"], str)
 
 
 def test_nothing_shown_drives_a_terminal() -> None:
     """Whatever a file holds for a name or a prefix, a token takes five lines, and all of them print."""
     token = replace(TOKEN, name="\x1b[2J\u202eevil\n   Status: ✓ Active", prefix="sk-\x9bA\n")
-    lines = entry(1, token, None, NOW.timestamp()).split("\n")
+    lines = as_text(1, token, None, NOW.timestamp()).split("\n")
     assert len(lines) == 5
     assert all(line.isprintable() for line in [*lines, title(token)])
