@@ -186,7 +186,7 @@ class BearerTokenMiddleware(Copyable):
             else:
                 await deny_websocket(scope, receive, send, denial)
         finally:
-            self._refusals.tell(scope, refusal)  # the client need not wait for it
+            self._refusals.log(scope, refusal)  # the client need not wait for it
         if unfinished:
             await end_http(receive, send)
 

@@ -153,19 +153,24 @@ class Reference(NamedTuple):
         )
 
 
-def find(reference: str, digests: Mapping[bytes, Token]) -> list[Token]:
+def find(reference: str, tokens: Mapping[bytes, Token]) -> list[Token]:
     """Return the tokens that *reference* may mean.
 
-    A whole secret comes first. The next are a token id, the shown prefix and an exact name, all alike: a name that is
-    another token's id or prefix means both. A longer part of a secret is the last.
+    A whole secret comes first. A token id, the shown prefix and an exact name are next and rank equally: a name that is
+    another token's id or prefix means both tokens. A longer part of a secret is last.
+
+    Args:
+        reference: text of a command's argument.
+        tokens: every token of the store, by digest.
     """
     wanted = Reference.read(reference)
-    owner = digests.get(wanted.digest)
+    owner = tokens.get(wanted.digest)
     if owner is not None:
         return [owner]
-    tokens = digests.values()
-    exact = [token for token in tokens if wanted.exact in (token.id, token.prefix) or token.name == wanted.name]
-    return exact or [token for token in tokens if token.prefix == wanted.start]
+    exact = [
+        token for token in tokens.values() if wanted.exact in (token.id, token.prefix) or token.name == wanted.name
+    ]
+    return exact or [token for token in tokens.values() if token.prefix == wanted.start]
 
 
 def _checksum(text: str) -> str:

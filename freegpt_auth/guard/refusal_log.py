@@ -44,7 +44,7 @@ class RefusalLog:
         self._counts: dict[str, int] = {}
         self._left_out = 0
 
-    def tell(self, scope: Any, refusal: Refusal) -> None:
+    def log(self, scope: Any, refusal: Refusal) -> None:
         """Log that *scope*'s request was refused, or count it for the record to come."""
         if not _logger.isEnabledFor(logging.INFO):
             return
