@@ -66,7 +66,7 @@ def test_json_has_times_with_offsets(hours: int, imported: datetime | None, reco
     """JSON has every field, with times in UTC; the last use is the later of the imported and the recorded one."""
     expires_at = LATE.astimezone(timezone(timedelta(hours=hours)))
     token = replace(TOKEN, expires_at=expires_at, revoked_at=EARLY, last_used_at=imported)
-    assert json.loads(json.dumps(as_json(token, recorded and Usage(7, recorded), NOW.timestamp()))) == {
+    assert json.loads(json.dumps(as_json(token, Usage(7, recorded) if recorded else None, NOW.timestamp()))) == {
         "id": "a1b2c3d4e5f6",
         "name": "my-application",
         "prefix": "sk-a1b2c3d4e5f",
