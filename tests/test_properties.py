@@ -1,4 +1,4 @@
-"""What holds for any input at all: hypothesis feeds the checks that ``fuzz/checks.py`` shares with the fuzzer."""
+"""Properties of any input: hypothesis feeds the checks of ``fuzz/checks.py``, which the fuzzer shares."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WORDS = [
 
 
 def some(examples: int) -> settings:
-    """Return how thoroughly one promise is tried, on a machine that may be busy."""
+    """Return settings for so many examples, without a time limit: the machine may be busy."""
     return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -69,15 +69,15 @@ protocols = st.lists(st.lists(offers | st.text(max_size=8), max_size=2).map(",".
     st.text(max_size=9),
     st.lists(st.tuples(names, values), max_size=4),
 )
-def test_no_headers_but_the_right_ones_pass(method: str, path: str, headers: Headers) -> None:
-    """Whatever bytes a client sends as headers, a valid secret in one carrier lets it in, or it is told no properly."""
+def test_only_valid_headers_pass(method: str, path: str, headers: Headers) -> None:
+    """Of all bytes in headers, only a valid secret in one carrier is accepted; any other request gets a complete denial."""
     check_request("http", method, path, headers, [PREFIX + LIVE[0].decode()])
 
 
 @some(300)
 @given(st.lists(st.tuples(names, values), max_size=1), protocols)
-def test_no_subprotocols_but_the_right_ones_pass(headers: Headers, subprotocols: list[str]) -> None:
-    """Whatever a WebSocket client offers, it is let in for a valid secret only, which the application never sees."""
+def test_only_valid_subprotocols_pass(headers: Headers, subprotocols: list[str]) -> None:
+    """Of all subprotocols, only a valid secret is accepted, and the application does not see it."""
     check_request("websocket", "GET", "/", headers, subprotocols)
 
 
@@ -118,15 +118,15 @@ splinters |= st.sampled_from([b"9" * 5000, b"[" * 100_000])
 @some(200)
 @given(st.binary(max_size=30) | encoded | files)
 @example(b"[" * 100_000)
-def test_no_file_opens_a_server_or_lets_a_stranger_in(content: bytes) -> None:
-    """Whatever stands in a token file, a server reads it or says why not, and nobody gets in who is not listed."""
+def test_no_file_accepts_an_unlisted_secret(content: bytes) -> None:
+    """A server reads a token file or rejects it; no content opens the server or accepts an unlisted secret."""
     check_file(content)
 
 
 @some(200)
 @given(files, st.data())
-def test_no_damage_opens_a_server_or_lets_a_stranger_in(content: bytes, data: st.DataObject) -> None:
-    """A file that was cut, flipped, doubled or mixed up never lets anybody in who is not in what is left of it."""
+def test_no_damage_accepts_an_unlisted_secret(content: bytes, data: st.DataObject) -> None:
+    """A file that was cut, flipped, doubled or mixed up accepts no secret that its remains do not list."""
     for _ in range(data.draw(st.integers(1, 3))):
         start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
         after = start + 1
@@ -144,8 +144,8 @@ def test_no_damage_opens_a_server_or_lets_a_stranger_in(content: bytes, data: st
 
 @some(60)
 @given(st.lists(rows, unique_by=lambda each: each["id"]), layouts)
-def test_a_sound_file_lets_in_exactly_who_is_active(records: list[Any], layout: Any) -> None:
-    """Of a file that is in order every active token works, and no other."""
+def test_sound_file_accepts_exactly_its_active_tokens(records: list[Any], layout: Any) -> None:
+    """A valid file accepts every active token, and no other."""
     works = [each for each in records if each["revoked_at"] is None and each["expires_at"] != PAST.isoformat()]
     accepted = check_file(layout(records))
     assert {row(secret)["id"] for secret in accepted} == {each["id"] for each in works}
@@ -169,18 +169,16 @@ changes = st.lists(st.sampled_from("arx"), max_size=6)  # add, revoke, remove
 @some(100)
 @given(unknown, st.lists(st.tuples(clean, unknown, lists), max_size=4), changes, clean)
 @example({}, [], ["r", "a", "r", "x"], "each change, the first of them in an empty file")
-def test_any_file_survives_any_changes(envelope: Any, given_rows: list[Any], changes: list[str], name: str) -> None:
-    """However often a file is changed, every name, scope and field that this release does not know stays as it was."""
+def test_changes_keep_unknown_fields(envelope: Any, given_rows: list[Any], changes: list[str], name: str) -> None:
+    """After any changes of a file, every name, scope and field that this release does not know is as before."""
     model = [row(f"old {n}", name=text, scopes=more, **odd) for n, (text, odd, more) in enumerate(given_rows)]
     content = json.dumps({"version": 1, "tokens": model, **envelope}).encode()
     for number, change in enumerate(changes):
         document, ids = Document(content), [each["id"] for each in model]
         if change == "a":
-            token = Token(id=f"new {number}", name=name, prefix=name, created_at=NOW, scopes=(name,))
-            document.append(digest(token.id), token)
-            record = row(
-                token.id, id=token.id, name=name, prefix=name, created_at="2025-01-01T00:00:00Z", scopes=[name]
-            )
+            common: dict[str, Any] = {"id": f"new {number}", "name": name, "prefix": name}
+            document.append(digest(common["id"]), Token(**common, created_at=NOW, scopes=(name,)))
+            record = row(common["id"], **common, created_at="2025-01-01T00:00:00Z", scopes=[name])
             model.append(record | dict.fromkeys(("expires_at", "revoked_at", "models")))
         elif ids and change == "r":
             document.revoke(ids[number % len(ids)], NOW)
@@ -204,8 +202,8 @@ lines = st.lists(words, max_size=5) | commands
 
 @some(180)
 @given(lines)
-def test_no_arguments_end_in_a_traceback(arguments: list[str]) -> None:
-    """Whatever is typed, a command does it or says in one line why not, and repeats no secret."""
+def test_arguments_cause_no_traceback(arguments: list[str]) -> None:
+    """For any arguments, a command succeeds or fails in one line without a secret."""
     check_arguments(arguments)
 
 
@@ -220,15 +218,15 @@ driving = st.text(st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Zs", "Mn", 
 @example("a good name")
 @example("\x1b[2J")
 @example("\ud800")
-def test_no_name_reaches_a_terminal_as_it_is(name: str) -> None:
-    """A token can have any name of up to 200 characters that prints; of others in a file only what prints is shown."""
+def test_names_do_not_control_a_terminal(name: str) -> None:
+    """A token can have any printable name of up to 200 characters; others, in a file, are shown escaped."""
     check_name(name)
 
 
-# --- what the fuzzer starts from
+# --- the corpus of the fuzzer
 
 
 @pytest.mark.parametrize("seed", sorted(CORPUS.glob("*/*")), ids=lambda seed: f"{seed.parent.name}-{seed.name}")
-def test_what_a_fuzzer_starts_from_holds(seed: Path) -> None:
-    """Every input that was once worth keeping for the fuzzer is tried by each run of the tests too."""
+def test_fuzz_corpus(seed: Path) -> None:
+    """Every input in the corpus of the fuzzer passes its check."""
     TARGETS[seed.parent.name](seed.read_bytes())
