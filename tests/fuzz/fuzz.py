@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris
+import atheris  # type: ignore[import-untyped]
 
 HERE = Path(__file__).parent
 TARGETS = sorted(folder.name for folder in (HERE / "corpus").iterdir())
@@ -57,8 +57,8 @@ def in_own_process(target: str, limits: list[str], replay: Path | None) -> int:
 def fuzz(target: str, arguments: list[str]) -> None:
     """Run the fuzzer, guided by the branches of the package that an input reaches. It does not return."""
     with atheris.instrument_imports(include=["freegpt_auth"]):
-        sys.path.append(str(HERE))
-        import checks  # noqa: PLC0415  only imports within the block are instrumented
+        sys.path.append(str(HERE.parent.parent))
+        from tests.fuzz import checks  # noqa: PLC0415  only imports within the block are instrumented
     if MEMORY.is_dir():
         tempfile.tempdir = str(MEMORY)  # three times as many inputs
     words = f"-dict={HERE / f'{target}.dict'}"
