@@ -10,10 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from freegpt_auth import Token
-from freegpt_auth.stores.file.decoding import read
-from freegpt_auth.stores.file.document import Document
-
 from .fuzz.checks import (
     CARRIERS,
     DEAD,
@@ -22,7 +18,6 @@ from .fuzz.checks import (
     IMPORTED,
     KEY,
     LIVE,
-    NOW,
     PAST,
     PREFIX,
     PREFLIGHT,
@@ -31,9 +26,7 @@ from .fuzz.checks import (
     Headers,
     check_arguments,
     check_file,
-    check_name,
     check_request,
-    digest,
     row,
     written,
 )
@@ -151,46 +144,6 @@ def test_sound_file_accepts_exactly_its_active_tokens(records: list[Any], layout
     assert {row(secret)["id"] for secret in accepted} == {each["id"] for each in works}
 
 
-known = ["id", "name", "prefix", "digest", "created_at", "expires_at", "revoked_at", "scopes", "models", "last_used_at"]
-clean = st.text(max_size=20)
-unknown = st.dictionaries(
-    clean.filter(lambda name: name not in [*known, "version", "tokens"]),
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | clean,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(clean, inner, max_size=3),
-        max_leaves=6,
-    ),
-    max_size=3,
-)
-lists = st.lists(clean, max_size=3)
-changes = st.lists(st.sampled_from("arx"), max_size=6)  # add, revoke, remove
-
-
-@some(100)
-@given(unknown, st.lists(st.tuples(clean, unknown, lists), max_size=4), changes, clean)
-@example({}, [], ["r", "a", "r", "x"], "each change, the first of them in an empty file")
-def test_changes_keep_unknown_fields(envelope: Any, given_rows: list[Any], changes: list[str], name: str) -> None:
-    """After any changes of a file, every name, scope and field that this release does not know is as before."""
-    model = [row(f"old {n}", name=text, scopes=more, **odd) for n, (text, odd, more) in enumerate(given_rows)]
-    content = json.dumps({"version": 1, "tokens": model, **envelope}).encode()
-    for number, change in enumerate(changes):
-        document, ids = Document(content), [each["id"] for each in model]
-        if change == "a":
-            common: dict[str, Any] = {"id": f"new {number}", "name": name, "prefix": name}
-            document.append(digest(common["id"]), Token(**common, created_at=NOW, scopes=(name,)))
-            record = row(common["id"], **common, created_at="2025-01-01T00:00:00Z", scopes=[name])
-            model.append(record | dict.fromkeys(("expires_at", "revoked_at", "models")))
-        elif ids and change == "r":
-            document.revoke(ids[number % len(ids)], NOW)
-            model[number % len(ids)]["revoked_at"] = "2025-01-01T00:00:00Z"
-        elif ids:
-            document.remove(ids[number % len(ids)])
-            del model[number % len(ids)]
-        content = document.encode()
-    assert json.loads(content) == {"version": 1, "tokens": model, **envelope}
-    assert [token.name for token in read(content).tokens.values()] == [each["name"] for each in model]
-
-
 # --- arguments
 
 
@@ -205,22 +158,6 @@ lines = st.lists(words, max_size=5) | commands
 def test_arguments_cause_no_traceback(arguments: list[str]) -> None:
     """For any arguments, a command succeeds or fails in one line without a secret."""
     check_arguments(arguments)
-
-
-# --- names
-
-
-driving = st.text(st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Zs", "Mn", "Lu"]), max_size=5)
-
-
-@some(80)
-@given(st.text(st.characters(), max_size=20) | driving | st.sampled_from("xü ").map(lambda letter: letter * 201))
-@example("a good name")
-@example("\x1b[2J")
-@example("\ud800")
-def test_names_do_not_control_a_terminal(name: str) -> None:
-    """A token can have any printable name of up to 200 characters; others, in a file, are shown escaped."""
-    check_name(name)
 
 
 # --- the corpus of the fuzzer

@@ -76,19 +76,6 @@ def test_deleted_working_directory_is_named(run: Run, tmp_path: Path, arguments:
     assert done.failed_in_one_line("the working directory was deleted")
 
 
-def test_missing_permission_is_reported(run: Run, unprivileged: Path) -> None:
-    """If the user may not read, write or enter, a command changes nothing and names the permission."""
-    path = unprivileged / "t.json"
-    path.write_bytes(b"of another user")
-    for closed, mode in ((path, 0), (unprivileged, 0o500), (unprivileged, 0)):
-        closed.chmod(mode)
-        for arguments in COMMANDS:
-            assert run(*arguments, "--store", str(path)).failed_in_one_line("permission denied")
-    unprivileged.chmod(0o700)
-    path.chmod(0o600)
-    assert path.read_bytes() == b"of another user"
-
-
 @pytest.mark.parametrize("content", [b'{"version": 1, "tok', b'{"sk-plain-old-token": {"name": 3, "created_at": ""}}'])
 def test_bad_token_file_is_one_line(run: Run, content: bytes) -> None:
     """A command reports a fault of the token file in one line without secrets, and leaves the file unchanged."""

@@ -383,27 +383,6 @@ def test_token_deleted_during_the_copy(run: Run, database: str, monkeypatch: pyt
     assert usage_at(database) == {"id-revoked": USED["id-revoked"]}
 
 
-@pytest.mark.parametrize(
-    ("written", "kept"),
-    [
-        ("9999-12-31T23:59:59-08:00", datetime(9999, 12, 31, 23, 59, 59, 999999, UTC)),
-        ("0001-01-01T00:00:00+14:00", datetime(1, 1, 1, tzinfo=UTC)),
-    ],
-)
-def test_every_instant_of_a_file_fits_a_database(run: Run, database: str, written: str, kept: datetime) -> None:
-    """An instant at an end of the calendar, written as "never" by other programs, is copied to a database and back."""
-    instants = {"created_at": written, "expires_at": written, "revoked_at": written, "last_used_at": written}
-    record = {"id": "a", "name": "a", "prefix": "", "digest": "sha256$" + "0" * 64, **instants}
-    Path(FILE).write_text(json.dumps({"version": 1, "tokens": [record]}))
-    for _ in range(2):
-        assert run("copy", FILE, database).status == 0
-    [(_, known)] = facts(database)
-    assert {known[name] for name in instants} == {kept}
-    assert run("--store", database, "list").status == 0
-    assert run("copy", database, BACK).status == 0
-    assert facts(BACK) == facts(database)
-
-
 def test_text_with_nul_copies_nothing(run: Run, database: str) -> None:
     """A name that PostgreSQL cannot store stops the whole copy, in one line."""
     put(FILE, token("fine"))

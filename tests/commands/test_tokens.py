@@ -130,40 +130,27 @@ def test_several_tokens_at_once(run: Run, way: str, done_to: str) -> None:
     assert len(kept()) == (4 if way == "revoke" else 1)
 
 
-class OneByOne(MemoryTokenStore):
-    """A store that changes one token at a time, and fails at the third change."""
-
-    changes = 0
-
-    def delete(self, token_id: str) -> Token:
-        """Remove a token."""
-        self.count()
-        return super().delete(token_id)
-
-    def revoke(self, token_id: str, at: datetime) -> Token:
-        """Revoke a token."""
-        self.count()
-        return super().revoke(token_id, at)
-
-    def count(self) -> None:
-        """Fail at the third change."""
-        self.changes += 1
-        if self.changes > 2:
-            raise StoreError("the database has gone")
-
-
 @WAYS
 def test_failure_in_the_middle(run: Run, monkeypatch: pytest.MonkeyPatch, way: str, done_to: str) -> None:
-    """If the third of three changes fails, the first two have their lines, and the reason follows."""
-    store, issued = OneByOne(), [issue(name, now=datetime.now(UTC)) for name in ("a", "b", "c")]
+    """If a store changes tokens one by one and the third change fails, the first two have their lines, then the reason."""
+    store, issued = MemoryTokenStore(), [issue(name, now=datetime.now(UTC)) for name in ("a", "b", "c")]
     for token, secret in issued:
         store.add(digest_of(secret), token)
+    (first, _), (last, _), (third, _) = issued
+    change = getattr(store, way)
+
+    def failing(token_id: str, *at: datetime) -> Token:
+        if token_id == last.id:
+            raise StoreError("the database has gone")
+        changed: Token = change(token_id, *at)
+        return changed
+
+    monkeypatch.setattr(store, way, failing)
     monkeypatch.setattr("freegpt_auth.commands.tokens.open_store", lambda _: store)
     usage = count({token.id: 1 for token, _ in issued})
-    done = run(way, "c", "a", "b")
-    prefixes = {token.name: token.prefix for token, _ in issued}
-    lines = [f"{done_to} token {prefixes[name]}... ({name}). It is refused from now on.\n" for name in "ca"]
-    assert done == Done(1, "", "".join([*lines, "freegpt-auth: the database has gone\n"]))
+    lines = [f"{done_to} token {each.prefix}... ({each.name}). It is refused from now on.\n" for each in (third, first)]
+    failed = "".join([*lines, "freegpt-auth: the database has gone\n"])
+    assert run(way, "c", "a", "b") == Done(1, "", failed)
     assert [token.name for token in store.tokens().values() if token.revoked_at is None] == ["b"]
     assert len(usage.read()) == (1 if way == "delete" else 3)
 

@@ -1,4 +1,4 @@
-"""Checks of one input: bytes in headers and files, text in subprotocols, arguments and names.
+"""Checks of one input: bytes in headers and files, text in subprotocols, arguments.
 
 Each ``check_…`` compares the package with an independent model. ``test_properties.py`` calls the checks with inputs of
 hypothesis, ``fuzz.py`` with inputs of a fuzzer: :data:`TARGETS` converts bytes into inputs. The fuzzer runs without pytest,
@@ -41,7 +41,6 @@ from freegpt_auth.guard import refusal_log
 from freegpt_auth.guard.authenticator import Authenticator
 from freegpt_auth.guard.callers import Caller
 from freegpt_auth.stores.file import store as file_store
-from freegpt_auth.tokens import issue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,7 +58,6 @@ FORGING = "\x1b[2J\nrefused 127.0.0.1 /: unknown"
 JOINERS = {"\u200c", "\u200d", "\u2060", "\xad", "\u180e", "\u06dd", "\u070f", "\u0890", "\u0891", "\u08e2"}
 JOINERS |= {chr(code) for start, end in ((0x600, 6), (0x13430, 16), (0x1BCA0, 4)) for code in range(start, start + end)}
 JOINERS |= {"\U000110bd", "\U000110cd"}
-BLANK = set("\u115f\u1160\u3164\uffa0\u2800\U0001d159\ufffc")
 
 SECRETS = ["sk-one", "two", "drei-ü", "sk-proj-four-4", "no token's"]
 GENERATED, IMPORTED = "sk-" + "0" * 43 + "3P9rQy", "sk-proj-imported-from_elsewhere"
@@ -268,7 +266,7 @@ def is_accepted(authenticator: Authenticator, digest: bytes) -> bool:
     return isinstance(authenticator.resolve([digest]) if decision is UNRESOLVED else decision, Caller)
 
 
-# --- arguments and names
+# --- arguments
 
 
 def run(arguments: list[str], content: bytes) -> tuple[object, str, str]:
@@ -306,30 +304,6 @@ def check_arguments(arguments: list[str]) -> None:
             each.count(end) > each.count(secret) for each in arguments
         )  # an argument that is only the end of a secret
         assert not status or harmless or end not in err, err
-
-
-def check_name(name: str) -> None:
-    """Check that a name that could control a terminal is refused, and is shown escaped if a file holds it."""
-    try:
-        given = issue(name, now=NOW)[0].name
-    except ValueError as error:
-        given = str(error)
-    is_seen = any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in name)
-    good = prints(name) and is_seen and len(name) <= 200
-    assert given == name if good else given.startswith("a token's name must not"), given
-    twins = [
-        row(secret, name=name, prefix=name, id=f"{number}{name[:60]}") for number, secret in enumerate(SECRETS[:2])
-    ]
-    is_text = not any(unicodedata.category(character) == "Cs" for character in name)
-    status, *texts = run(["list"], written(twins))
-    shape = (status, *(len(text.split("\n")) for text in texts))
-    assert shape == ((0, 14, 1) if is_text else (1, 1, 2)), shape
-    for reference in (name, f"0{name[:60]}", SECRETS[0]):
-        status, out, err = run(["delete", "--", reference], written(twins))
-        assert (status in (0, 1, 2), out) == (True, ""), (status, out)
-        texts.append(err)
-    bare = [line for text in texts for line in text.split("\n") if not prints(line)]
-    assert bare == [], bare
 
 
 # --- inputs of the fuzzer
