@@ -10,33 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-from .fuzz.checks import (
-    CARRIERS,
-    DEAD,
-    FUTURE,
-    GENERATED,
-    IMPORTED,
-    KEY,
-    LIVE,
-    PAST,
-    PREFIX,
-    PREFLIGHT,
-    SECRETS,
-    TARGETS,
-    Headers,
-    check_arguments,
-    check_file,
-    check_request,
-    row,
-    written,
-)
+from .fuzz import checks
 
 CORPUS = Path(__file__).parent / "fuzz" / "corpus"
+SECRET, PLAIN = checks.GENERATED, checks.IMPORTED
 WORDS = [
     *("create", "list", "revoke", "delete", "--store", "--store=", "--expires-in", "--expires-in=1d", "--json", "--js"),
     *("--", "-", "-h", "--help", "--version", "--v", "ci", "30d", "t.json", "api_tokens.json", "missing/t.json"),
     *("", " ", ".", "..", "~", "postgresql://h/d", "x" * 201, "two\nlines", "\x1b[2J", "\u202e", "\udcff", "9" * 12),
-    *(GENERATED, IMPORTED, GENERATED[:14], f"--store={GENERATED}", f"--expires-in={IMPORTED}", f"--{GENERATED}"),
+    *(SECRET, PLAIN, SECRET[:14], f"--store={SECRET}", f"--expires-in={PLAIN}", f"--{SECRET}"),
 ]
 
 
@@ -46,12 +28,12 @@ def some(examples: int) -> settings:
 
 
 blanks = st.text(" \t\xa0\x85\x1c\x1f\x0b\x0c\r\n", max_size=2)
-secrets = st.sampled_from([KEY, *LIVE, *DEAD, b""]) | st.binary(max_size=8)
+secrets = st.sampled_from([checks.KEY, *checks.LIVE, *checks.DEAD, b""]) | st.binary(max_size=8)
 schemes = st.sampled_from([b"Bearer ", b"bEARER ", b"Bearer", b"Basic ", b""])
 spaces = blanks.map(lambda blank: blank.encode("latin-1"))
 values = st.tuples(spaces, schemes, spaces, secrets, spaces).map(b"".join)
-names = st.sampled_from([*CARRIERS, *PREFLIGHT, b"Authorization", b"cookie"]) | st.binary(max_size=8)
-starts = st.sampled_from([PREFIX, PREFIX.upper(), ""])
+names = st.sampled_from([*checks.CARRIERS, *checks.PREFLIGHT, b"Authorization", b"cookie"]) | st.binary(max_size=8)
+starts = st.sampled_from([checks.PREFIX, checks.PREFIX.upper(), ""])
 offers = st.tuples(blanks, starts, secrets.map(lambda secret: secret.decode("latin-1")), blanks).map("".join)
 protocols = st.lists(st.lists(offers | st.text(max_size=8), max_size=2).map(",".join), max_size=3)
 
@@ -62,16 +44,16 @@ protocols = st.lists(st.lists(offers | st.text(max_size=8), max_size=2).map(",".
     st.text(max_size=9),
     st.lists(st.tuples(names, values), max_size=4),
 )
-def test_only_valid_headers_pass(method: str, path: str, headers: Headers) -> None:
+def test_only_valid_headers_pass(method: str, path: str, headers: checks.Headers) -> None:
     """Of all bytes in headers, only a valid secret in one carrier is accepted; any other request gets a complete denial."""
-    check_request("http", method, path, headers, [PREFIX + LIVE[0].decode()])
+    checks.check_request("http", method, path, headers, [checks.PREFIX + checks.LIVE[0].decode()])
 
 
 @some(300)
 @given(st.lists(st.tuples(names, values), max_size=1), protocols)
-def test_only_valid_subprotocols_pass(headers: Headers, subprotocols: list[str]) -> None:
+def test_only_valid_subprotocols_pass(headers: checks.Headers, subprotocols: list[str]) -> None:
     """Of all subprotocols, only a valid secret is accepted, and the application does not see it."""
-    check_request("websocket", "GET", "/", headers, subprotocols)
+    checks.check_request("websocket", "GET", "/", headers, subprotocols)
 
 
 # --- token files
@@ -80,22 +62,22 @@ def test_only_valid_subprotocols_pass(headers: Headers, subprotocols: list[str])
 text = st.text(st.characters(), max_size=8)
 numbers = st.integers() | st.sampled_from([10**400, -(2**64), 2**63]) | st.floats()
 fields = st.sampled_from(
-    ["version", "tokens", "id", "digest", "expires_at", "revoked_at", "active", "created_at", *SECRETS]
+    ["version", "tokens", "id", "digest", "expires_at", "revoked_at", "active", "created_at", *checks.SECRETS]
 )
-meaningful = st.sampled_from([PAST.isoformat(), FUTURE.isoformat(), row("two")["digest"]])
+meaningful = st.sampled_from([checks.PAST.isoformat(), checks.FUTURE.isoformat(), checks.row("two")["digest"]])
 anything = st.recursive(
     st.none() | st.booleans() | numbers | text | meaningful,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(fields | text, inner, max_size=3),
     max_leaves=8,
 )
-instants = st.sampled_from([None, PAST.isoformat(), FUTURE.isoformat()])
-rows = st.builds(row, st.sampled_from(SECRETS[:4]), revoked_at=instants, expires_at=instants)
+instants = st.sampled_from([None, checks.PAST.isoformat(), checks.FUTURE.isoformat()])
+rows = st.builds(checks.row, st.sampled_from(checks.SECRETS[:4]), revoked_at=instants, expires_at=instants)
 odd_rows = st.builds(lambda one, odd: {**one, **odd}, rows, st.dictionaries(fields | text, anything, max_size=2))
 entries = {"name": text, "created_at": st.just("2024-01-01T00:00:00")}
 plain = st.fixed_dictionaries(entries, optional={"active": st.booleans()})
 envelopes = {"version": st.just(1) | anything, "tokens": st.lists(odd_rows, max_size=3) | anything}
-documents = anything | st.dictionaries(st.sampled_from(SECRETS[:4]), plain) | st.fixed_dictionaries(envelopes)
-layouts = st.sampled_from([written, lambda each: json.dumps({"version": 1, "tokens": each}, indent=1).encode()])
+documents = anything | st.dictionaries(st.sampled_from(checks.SECRETS[:4]), plain) | st.fixed_dictionaries(envelopes)
+layouts = st.sampled_from([checks.written, lambda each: json.dumps({"version": 1, "tokens": each}, indent=1).encode()])
 files = st.builds(lambda layout, each: layout(each), layouts, st.lists(rows | odd_rows, max_size=3))
 encoded = st.builds(
     lambda document, ascii_: json.dumps(document, ensure_ascii=ascii_).encode("utf-8", "surrogatepass"),
@@ -113,7 +95,7 @@ splinters |= st.sampled_from([b"9" * 5000, b"[" * 100_000])
 @example(b"[" * 100_000)
 def test_no_file_accepts_an_unlisted_secret(content: bytes) -> None:
     """A server reads a token file or rejects it; no content opens the server or accepts an unlisted secret."""
-    check_file(content)
+    checks.check_file(content)
 
 
 @some(200)
@@ -132,16 +114,16 @@ def test_no_damage_accepts_an_unlisted_secret(content: bytes, data: st.DataObjec
             "double": b"".join(line * (1 + (number == start % (len(lines) or 1))) for number, line in enumerate(lines)),
             "insert": content[:start] + data.draw(splinters) + content[start:],
         }[way]
-    check_file(content)
+    checks.check_file(content)
 
 
 @some(60)
 @given(st.lists(rows, unique_by=lambda each: each["id"]), layouts)
 def test_sound_file_accepts_exactly_its_active_tokens(records: list[Any], layout: Any) -> None:
     """A valid file accepts every active token, and no other."""
-    works = [each for each in records if each["revoked_at"] is None and each["expires_at"] != PAST.isoformat()]
-    accepted = check_file(layout(records))
-    assert {row(secret)["id"] for secret in accepted} == {each["id"] for each in works}
+    works = [each for each in records if each["revoked_at"] is None and each["expires_at"] != checks.PAST.isoformat()]
+    accepted = checks.check_file(layout(records))
+    assert {checks.row(secret)["id"] for secret in accepted} == {each["id"] for each in works}
 
 
 # --- arguments
@@ -157,7 +139,7 @@ lines = st.lists(words, max_size=5) | commands
 @given(lines)
 def test_arguments_cause_no_traceback(arguments: list[str]) -> None:
     """For any arguments, a command succeeds or fails in one line without a secret."""
-    check_arguments(arguments)
+    checks.check_arguments(arguments)
 
 
 # --- the corpus of the fuzzer
@@ -166,4 +148,4 @@ def test_arguments_cause_no_traceback(arguments: list[str]) -> None:
 @pytest.mark.parametrize("seed", sorted(CORPUS.glob("*/*")), ids=lambda seed: f"{seed.parent.name}-{seed.name}")
 def test_fuzz_corpus(seed: Path) -> None:
     """Every input in the corpus of the fuzzer passes its check."""
-    TARGETS[seed.parent.name](seed.read_bytes())
+    checks.TARGETS[seed.parent.name](seed.read_bytes())
