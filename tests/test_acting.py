@@ -163,7 +163,7 @@ def test_user_without_name_has_the_group_of_its_files(
 
 
 def test_blocks_are_nested(home: Path, roots: Path) -> None:
-    """Each end of a copy has its own owner; a database is accessed as root, who has the password file."""
+    """Each end of a copy has its own owner; a database is accessed as root, the owner of the password file."""
     before = acting._current()
     with as_owner_of(str(home / "t.json")):
         for location in (str(roots / "t.json"), "postgresql://db/tokens"):
@@ -257,7 +257,7 @@ def test_usage_that_root_may_not_copy(home: Path, roots: Path, capsys: pytest.Ca
 
 
 def test_lock_replaced_by_a_file_of_root(home: Path, roots: Path) -> None:
-    """A user who replaces the lock by a hard link to a file of root gains no right to that file."""
+    """A hard link to a file of root, in place of the lock, gives the user no right to that file."""
     secret = roots / "secret"
     secret.write_bytes(b"of root")
     secret.chmod(0o600)

@@ -1,4 +1,4 @@
-"""CORS headers of a refusal (Fetch standard, "CORS protocol"), for a guard outside the CORS middleware. Pure."""
+"""CORS headers of a denial (Fetch standard, "CORS protocol"), for a guard outside the CORS middleware. Pure."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
 ANY = "*"
-"""The origin that stands for all. Safe: a page must add a bearer token itself, and a refusal holds nothing private."""
+"""The origin that stands for all. Safe: a page must add a bearer token itself, and a denial holds nothing private."""
 
 EXPOSED = (
     "WWW-Authenticate, Retry-After, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, "
     "x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
-"""Headers of a refusal that a page may read. Browsers accept whole names or ``*``, no prefixes."""
+"""Headers of a denial that a page may read. Browsers accept whole names or ``*``, no prefixes."""
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}

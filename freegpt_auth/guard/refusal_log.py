@@ -66,7 +66,7 @@ class RefusalLog:
         _logger.info(message, facts, extra=facts)
 
     def finish(self) -> None:
-        """Log the number of refusals since the last record. For a server that stops."""
+        """Log the number of refusals that were not logged since the last record. For a server that stops."""
         if self._left_out:
             _logger.info("%d more refusals are not shown", self._left_out, extra={"left_out": self._left_out})
             self._left_out = 0

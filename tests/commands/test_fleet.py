@@ -33,16 +33,14 @@ def place(location: str) -> str:
     return re.sub(r":[^:@]*@", "@", location) if "://" in location else str(Path(location).absolute())
 
 
-def facts(location: str) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return every field of each token in a store, oldest first."""
-    fields = Token.__struct_fields__
-    tokens = open_store(location).tokens()
-    return [(digest, {name: getattr(token, name) for name in fields}) for digest, token in tokens.items()]
+def facts(location: str) -> list[tuple[bytes, Token]]:
+    """Return the digests and tokens in a store, oldest first."""
+    return list(open_store(location).tokens().items())
 
 
 def names(location: str) -> list[str]:
     """Return the names of the tokens in a store, oldest first."""
-    return [each["name"] for _, each in facts(location)]
+    return [each.name for _, each in facts(location)]
 
 
 def usage_at(location: str) -> dict[str, Usage]:
@@ -138,7 +136,7 @@ def test_instants_are_by_the_clock_of_the_database(database: str, ahead: int) ->
     on_that_host("revoke", secret)
     [(_, known)] = facts(database)
     for name, seconds in (("created_at", 0), ("expires_at", 200), ("revoked_at", 0)):
-        assert abs((known[name] - datetime.now(UTC)).total_seconds() - seconds) < 60, name
+        assert abs((getattr(known, name) - datetime.now(UTC)).total_seconds() - seconds) < 60, name
 
 
 def test_names_are_text_in_any_database(cluster: Any, run: Run) -> None:
@@ -236,9 +234,9 @@ def test_copy_carries_revocations(run: Run, database: str, *, to_database: bool)
     done = run("copy", origin, target)
     assert done.status == 0
     assert done.err.endswith(": 0 new, 1 revoked now, 3 there already.\n")
-    revoked = {each["name"]: each["revoked_at"] for _, each in facts(target)}
+    revoked = {each.name: each.revoked_at for _, each in facts(target)}
     assert revoked == {"here": NOW, "there": LATER, "both": LATER, "neither": None}
-    assert {each["name"] for _, each in facts(origin) if each["revoked_at"]} == {"here", "both"}
+    assert {each.name for _, each in facts(origin) if each.revoked_at} == {"here", "both"}
 
 
 @BOTH_WAYS
@@ -276,7 +274,7 @@ def test_copied_token_keeps_its_id_in_each_store(run: Run, database: str) -> Non
         (database, FILE, COUNTS, ("in-the-file", "x")),
     ):
         assert run("copy", origin, target).status == 0
-        assert tuple(each["id"] for _, each in facts(target)) == ids
+        assert tuple(each.id for _, each in facts(target)) == ids
         assert usage_at(usage) == {ids[0]: Usage(5, LATER), ids[1]: Usage(9, LATER)}
 
 

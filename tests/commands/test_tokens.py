@@ -83,9 +83,7 @@ def test_list_has_status_and_usage(run: Run) -> None:
     used, revoked = json.loads(run("list", "--json").out)
     assert (used["status"], used["use_count"], used["last_used_at"]) == ("active", 2, "2025-11-26T10:45:23+00:00")
     assert (revoked["status"], revoked["use_count"], revoked["last_used_at"]) == ("revoked", 0, None)
-    done = run("list")
-    assert done.out.startswith(f"Found 2 token(s):\n\n1. {SECRET[:14]}...\n   Name: ünï\n   Status: ✓ Active\n")
-    assert f"\n\n2. {OTHER[:14]}...\n   Name: a-token\n   Status: ✗ Revoked\n" in done.out
+    assert f"\n\n2. {OTHER[:14]}...\n   Name: a-token\n   Status: ✗ Revoked\n" in run("list").out
 
 
 @pytest.mark.parametrize("location", ["api_tokens.json", "missing/t.json"])
