@@ -35,7 +35,9 @@ def place(location: str) -> str:
 
 def facts(location: str) -> list[tuple[bytes, Token]]:
     """Return the digests and tokens in a store, oldest first."""
-    return list(open_store(location).tokens().items())
+    fields = Token.__struct_fields__  # a token of a file has more
+    tokens = open_store(location).tokens()
+    return [(digest, Token(**{name: getattr(each, name) for name in fields})) for digest, each in tokens.items()]
 
 
 def names(location: str) -> list[str]:
