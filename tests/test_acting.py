@@ -193,7 +193,8 @@ def test_root_without_capabilities_fails_in_one_line(
 def test_server_writes_usage_as_owner(home: Path) -> None:
     """The usage database of a server of root belongs to the owner of its folder; no other thread changes its user."""
     use(home).after_fork_in_child()
-    assert {each.stat().st_uid for each in home.iterdir()} == {OWNER}
+    group = pwd.getpwuid(OWNER).pw_gid if IS_ROOT else os.getegid()
+    assert {(each.stat().st_uid, each.stat().st_gid) for each in home.iterdir()} == {(OWNER, group)}
     (home / "after").touch()
     assert (home / "after").stat().st_uid == os.geteuid()
 

@@ -212,14 +212,16 @@ def test_wrong_usage(run: Run, arguments: list[str]) -> None:
         ("postgresql://h/d?user=u&password=hunter2&sslmode=disable", 2),
         ("host=h password=hunter2", 1),
         ("postgresql:/u:hunter2@h/d", 1),
+        (f"{SECRET}/t.json", 1),
     ],
 )
-def test_password_is_masked(run: Run, url: str, status: int) -> None:
-    """A URL in the wrong place and a mistyped one are reported without the password, and make no file."""
+def test_secrets_are_masked(run: Run, url: str, status: int) -> None:
+    """A secret or URL in the wrong place, and a mistyped URL, are reported masked, and make no file."""
     misplaced = (["list", url], ["create", "ci", url], ["copy", url], [url])
     mistyped = (["create", "ci", "--store", url], ["copy", url, "t.json"], ["copy", "t.json", url])
     for arguments in misplaced if status == 2 else mistyped:
         done = run(*arguments)
         assert done.status == status
         assert "hunter2" not in done.err
+        assert SECRET[14:] not in done.err
     assert list(Path().iterdir()) == []
