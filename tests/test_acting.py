@@ -234,14 +234,19 @@ def created(store: Path) -> str:
     return next(iter(freegpt_auth.FileTokenStore(store).tokens().values())).id
 
 
-def test_files_of_root_belong_to_the_server(home: Path) -> None:
-    """After ``docker exec`` or ``sudo`` the token file, its lock and the usage belong to the server's user."""
+def test_files_of_root_belong_to_the_server(home: Path, roots: Path) -> None:
+    """After ``docker exec`` or ``sudo`` the token file, its lock and the usage belong to the server's user.
+
+    A copy into a folder of root belongs to root.
+    """
     count(home / "old.usage.db", created(home / "old.json"))
     for each in home.iterdir():
         owned(each)
     assert cli.main(["copy", str(home / "old.json"), str(home / "new.json")]) == 0
     assert {each.stat().st_uid for each in home.iterdir()} == {OWNER}
     assert {each.name for each in home.iterdir()} >= {"new.json", "new.json.lock", "new.usage.db", "new.usage.db.lock"}
+    assert cli.main(["copy", str(home / "old.json"), str(roots / "new.json")]) == 0
+    assert {each.stat().st_uid for each in roots.iterdir()} == {os.geteuid()}
 
 
 def test_usage_that_root_may_not_copy(home: Path, roots: Path, capsys: pytest.CaptureFixture[str]) -> None:

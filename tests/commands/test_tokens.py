@@ -71,6 +71,7 @@ def test_expiring_token_as_json(run: Run, text: str, seconds: int) -> None:
     assert has_valid_checksum(secret)
     assert secret not in done.err
     assert [record] == json.loads(run("list", "--json").out)
+    assert "." not in kept()[0]["created_at"]  # whole seconds
 
 
 # --- list
