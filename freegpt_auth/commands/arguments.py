@@ -30,6 +30,7 @@ def add_command(
     *,
     summary: str,
     example: str,
+    in_store: bool = True,
 ) -> argparse.ArgumentParser:
     """Add the command *name* to *group* and return its parser.
 
@@ -39,25 +40,14 @@ def add_command(
         name: of the command.
         summary: one phrase for ``--help``, in lower case.
         example: arguments for a command to copy.
+        in_store: add ``--store``, and run the command with no more rights than the owner of that store.
     """
     command = group.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"Example: {PROGRAM} {example}"
     )
-    command.set_defaults(run=run)
-    return command
-
-
-def add_store_command(
-    group: argparse._SubParsersAction[argparse.ArgumentParser],
-    run: Callable[[argparse.Namespace], int],
-    name: str,
-    *,
-    summary: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    """Add a command that works in the store of ``--store``, with the rights of the store's owner: see add_command."""
-    command = add_command(group, partial(_run_in_store, run), name, summary=summary, example=example)
-    add_store_option(command, default=argparse.SUPPRESS)
+    if in_store:
+        add_store_option(command, default=argparse.SUPPRESS)
+    command.set_defaults(run=partial(_run_in_store, run) if in_store else run)
     return command
 
 

@@ -10,7 +10,7 @@ from ..location import is_url
 from ..settings import copied_locations, usage_location
 from ..stores import open_store
 from ..stores.base import Migrating
-from .arguments import add_command, add_store_command, as_owner
+from .arguments import add_command, as_owner
 from .changes import delete_tokens, in_force, now
 from .listing import title
 from .output import note
@@ -32,6 +32,7 @@ def add_arguments(group: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "copy",
         summary="put the tokens of one store, and their usage, into another; to do it twice changes nothing more",
         example="copy api_tokens.json -",
+        in_store=False,
     )
     command.add_argument(
         "origin", metavar="FROM", help="a token file or the URL of a database; - for the one in FREEGPT_AUTH_STORE"
@@ -39,7 +40,7 @@ def add_arguments(group: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("target", metavar="TO", help="the same; what it holds stays")
     command.add_argument("--delete", action="store_true", help="also delete the tokens of TO that FROM does not hold")
 
-    add_store_command(
+    add_command(
         group,
         migrate,
         "migrate",

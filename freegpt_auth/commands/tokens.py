@@ -16,7 +16,7 @@ from ..settings import usage_location
 from ..stores import open_store
 from ..stores.base import AtOnce
 from ..tokens import digest_of, issue
-from .arguments import add_store_command, duration, token_name
+from .arguments import add_command, duration, token_name
 from .changes import delete_tokens, in_force, now
 from .listing import as_json, as_text, local_time, title
 from .lookup import resolve
@@ -38,7 +38,7 @@ _REFERENCE_HELP = (
 
 def add_arguments(group: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands of this family to *group*."""
-    command = add_store_command(
+    command = add_command(
         group,
         create,
         "create",
@@ -53,7 +53,7 @@ def add_arguments(group: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument("--json", action="store_true", help="print the secret and the record as JSON")
 
-    command = add_store_command(
+    command = add_command(
         group, list_tokens, "list", summary="show every token and when it was last used", example="list --json"
     )
     command.add_argument("--json", action="store_true", help="print records as JSON, with ids and use counts")
@@ -62,7 +62,7 @@ def add_arguments(group: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ("revoke", revoke, "refuse tokens for good and keep their records; this cannot be undone"),
         ("delete", delete, "refuse tokens for good and remove their records"),
     ):
-        command = add_store_command(group, run, name, summary=summary, example=f"{name} sk-a1b2c3d4e5f")
+        command = add_command(group, run, name, summary=summary, example=f"{name} sk-a1b2c3d4e5f")
         command.add_argument("references", metavar="TOKEN", nargs="+", help=_REFERENCE_HELP)
 
 

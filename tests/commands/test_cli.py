@@ -212,7 +212,7 @@ def test_wrong_usage(run: Run, arguments: list[str]) -> None:
         ("postgresql://h/d?user=u&password=hunter2&sslmode=disable", 2),
         ("host=h password=hunter2", 1),
         ("postgresql:/u:hunter2@h/d", 1),
-        (f"{SECRET}/t.json", 1),
+        pytest.param(f"{SECRET}/t.json", 1, id="secret"),
     ],
 )
 def test_secrets_are_masked(run: Run, url: str, status: int) -> None:
