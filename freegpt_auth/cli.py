@@ -19,6 +19,7 @@ from .acting import as_owner_of
 from .commands import tokens
 from .commands.listing import title
 from .exceptions import AmbiguousTokenError, FreeGPTAuthError, StoreError
+from .location import masked
 from .names import checked_name, printable
 from .settings import copied_locations, store_location
 
@@ -77,8 +78,7 @@ def _fail(message: str) -> int:
 
 def _masked(text: str) -> str:
     """Hide what looks like a secret that was typed in a wrong place, generated or imported, and passwords in URLs."""
-    text = re.sub(r"(?i)(password=)[^&\s]+", r"\1…", re.sub(r"://[^/@\s:]*:[^\s]*@", "://…@", text))
-    return re.sub(r"sk-[\w-]{20,}", "sk-…", text)
+    return re.sub(r"sk-[\w-]{20,}", "sk-…", masked(text))
 
 
 class _Parser(argparse.ArgumentParser):

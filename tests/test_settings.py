@@ -12,6 +12,7 @@ import pytest
 from freegpt_auth import ConfigurationError, Settings
 from freegpt_auth.environment_key import FILE_LIMIT, EnvironmentKey
 from freegpt_auth.guard.credentials import VALUE_LIMIT
+from freegpt_auth.location import Location
 from freegpt_auth.settings import store_location, usage_location
 from freegpt_auth.tokens import digest_of
 
@@ -37,8 +38,8 @@ def _key_files() -> None:
 
 def test_nothing_set() -> None:
     """Without any setting, tokens are in the working directory, usage beside them, and nothing is public."""
-    assert Settings.from_env(environ={}) == Settings(usage="api_tokens.usage.db")
-    assert Settings() == Settings("api_tokens.json", None, frozenset(), required=False, usage=None, usage_interval=2.0)
+    assert Settings.from_env(environ={}) == Settings(usage=Location("api_tokens.usage.db"))
+    assert Settings() == Settings(Location("api_tokens.json"), None, frozenset(), required=False, usage=None, usage_interval=2.0)
 
 
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,8 +47,8 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("FREEGPT_AUTH_STORE", "here.json")
     monkeypatch.setenv("FREEGPT_AUTH_USAGE", "counts.db")
     settings = Settings.from_env()
-    assert settings.store == store_location() == "here.json"
-    assert settings.usage == usage_location("here.json") == "counts.db"
+    assert settings.store == store_location() == Location("here.json")
+    assert settings.usage == usage_location(settings.store) == Location("counts.db")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_where_tokens_and_usage_are(
     """An argument wins over its variable; usage is beside the token file unless it is put elsewhere or turned off."""
     monkeypatch.setenv("HOME", "/home/u")
     settings = Settings.from_env(**{"environ": {}, **arguments})
-    assert (settings.store, settings.usage) == (store, usage)
+    assert (settings.store, settings.usage) == (Location(store), usage and Location(usage))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_named_store(arguments: dict[str, Any], *, is_named: bool) -> None:
 def test_usage_of_a_database_is_beside_its_tokens(arguments: dict[str, Any], usage: str | None) -> None:
     """With a database usage is in it, unless each host is to have its own or none; and no password is shown."""
     settings = Settings.from_env(**{"environ": {}, "store": DATABASE, **arguments})
-    assert (settings.store, settings.usage) == (DATABASE, usage)
+    assert (settings.store, settings.usage) == (Location.of(DATABASE), usage and Location.of(usage))
     assert "hunter2" not in repr(settings)
 
 

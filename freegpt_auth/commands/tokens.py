@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TextIO
 
@@ -14,7 +13,6 @@ import msgspec
 
 from ..acting import as_owner_of
 from ..exceptions import FreeGPTAuthError, StoreError, UsageError
-from ..location import is_url
 from ..names import printable
 from ..settings import usage_location
 from ..stores import open_store, open_usage
@@ -28,11 +26,12 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Generator, Iterator, Mapping, Sequence
 
-    from ..stores.base import TokenStore, Unseen
+    from ..location import Location
+    from ..stores.base import TokenStore
     from ..tokens import Token
     from ..usage.base import Usage, UsageStore
 
-    _UsageSetting = tuple[str, str | None]  # the arguments of usage_location
+    _UsageSetting = tuple[Location, str | None]  # the arguments of usage_location
 
 
 def create(options: argparse.Namespace) -> int:
@@ -95,7 +94,7 @@ def delete(options: argparse.Namespace) -> int:
     tokens = resolve(store, options.references)
     for token in _deleted(store, tokens, (options.store, None)):
         say(f"Deleted token {title(token)}.{_in_force(store)}")
-    if not is_url(options.store):  # a server with a database is never open
+    if options.store.can_be_open:
         with contextlib.suppress(StoreError):  # the token is deleted whether or not the file can be read once more
             if not store.tokens():
                 last = "It was the last one" if len(tokens) == 1 else "They were the last ones"
@@ -169,7 +168,7 @@ def _deleted(store: TokenStore, tokens: Sequence[Token], usage: _UsageSetting) -
 
 def _in_force(store: TokenStore, at_once: str = " It is refused from now on.") -> str:
     """Return *at_once*, or the seconds until the last change of *store* is in force in every server process."""
-    unseen: Unseen | None = getattr(store, "unseen", None)
+    unseen = store.unseen
     if unseen is None:
         return at_once
     return (
@@ -177,7 +176,7 @@ def _in_force(store: TokenStore, at_once: str = " It is refused from now on.") -
     )
 
 
-def _usage(location: str) -> Mapping[str, Usage]:
+def _usage(location: Location) -> Mapping[str, Usage]:
     path = usage_location(location)
     if path is None:
         return {}
@@ -190,7 +189,7 @@ def _usage(location: str) -> Mapping[str, Usage]:
 
 
 @contextlib.contextmanager
-def _opened_usage(location: str) -> Generator[UsageStore]:
+def _opened_usage(location: Location) -> Generator[UsageStore]:
     """Open the usage at *location* as the owner of its folder; any fault is a ``StoreError`` that names the place."""
     with as_owner_of(location), contextlib.closing(open_usage(location)) as store:
         try:
@@ -199,12 +198,12 @@ def _opened_usage(location: str) -> Generator[UsageStore]:
             raise StoreError(f"{store.source}: {error}") from None
 
 
-def _usage_setting(location: str) -> _UsageSetting:
+def _usage_setting(location: Location) -> _UsageSetting:
     """Return the arguments of ``usage_location``: a database has its own, for files there may be FREEGPT_AUTH_USAGE."""
-    return location, location if is_url(location) else None
+    return location, location.text if location.is_database else None
 
 
-def _copy_usage(origin: str | None, target: str | None, names: Mapping[str, str]) -> None:
+def _copy_usage(origin: Location | None, target: Location | None, names: Mapping[str, str]) -> None:
     """Copy the usage of each token, which may have another id in the second store; ``None`` is a place without usage."""
     if origin is None or target is None or origin == target:
         return
@@ -232,8 +231,7 @@ def _forget_usage(setting: _UsageSetting, token_ids: Sequence[str]) -> None:
 
 def _now(store: TokenStore) -> datetime:
     """Return the present moment by the clock of the store, to the second."""
-    clock = getattr(store, "now", time.time)
-    return datetime.fromtimestamp(clock(), UTC).replace(microsecond=0)
+    return datetime.fromtimestamp(store.now(), UTC).replace(microsecond=0)
 
 
 def say(message: str) -> None:
