@@ -39,7 +39,9 @@ def _key_files() -> None:
 def test_nothing_set() -> None:
     """Without any setting, tokens are in the working directory, usage beside them, and nothing is public."""
     assert Settings.from_env(environ={}) == Settings(usage=Location("api_tokens.usage.db"))
-    assert Settings() == Settings(Location("api_tokens.json"), None, frozenset(), required=False, usage=None, usage_interval=2.0)
+    assert Settings() == Settings(
+        Location("api_tokens.json"), None, frozenset(), required=False, usage=None, usage_interval=2.0
+    )
 
 
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
