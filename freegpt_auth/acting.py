@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .exceptions import StoreError
-from .location import is_url
+from .location import Location
 from .stores.file.access import written_by_others
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _root: ContextVar[_Identity | None] = ContextVar("root", default=None)
 
 
 @contextlib.contextmanager
-def as_owner_of(location: str) -> Generator[None]:
+def as_owner_of(location: Location | str) -> Generator[None]:
     """Run the block as the owner of the folder of *location*, if the process is root; no other user changes.
 
     The effective user and groups of the whole process change, in all threads: for commands, not for servers. Blocks may be
@@ -59,13 +59,14 @@ def as_owner_of(location: str) -> Generator[None]:
     token = _root.set(root)
     try:
         _become(root)
-        owner = root if is_url(location) else _owner_of(os.path.abspath(location), root)
+        place = Location.of(location)
+        owner = root if place.is_database else _owner_of(place.absolute().text, root)
         try:
             _become(owner)
         except OSError as error:
             problem = f"its folder belongs to user {owner.user}, and this process may not act as that user"
             raise StoreError(
-                f"{location}: {problem} ({error.strerror}); run the command as user {owner.user}"
+                f"{place.text}: {problem} ({error.strerror}); run the command as user {owner.user}"
             ) from None
         yield
     finally:
@@ -75,7 +76,7 @@ def as_owner_of(location: str) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def thread_as_owner_of(location: str) -> Generator[None]:
+def thread_as_owner_of(location: Location | str) -> Generator[None]:
     """Access files as the owner of the folder of *location*, in this thread only, if the process is root.
 
     Only the user and group of file access change: setfsuid(2) drops root's file capabilities in this thread, and the other
@@ -84,8 +85,8 @@ def thread_as_owner_of(location: str) -> Generator[None]:
     Raises:
         StoreError: the system has no setfsuid(2) or forbids it, or others may write a folder of root.
     """
-    root = _current()
-    owner = root if root.user != 0 or is_url(location) else _owner_of(os.path.abspath(location), root)
+    root, place = _current(), Location.of(location)
+    owner = root if root.user != 0 or place.is_database else _owner_of(place.absolute().text, root)
     if owner == root:
         yield
         return
@@ -93,7 +94,7 @@ def thread_as_owner_of(location: str) -> Generator[None]:
 
     _preload()
     libc = ctypes.CDLL(None)
-    refusal = StoreError(f"{location}: its folder belongs to user {owner.user}; run the server as that user")
+    refusal = StoreError(f"{place.text}: its folder belongs to user {owner.user}; run the server as that user")
     if not hasattr(libc, "setfsuid"):  # not Linux
         raise refusal
     try:

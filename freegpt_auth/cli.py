@@ -16,6 +16,7 @@ from .commands.arguments import PROGRAM, add_store_option
 from .commands.listing import title
 from .commands.output import discard, note, prepare_streams
 from .exceptions import AmbiguousTokenError, FreeGPTAuthError
+from .location import masked
 from .names import printable
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def _fail(message: str) -> int:
 
 def _masked(text: str) -> str:
     """Mask passwords in URLs, and secrets typed in a wrong place, generated or imported."""
-    text = re.sub(r"(?i)(password=)[^&\s]+", r"\1…", re.sub(r"://[^/@\s:]*:[^\s]*@", "://…@", text))
-    return re.sub(r"sk-[\w-]{20,}", "sk-…", text)
+    return re.sub(r"sk-[\w-]{20,}", "sk-…", masked(text))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
-from .assembly import assemble, told_apart
+from .assembly import assemble, location_or_source
 from .construction import Unusable, warn_if_late
 from .copying import Copyable
 from .guard import cors, denials
@@ -82,7 +82,7 @@ class BearerTokenMiddleware(Copyable):
         self._unusable: Unusable | None = None
         self._refusals = RefusalLog()
         self._cors_origins: frozenset[str] = frozenset()
-        location, self._source = told_apart(store)
+        location, self._source = location_or_source(store)
         try:
             settings = self._settings = Settings.from_env(
                 store=location,

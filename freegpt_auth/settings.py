@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .environment_key import environment_key
 from .exceptions import ConfigurationError
 from .guard.cors import checked_origins
-from .location import is_url
+from .location import Location
 from .stores.base import CACHE_LIMIT, LEASE
 from .variables import VARIABLES, Variables, cleaned, expanded, is_off
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 FLUSH_INTERVAL = 2.0
 """Interval between two writes of usage, in seconds."""
 
-DEFAULT_STORE = "api_tokens.json"
+DEFAULT_STORE = Location("api_tokens.json")
 """The default token file, in the working directory."""
 
 
@@ -45,12 +44,12 @@ class Settings:
         cors_origins: origins of web pages that may read a denial.
     """
 
-    store: str = field(default=DEFAULT_STORE, repr=False)
+    store: Location = DEFAULT_STORE
     key: EnvironmentKey | None = None
     public_paths: frozenset[str] = frozenset()
     required: bool = False
     store_named: bool = False
-    usage: str | None = field(default=None, repr=False)
+    usage: Location | None = None
     usage_interval: float = FLUSH_INTERVAL
     lease: float = LEASE
     cache_limit: int = CACHE_LIMIT
@@ -111,23 +110,22 @@ class Settings:
         )
 
 
-def store_location(store: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> str:
+def store_location(store: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Location:
     """Return the location of the tokens: *store*, else ``FREEGPT_AUTH_STORE``, else ``api_tokens.json``.
 
     Raises:
         ConfigurationError: the value is rejected by :class:`~freegpt_auth.variables.Variables` or
-            :func:`~freegpt_auth.location.is_url`, or is a word for off.
+            :meth:`~freegpt_auth.location.Location.of`, or is a word for off.
     """
     location, subject = _location("FREEGPT_AUTH_STORE", "the store", store, environ)
     if location is None:
         return DEFAULT_STORE
     if is_off(location):
         raise ConfigurationError(f"{subject} is a word for off, but a store cannot be turned off; name a token file")
-    is_url(location, subject)
-    return location
+    return Location.of(location, subject)
 
 
-def copied_locations(origin: str, target: str, environ: Mapping[str, str] | None = None) -> tuple[str, str]:
+def copied_locations(origin: str, target: str, environ: Mapping[str, str] | None = None) -> tuple[Location, Location]:
     """Return the two locations of ``copy``; ``-`` stands for ``FREEGPT_AUTH_STORE``.
 
     Every user of a host can read the arguments of a process, but not its environment: a password belongs in the variable.
@@ -145,8 +143,8 @@ def copied_locations(origin: str, target: str, environ: Mapping[str, str] | None
 
 
 def usage_location(
-    store: str, usage: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
-) -> str | None:
+    store: Location, usage: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
+) -> Location | None:
     """Return the location of the usage: *usage*, else ``FREEGPT_AUTH_USAGE``, else beside the tokens in *store*.
 
     A word for off returns ``None``.
@@ -157,17 +155,17 @@ def usage_location(
     """
     location, subject = _location("FREEGPT_AUTH_USAGE", "the usage database", usage, environ)
     if location is None:
-        return _beside(store)
+        return store.default_usage()
     if is_off(location):
         return None
-    if not is_url(location, subject):
-        if os.path.realpath(location) == os.path.realpath(store):
-            raise ConfigurationError(f"{subject} names the token file; name another file, say off, or unset it")
-    elif usage is None and location != store:  # it could not count these tokens
+    place = Location.of(location, subject)
+    if place.is_same_file(store):
+        raise ConfigurationError(f"{subject} names the token file; name another file, say off, or unset it")
+    if place.is_database and usage is None and place != store:  # it could not count these tokens
         raise ConfigurationError(
             "FREEGPT_AUTH_USAGE is the URL of another database than the tokens'; name a file, say off, or unset it"
         )
-    return location
+    return place
 
 
 def _location(
@@ -177,15 +175,6 @@ def _location(
     if argument is None:
         return Variables(os.environ if environ is None else environ).location(name), name
     return expanded(cleaned(subject, os.fsdecode(argument), VARIABLES[name].advice, kind="location")), subject
-
-
-def _beside(store: str) -> str:
-    if is_url(store):
-        return store
-    try:
-        return str(Path(store).with_suffix(".usage.db"))
-    except ValueError:
-        raise ConfigurationError(f"{store} is a folder; name a token file") from None
 
 
 def _checked_paths(paths: Iterable[str]) -> frozenset[str]:

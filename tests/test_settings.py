@@ -11,6 +11,7 @@ import pytest
 
 from freegpt_auth import ConfigurationError, Settings
 from freegpt_auth.environment_key import FILE_LIMIT, EnvironmentKey
+from freegpt_auth.location import Location
 from freegpt_auth.settings import store_location, usage_location
 from freegpt_auth.tokens import VALUE_LIMIT, digest_of
 
@@ -37,8 +38,10 @@ def _key_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults() -> None:
     """Without any setting, tokens are in the working directory, usage beside them, and nothing is public."""
-    assert Settings.from_env(environ={}) == Settings(usage="api_tokens.usage.db")
-    assert Settings() == Settings("api_tokens.json", None, frozenset(), required=False, usage=None, usage_interval=2.0)
+    assert Settings.from_env(environ={}) == Settings(usage=Location("api_tokens.usage.db"))
+    assert Settings() == Settings(
+        Location("api_tokens.json"), None, frozenset(), required=False, usage=None, usage_interval=2.0
+    )
     assert (Settings().lease, Settings().cache_limit) == (30.0, 100_000)
 
 
@@ -47,8 +50,8 @@ def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("FREEGPT_AUTH_STORE", "here.json")
     monkeypatch.setenv("FREEGPT_AUTH_USAGE", "counts.db")
     settings = Settings.from_env()
-    assert settings.store == store_location() == "here.json"
-    assert settings.usage == usage_location("here.json") == "counts.db"
+    assert settings.store == store_location() == Location("here.json")
+    assert settings.usage == usage_location(settings.store) == Location("counts.db")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,8 @@ def test_locations(arguments: dict[str, Any], environ: dict[str, str], store: st
     """An argument precedes its variable; by default usage is beside the token file, or in the database."""
     settings = Settings.from_env(environ=environ, **arguments)
     home = Path.cwd()
-    assert (settings.store, settings.usage) == (store.format(home=home), usage and usage.format(home=home))
+    assert settings.store == Location.of(store.format(home=home))
+    assert settings.usage == (Location.of(usage.format(home=home)) if usage else None)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from ..settings import store_location
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from ..location import Location
+
 PROGRAM = "python -m freegpt_auth"
 """The command line in help and messages."""
 
@@ -69,7 +71,7 @@ def _run_in_store(run: Callable[[argparse.Namespace], int], options: argparse.Na
 
 
 @contextlib.contextmanager
-def as_owner(location: str) -> Generator[None]:
+def as_owner(location: Location) -> Generator[None]:
     """Run the block with no more rights than the owner of the store at *location*; see as_owner_of.
 
     Raises:

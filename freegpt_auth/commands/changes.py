@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -12,18 +11,18 @@ from .usage import forget_usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ..stores.base import TokenStore, Unseen
+    from ..location import Location
+    from ..stores.base import TokenStore
     from ..tokens import Token
 
 
 def now(store: TokenStore) -> datetime:
     """Return the present by the clock of *store*, to the second."""
-    clock = getattr(store, "now", time.time)
-    return datetime.fromtimestamp(clock(), UTC).replace(microsecond=0)
+    return datetime.fromtimestamp(store.now(), UTC).replace(microsecond=0)
 
 
 def delete_tokens(
-    store: TokenStore, tokens: Sequence[Token], locate_usage: Callable[[], str | None]
+    store: TokenStore, tokens: Sequence[Token], locate_usage: Callable[[], Location | None]
 ) -> Iterator[Token]:
     """Delete *tokens*, in one change if the store can; yield each when it is deleted, then remove their usage."""
     ids, done = [token.id for token in tokens], []
@@ -37,7 +36,7 @@ def delete_tokens(
 
 def in_force(store: TokenStore, at_once: str = " It is refused from now on.") -> str:
     """Return *at_once*, or the seconds until the last change of *store* is in force in every server process."""
-    unseen: Unseen | None = getattr(store, "unseen", None)
+    unseen = store.unseen
     if unseen is None:
         return at_once
     return (

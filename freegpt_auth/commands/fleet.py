@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from ..acting import as_owner_of
 from ..exceptions import StoreError
-from ..location import is_url
 from ..settings import copied_locations, usage_location
 from ..stores import open_store
 from ..stores.base import Migrating
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from ..location import Location
     from ..stores.base import TokenStore
     from ..tokens import Token
 
@@ -57,7 +57,7 @@ def copy(options: argparse.Namespace) -> int:
     return 0
 
 
-def _copy(origin: str, target: str, *, delete: bool) -> None:
+def _copy(origin: Location, target: Location, *, delete: bool) -> None:
     to = open_store(target)
     with as_owner_of(origin):  # also for the import of a driver
         source = open_store(origin)
@@ -80,9 +80,9 @@ def _copy(origin: str, target: str, *, delete: bool) -> None:
         note(f"Deleted token {title(token)}, which {source.source} does not hold.{in_force(to, '')}")
 
 
-def _usage_of(location: str) -> str | None:
+def _usage_of(location: Location) -> Location | None:
     """Return the location of the usage: a database keeps its own, for files ``FREEGPT_AUTH_USAGE`` may name another."""
-    return usage_location(location, location if is_url(location) else None)
+    return usage_location(location, location.text if location.is_database else None)
 
 
 def _report_others(target: TokenStore, others: Sequence[Token], origin: str) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..exceptions import StoreError
-from ..location import is_url
 from ..settings import usage_location
 from ..stores import open_store
 from ..stores.base import AtOnce
@@ -125,7 +124,7 @@ def delete(options: argparse.Namespace) -> int:
     tokens = resolve(store, options.references)
     for token in delete_tokens(store, tokens, partial(usage_location, options.store)):
         note(f"Deleted token {title(token)}.{in_force(store)}")
-    if not is_url(options.store):  # a server with a database is never open
+    if options.store.can_be_open:
         _report_empty(store, tokens)
     return 0
 

@@ -15,10 +15,11 @@ from .output import note
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
+    from ..location import Location
     from ..usage.base import Usage, UsageStore
 
 
-def read_usage(store: str) -> Mapping[str, Usage]:
+def read_usage(store: Location) -> Mapping[str, Usage]:
     """Return the usage of the tokens at *store* by token id. A fault is one line and no failure: the list goes on."""
     location = usage_location(store)
     if location is None:
@@ -31,7 +32,7 @@ def read_usage(store: str) -> Mapping[str, Usage]:
         return {}
 
 
-def copy_usage(origin: str | None, target: str | None, ids: Mapping[str, str]) -> None:
+def copy_usage(origin: Location | None, target: Location | None, ids: Mapping[str, str]) -> None:
     """Copy the usage of tokens from one location to another.
 
     Args:
@@ -54,7 +55,7 @@ def copy_usage(origin: str | None, target: str | None, ids: Mapping[str, str]) -
         raise StoreError(f"the tokens were copied; their usage could not be copied: {error}; run it again") from None
 
 
-def forget_usage(locate: Callable[[], str | None], token_ids: Sequence[str]) -> None:
+def forget_usage(locate: Callable[[], Location | None], token_ids: Sequence[str]) -> None:
     """Remove the usage of deleted tokens. A fault is one line and no failure: the tokens are deleted.
 
     Args:
@@ -72,7 +73,7 @@ def forget_usage(locate: Callable[[], str | None], token_ids: Sequence[str]) -> 
 
 
 @contextlib.contextmanager
-def _opened(location: str) -> Generator[UsageStore]:
+def _opened(location: Location) -> Generator[UsageStore]:
     """Open the usage at *location* as the owner of its folder; any fault is a ``StoreError`` that names the place."""
     with as_owner_of(location), contextlib.closing(open_usage(location)) as store:
         try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import time
 from datetime import UTC, datetime
 from hmac import compare_digest
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ..environment_key import EnvironmentKey
-    from ..stores.base import TokenSource
+    from ..stores.base import CompleteSource
 
 CALLER_LIMIT = 262_144
 """Callers that are kept ready; a store of more used tokens than that makes some of them anew."""
@@ -73,21 +71,21 @@ class Authenticator:
     """
 
     def __init__(
-        self, verifier: TokenSource, key: EnvironmentKey | None, *, required: bool = False, named: bool = False
+        self, verifier: CompleteSource, key: EnvironmentKey | None, *, required: bool = False, named: bool = False
     ) -> None:
         self._verifier = verifier
-        self._now: Callable[[], float] = getattr(verifier, "now", time.time)
+        self._now = verifier.now
         self._key = key
         self._key_digest = key.digest if key else None
         self._environment = environment_caller(self._key_digest or _NOTHING, verifier)
         self._callers: dict[bytes, Caller] = {}
-        self._caller_limit: float = getattr(verifier, "cache_limit", math.inf)
+        self._caller_limit = verifier.cache_limit
         self._key_refusal: Refusal | None = None
         self._lock = Lock()
         self.mode: AuthMode = AuthMode.OPEN if key is None else AuthMode.ENVIRONMENT
         survey = verifier.survey()
         if survey.configured or named:
-            self.mode = AuthMode.TOKEN_FILE
+            self.mode = AuthMode(survey.kind)
         self._watch_key()
         self.restrict(required=required, named=named)
         announce(self.mode, survey, key)
@@ -98,9 +96,10 @@ class Authenticator:
         Raises:
             ConfigurationError: *required*, and nothing is configured.
         """
-        if named and self.mode is not AuthMode.TOKEN_FILE:
-            self.mode = AuthMode.TOKEN_FILE
-            announce(self.mode, self._verifier.survey(), self._key)
+        if named and self.mode in (AuthMode.OPEN, AuthMode.ENVIRONMENT):
+            survey = self._verifier.survey()
+            self.mode = AuthMode(survey.kind)
+            announce(self.mode, survey, self._key)
         if required and self.resolve_open():
             raise ConfigurationError(
                 f"authentication is required, but no environment key is set and {self._verifier.survey().source} holds no "
@@ -154,7 +153,7 @@ class Authenticator:
                 return False
             if survey.configured:
                 with self._lock:  # several requests may find out at once, and only one is to say so
-                    is_first, self.mode = self.mode is AuthMode.OPEN, AuthMode.TOKEN_FILE
+                    is_first, self.mode = self.mode is AuthMode.OPEN, AuthMode(survey.kind)
                 if is_first:
                     _logger.warning(
                         "authentication is now on: %d active token(s) from %s", survey.active, survey.source

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Scope
 
-    from ..stores.base import TokenSource
+    from ..stores.base import CompleteSource
     from .authenticator import Decision
     from .callers import Caller
     from .lifespan import Lifespan
@@ -54,9 +53,9 @@ class LookUps:
         verifier: the same.
     """
 
-    def __init__(self, verifier: TokenSource) -> None:
+    def __init__(self, verifier: CompleteSource) -> None:
         self.verifier = verifier
-        self._limit: float = getattr(verifier, "look_up_limit", math.inf)
+        self._limit = verifier.look_up_limit
         self._lanes: RunVar[Lane] = RunVar("freegpt_auth")
         self._lacks_threads = False
         self._lifespans: weakref.WeakSet[Lifespan] = weakref.WeakSet()
@@ -113,6 +112,5 @@ class LookUps:
     async def close(self, lifespan: Lifespan) -> None:
         """Close the source with the last lifespan: another server of this process may still use it."""
         self._lifespans.discard(lifespan)
-        close: Callable[[], None] | None = getattr(self.verifier, "close", None)
-        if close is not None and not self._lifespans:
-            await to_thread.run_sync(close)
+        if not self._lifespans:
+            await to_thread.run_sync(self.verifier.close)

@@ -106,7 +106,7 @@ def test_life_of_a_token(run: Run, database: str) -> None:
 def test_unconfirmed_servers_are_reported(run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a server process has not confirmed a change, the command says in how many seconds it is in force."""
     for family in FAMILIES:
-        monkeypatch.setattr(family, "open_store", lambda url: PostgresTokenStore(url, confirmation=0.1))
+        monkeypatch.setattr(family, "open_store", lambda store: PostgresTokenStore(store.text, confirmation=0.1))
     put(database, token("first"), token("second"))
     with closing(Address(database).connect()) as link:
         Presence(900.0).join(link)  # a server that never confirms

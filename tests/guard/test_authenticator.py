@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from freegpt_auth.environment_key import EnvironmentKey
 from freegpt_auth.guard import authenticator as authenticators
 from freegpt_auth.guard.authenticator import Authenticator, Decision, Refusal
 from freegpt_auth.guard.callers import Caller
+from freegpt_auth.stores.base import CompleteSource
 from freegpt_auth.tokens import digest_of
 
 KEY = "the-environment-key"
@@ -30,7 +32,7 @@ FILE = Path("api_tokens.json")
 Keep = Callable[..., tuple[Token, str]]
 
 
-class Stub:
+class Stub(CompleteSource):
     """A verifier whose answers to ``peek`` and ``resolve`` are given by the secret."""
 
     def __init__(self, peeked: dict[str, Any], resolved: dict[str, Any] | None = None) -> None:
@@ -314,9 +316,9 @@ def test_expiry_is_looked_at_on_every_request(monkeypatch: pytest.MonkeyPatch, *
     seconds = 0.0
     stub = Stub({"sk-1": make_token("short", expires_at=NOW)})
     if own_clock:
-        stub.now = lambda: NOW.timestamp() + seconds  # type: ignore[attr-defined]
+        stub.now = lambda: NOW.timestamp() + seconds  # type: ignore[method-assign]
     else:
-        monkeypatch.setattr(authenticators.time, "time", lambda: NOW.timestamp() + seconds)
+        monkeypatch.setattr(time, "time", lambda: NOW.timestamp() + seconds)
     authenticator = Authenticator(stub, None)
     for seconds, refused in [(-0.001, False), (0.0, True), (1.0, True), (-0.001, False)]:  # noqa: B007
         assert isinstance(decide(authenticator, "sk-1"), Refusal) is refused
@@ -373,7 +375,7 @@ def test_callers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_bounded_by_what_the_store_keeps_in_memory() -> None:
     """Of a store that keeps few tokens in memory, no more are kept for it here, and each of them works."""
     stub = Stub({f"sk-{n}": make_token(f"n{n}") for n in range(10)})
-    stub.cache_limit = 3  # type: ignore[attr-defined]
+    stub.cache_limit = 3
     authenticator = Authenticator(stub, None)
     for n in range(10):
         assert isinstance(decide(authenticator, f"sk-{n}"), Caller)

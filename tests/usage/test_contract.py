@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth.exceptions import UsageError
-from freegpt_auth.location import is_url
+from freegpt_auth.location import Location
 from freegpt_auth.stores import open_store, open_usage
 from freegpt_auth.tokens import Token
 from freegpt_auth.usage.base import Batch, Usage
@@ -146,7 +146,7 @@ def test_usage_of_a_deleted_token_stays_away(opener: Opener, location: str) -> N
     """A deleted token has no usage, not even by uses before its deletion that a server writes afterwards."""
     store, server = opener(), opener()
     server.add(batch(1, t0=(5, 0.0), t1=(1, 0.0)), 1.0)
-    if is_url(location):
+    if Location.of(location).is_database:
         open_store(location).delete("t0")
     store.forget(["t0"])
     server.add(batch(2, t0=(2, 0.0), t1=(1, 0.0)), 1.0)
