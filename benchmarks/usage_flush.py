@@ -97,7 +97,7 @@ def database() -> Generator[tuple[str, list[str]]]:
     with tempfile.TemporaryDirectory() as folder:
         ids = [os.urandom(6).hex() for _ in range(TOKENS)]
         path = str(Path(folder, "api_tokens.usage.db"))
-        UsageDatabase(path).add(Batch("bench", 1, dict.fromkeys(ids, (1, time.time()))), 5.0)
+        UsageDatabase(path).write(Batch("bench", 1, dict.fromkeys(ids, (1, time.time()))), 5.0)
         yield path, ids
 
 

@@ -241,7 +241,7 @@ def test_first_token_by_root_is_readable_by_the_server(home: Path) -> None:
     usage = UsageDatabase(str(home / "old.usage.db"))
     assert cli.main(["--store", str(home / "old.json"), "create", "ci"]) == 0
     token_id = next(iter(freegpt_auth.FileTokenStore(home / "old.json").tokens().values())).id
-    usage.add(Batch("p", 1, {token_id: (1, 1.0)}), 5.0)
+    usage.write(Batch("p", 1, {token_id: (1, 1.0)}), 5.0)
     for each in home.iterdir():
         own(each)
     assert cli.main(["copy", str(home / "old.json"), str(home / "new.json")]) == 0
@@ -255,7 +255,7 @@ def test_copied_tokens_without_their_usage(home: Path, roots: Path, capsys: pyte
     assert cli.main(["--store", str(origin), "create", "ci"]) == 0
     shutil.copy(origin, target)
     token_id = next(iter(freegpt_auth.FileTokenStore(origin).tokens().values())).id
-    UsageDatabase(str(home / "t.usage.db")).add(Batch("p", 1, {token_id: (1, 1.0)}), 5.0)
+    UsageDatabase(str(home / "t.usage.db")).write(Batch("p", 1, {token_id: (1, 1.0)}), 5.0)
     for each in (*home.iterdir(), target):
         own(each)
     roots.chmod(0o1777)
@@ -290,7 +290,7 @@ def test_planted_journal_deletes_no_file(home: Path, roots: Path, work: Callable
     victim.write_bytes(b"of root")
     victim.parent.chmod(0o555)
     database = home / "t.usage.db"
-    UsageDatabase(str(database)).add(Batch("p", 1, {"id": (1, 1.0)}), 5.0)
+    UsageDatabase(str(database)).write(Batch("p", 1, {"id": (1, 1.0)}), 5.0)
     own(database)
     own(home / "t.usage.db.lock")
     name = str(victim).encode()

@@ -605,7 +605,7 @@ def test_a_fault_of_the_usage_database_fails_no_request(start: Start, secrets: d
     (Path("blocked") / USAGE.name).mkdir(parents=True)
     Path("disk").mkdir()
     link(USAGE.parent, "disk")
-    UsageDatabase(str(USAGE)).add(Batch("p", 1, {f"!{number:063}": (1, 0.0) for number in range(20_000)}), 5.0)
+    UsageDatabase(str(USAGE)).write(Batch("p", 1, {f"!{number:063}": (1, 0.0) for number in range(20_000)}), 5.0)
     watch = start(answers(), FREEGPT_AUTH_USAGE=str(USAGE))
     to_disk = partial(link, USAGE.parent, "disk")
     for make, mend, reason in (

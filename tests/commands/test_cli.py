@@ -166,7 +166,7 @@ def test_a_token_that_expires_as_json(run: Run, text: str, seconds: int) -> None
 def test_list_shows_status_and_recorded_use(run: Run) -> None:
     """The list, for a person and in JSON, shows every token with its status, its last use and its number of uses."""
     put(row(SECRET, name="ünï", expires_at="2125-11-26T10:30:00+02:00"), row(OTHER, revoked_at=REVOKED_AT))
-    UsageDatabase(str(USAGE_FILE)).add(Batch("p", 1, {kept()[0]["id"]: (2, 1764153923.0)}), 1.0)
+    UsageDatabase(str(USAGE_FILE)).write(Batch("p", 1, {kept()[0]["id"]: (2, 1764153923.0)}), 1.0)
     used, revoked = json.loads(run("list", "--json").out)
     assert (used["status"], used["use_count"], used["last_used_at"]) == ("active", 2, "2025-11-26T10:45:23+00:00")
     assert (revoked["status"], revoked["use_count"], revoked["last_used_at"]) == ("revoked", 0, None)
@@ -340,7 +340,7 @@ def test_failure_in_the_middle_says_what_is_done(
     for token, secret in issued:
         store.add(digest_of(secret), token)
     monkeypatch.setattr("freegpt_auth.commands.tokens.open_store", lambda _: store)
-    UsageDatabase(str(USAGE_FILE)).add(Batch("p", 1, {token.id: (1, 1.0) for token, _ in issued}), 1.0)
+    UsageDatabase(str(USAGE_FILE)).write(Batch("p", 1, {token.id: (1, 1.0) for token, _ in issued}), 1.0)
     done = run(way, "c", "a", "b")
     prefixes = {token.name: token.prefix for token, _ in issued}
     lines = [f"{said} token {prefixes[name]}... ({name}). It is refused from now on.\n" for name in "ca"]
@@ -372,7 +372,7 @@ def test_delete_removes_usage(run: Run) -> None:
     put(row(SECRET), row(OTHER), row("sk-third"))
     first, second, third = (each["id"] for each in kept())
     usage = UsageDatabase(str(USAGE_FILE))
-    usage.add(Batch("p", 1, {first: (2, 1.0), second: (3, 1.0), third: (4, 1.0)}), 1.0)
+    usage.write(Batch("p", 1, {first: (2, 1.0), second: (3, 1.0), third: (4, 1.0)}), 1.0)
     assert run("revoke", SECRET).status == 0
     assert run("delete", OTHER, "sk-third").err.count("\n") == 2
     assert {token_id: used.use_count for token_id, used in usage.read().items()} == {first: 2}

@@ -147,7 +147,7 @@ class Fickle:
         self.answers = True
         self.closed = 0
 
-    def add(self, batch: Batch, timeout: float) -> None:
+    def write(self, batch: Batch, timeout: float) -> None:
         """Keep a batch, and answer or not."""
         assert 0 <= timeout <= 5
         self.given.append(batch._replace(counts=dict(batch.counts)))

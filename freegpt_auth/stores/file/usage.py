@@ -53,7 +53,7 @@ class UsageDatabase:
     def __init__(self, path: str) -> None:
         self.source: str = os.path.abspath(path)
 
-    def add(self, batch: Batch, timeout: float) -> None:
+    def write(self, batch: Batch, timeout: float) -> None:
         """Add a batch, unless it was added before."""
         _change(self.source, lambda connection: _add(connection, batch), timeout)
 
