@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from tests.helpers.applications import LIFESPAN
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def test_usage_is_exact_over_all_workers_after_a_graceful_stop(
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda _: server.get(token=secret), range(500))) == {200}
     server.stop()
-    assert read_usage("api_tokens.usage.db")[token.id].use_count == 500
+    assert UsageDatabase("api_tokens.usage.db").read()[token.id].use_count == 500
     records = {record["id"]: record for record in json.loads(command("list", "--json").stdout)}
     assert records[token.id]["use_count"] == 500
     assert records[token.id]["last_used_at"] is not None
@@ -186,7 +186,7 @@ def test_usage_is_recorded_beside_a_read_only_token_file(
     )
     assert [server.get(token=secret) for _ in range(3)] == [200, 200, 200]
     server.stop()
-    assert read_usage(str(tmp_path / "usage.db"))[token.id].use_count == 3
+    assert UsageDatabase(str(tmp_path / "usage.db")).read()[token.id].use_count == 3
     assert sorted(path.name for path in folder.iterdir()) == ["api_tokens.json", "api_tokens.json.lock"]
 
 
@@ -200,11 +200,11 @@ def test_a_killed_server_loses_one_interval_of_usage_and_invents_none(
     for _ in range(5):
         server.get(token=secret)
     deadline = time.monotonic() + 60
-    while read_usage("api_tokens.usage.db").get(token.id, (0,))[0] < 5:
+    while UsageDatabase("api_tokens.usage.db").read().get(token.id, (0,))[0] < 5:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     for _ in range(5):
         server.get(token=secret)
     server.process.kill()
     server.process.wait()
-    assert 5 <= read_usage("api_tokens.usage.db")[token.id].use_count <= 10
+    assert 5 <= UsageDatabase("api_tokens.usage.db").read()[token.id].use_count <= 10

@@ -155,12 +155,12 @@ def test_threads_take_turns() -> None:
     program = f"""
 import os, threading
 from freegpt_auth.stores.file import usage_header
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 turn = usage_header.turn({str(PATH.absolute())!r}, 1.0)
 threading.Thread(target=turn.__enter__).run()
 child = os.fork()
 if not child:
-    os._exit(len(read_usage({str(PATH)!r})))
+    os._exit(len(UsageDatabase({str(PATH)!r}).read()))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
