@@ -209,7 +209,7 @@ def _written(server: Cluster, url: str, size: int, writers: int) -> Iterator[Res
     with ExitStack() as stack:
         stores = [stack.enter_context(closing(PostgresUsage(url))) for _ in range(writers)]
         for number, store in enumerate(stores):
-            store.add(_batch(f"{size}-{writers}-{number}", 0, size), 5.0)
+            store.write(_batch(f"{size}-{writers}-{number}", 0, size), 5.0)
         taken: list[list[float]] = [[] for _ in stores]
         threads = [
             threading.Thread(target=_write, args=(store, f"{size}-{writers}-{number}", size, taken[number]))
@@ -235,7 +235,7 @@ def _write(store: PostgresUsage, process: str, size: int, taken: list[float]) ->
         sequence += 1
         batch = _batch(process, sequence, size)
         began = time.perf_counter()
-        store.add(batch, 5.0)
+        store.write(batch, 5.0)
         taken.append((time.perf_counter() - began) * 1e3)
 
 

@@ -94,7 +94,7 @@ def site(size: int) -> Generator[Site]:
         ids = [token.id for token in FileTokenStore(path).tokens().values()]
         now = time.time()
         uses = {token_id: (1 + number % 1000, now - number) for number, token_id in enumerate(ids)}
-        UsageDatabase(str(path.with_suffix(".usage.db"))).add(Batch("bench", 1, uses), 5.0)
+        UsageDatabase(str(path.with_suffix(".usage.db"))).write(Batch("bench", 1, uses), 5.0)
         yield Site(str(path), iter(ids[size // 2 :]))
 
 

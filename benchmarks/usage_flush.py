@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from measure import Result, in_turns, longest_turn, over, single, spread
 
-from freegpt_auth.stores.file.usage import UsageDatabase, read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
 
@@ -97,7 +97,7 @@ def database() -> Generator[tuple[str, list[str]]]:
     with tempfile.TemporaryDirectory() as folder:
         ids = [os.urandom(6).hex() for _ in range(TOKENS)]
         path = str(Path(folder, "api_tokens.usage.db"))
-        UsageDatabase(path).add(Batch("bench", 1, dict.fromkeys(ids, (1, time.time()))), 5.0)
+        UsageDatabase(path).write(Batch("bench", 1, dict.fromkeys(ids, (1, time.time()))), 5.0)
         yield path, ids
 
 
@@ -134,7 +134,7 @@ def _crowd() -> Iterator[Result]:
             for worker in workers:
                 alone += _flush_at_once([worker])
             together += _flush_at_once(workers)
-        counted = sum(usage.use_count for usage in read_usage(path).values())
+        counted = sum(usage.use_count for usage in UsageDatabase(path).read().values())
     own = statistics.median(alone)
     waits = [max(0.0, one - own) for one in together]
     crowd = f"{PROCESSES} processes that write at once"

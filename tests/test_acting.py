@@ -86,7 +86,7 @@ def use(home: Path) -> UsageRecorder:
 
 def count(database: Path, token_id: str = "id") -> None:
     """Write one use as a command does."""
-    UsageDatabase(str(database)).add(Batch("p", 1, {token_id: (1, 1.0)}), 5.0)
+    UsageDatabase(str(database)).write(Batch("p", 1, {token_id: (1, 1.0)}), 5.0)
 
 
 PLACES: dict[str, Callable[[Path, Path], Path]] = {

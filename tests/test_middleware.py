@@ -38,7 +38,7 @@ from freegpt_auth.guard.credentials import SUBPROTOCOL
 from freegpt_auth.guard.denials import RETRY_AFTER
 from freegpt_auth.guard.lookups import LANE_WIDTH
 from freegpt_auth.stores.file import store as file_store, table
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, issue
 
 if TYPE_CHECKING:
@@ -490,7 +490,7 @@ async def test_usage_is_written_before_the_shutdown_is_complete(
         await send({"type": ending})
 
     async def send(message: Any) -> None:
-        usage = await to_thread.run_sync(read_usage, "api_tokens.usage.db")
+        usage = await to_thread.run_sync(UsageDatabase("api_tokens.usage.db").read)
         written.append((message["type"], usage[token.id].use_count if usage else 0))
 
     guarded = BearerTokenMiddleware(application)
@@ -513,7 +513,7 @@ async def test_only_accepted_tokens_are_counted(
     assert not await anyio.Path("counts.db").exists()
     assert await statuses(guarded, secret) == [200]
     await to_thread.run_sync(guarded._usage.flush)
-    usage = await to_thread.run_sync(read_usage, "counts.db")
+    usage = await to_thread.run_sync(UsageDatabase("counts.db").read)
     assert {key: value.use_count for key, value in usage.items()} == {token.id: 1}
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -174,4 +174,4 @@ def test_shutdown_without_a_lifespan_writes_usage(
     server = serve(*arguments, module=module)
     assert [server.get(token=secret) for _ in range(20)] == [204] * 20
     server.stop()
-    assert read_usage("api_tokens.usage.db")[token.id].use_count == 20
+    assert UsageDatabase("api_tokens.usage.db").read()[token.id].use_count == 20

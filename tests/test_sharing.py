@@ -18,7 +18,7 @@ from anyio import to_thread
 
 from freegpt_auth import UNRESOLVED, AuthMode, BearerTokenMiddleware, ConfigurationError, FileTokenStore, Survey
 from freegpt_auth.sharing import shared
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -173,7 +173,7 @@ async def test_two_guards_count_one_use(ask: Ask, keep: Any, kind: str, interval
     for guard in (outer, inner, elsewhere):
         await to_thread.run_sync(guard._usage.flush)
     for place in ("api_tokens.usage.db", "elsewhere.db"):
-        assert (await to_thread.run_sync(read_usage, place))[token.id].use_count == 3
+        assert (await to_thread.run_sync(UsageDatabase(place).read))[token.id].use_count == 3
 
 
 @pytest.mark.anyio
@@ -185,7 +185,7 @@ async def test_two_tokens_are_two_uses(ask: Ask, keep: Any) -> None:
     headers = [(b"authorization", f"Bearer {secret}".encode()), (b"x-api-key", other.encode())]
     assert (await ask(outer, headers=headers)).status == 200
     await to_thread.run_sync(inner._usage.flush)
-    counted = await to_thread.run_sync(read_usage, "both.db")
+    counted = await to_thread.run_sync(UsageDatabase("both.db").read)
     assert {token_id: use.use_count for token_id, use in counted.items()} == {first.id: 1, second.id: 1}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from tests.helpers.applications import LIFESPAN
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def test_usage_beside_a_read_only_token_file(
     server = serve("app:app", FREEGPT_AUTH_STORE=str(folder / "api_tokens.json"), FREEGPT_AUTH_USAGE=USAGE)
     assert [server.get(token=secret) for _ in range(3)] == [200, 200, 200]
     server.stop()
-    assert read_usage(USAGE)[token.id].use_count == 3
+    assert UsageDatabase(USAGE).read()[token.id].use_count == 3
     assert sorted(path.name for path in folder.iterdir()) == ["api_tokens.json", "api_tokens.json.lock"]
 
 
@@ -111,11 +111,11 @@ def test_killed_server_loses_one_interval_of_usage(serve: Callable[..., Any], ke
     for _ in range(5):
         server.get(token=secret)
     deadline = time.monotonic() + 60
-    while read_usage(USAGE).get(token.id, (0,))[0] < 5:
+    while UsageDatabase(USAGE).read().get(token.id, (0,))[0] < 5:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     for _ in range(5):
         server.get(token=secret)
     server.process.kill()
     server.process.wait()
-    assert 5 <= read_usage(USAGE)[token.id].use_count <= 10
+    assert 5 <= UsageDatabase(USAGE).read()[token.id].use_count <= 10

@@ -30,7 +30,7 @@ WAYS = pytest.mark.parametrize(("way", "done_to"), [("revoke", "Revoked"), ("del
 def count(uses: Mapping[str, int]) -> UsageDatabase:
     """Write usage beside the token file, by token id, and return the database."""
     usage = UsageDatabase(str(USAGE_FILE))
-    usage.add(Batch("p", 1, {token_id: (number, 1764153923.0) for token_id, number in uses.items()}), 1.0)
+    usage.write(Batch("p", 1, {token_id: (number, 1764153923.0) for token_id, number in uses.items()}), 1.0)
     return usage
 
 
