@@ -15,6 +15,7 @@ HIDDEN = "\u200b\ufeff\U000e0001\U000e0041\U000e007f\u2062\u206a\ufff9"
 NO_CHARACTERS = "\ud800\udcff\ufdd0\uffff\ue000\U000f0000\U0003ffff\u0378"
 SCRIPTS = [
     *("田中\u3000太郎", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "क्\u200dष", "👩\u200d💻 laptop", "ま゙"),
+    "\u0600\u0605\U00013430\U0001343f\U0001bca0\U0001bca3 1",
     *("1\ufe0f\u20e3 clé", "Qui\u202f? Moi\u00a0!", "ᠠ\u180eᠰ", "\u06dd\u0661", "名前 'ü'".ljust(200)),
 ]
 BLANKS = ["", " ", "\u3000", "\u2800", "\u3164", "\u115f\u1160", "\uffa0", "\u034f", "\u17b4\ufe0f", "\xad", "\u200d"]
