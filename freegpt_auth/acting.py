@@ -45,8 +45,8 @@ _root: ContextVar[_Identity | None] = ContextVar("root", default=None)
 def as_owner_of(location: Location | str) -> Generator[None]:
     """Run the block as the owner of the folder of *location*, if the process is root; no other user changes.
 
-    The effective user and groups of the whole process change, in all threads: for commands, not for servers. Blocks may be
-    nested. In a block for the URL of a database, root stays root.
+    The effective user and groups of the whole process change, in all threads: for commands, not for servers. Blocks may
+    be nested. In a block for the URL of a database, root stays root.
 
     Raises:
         StoreError: the process is not permitted to act as the owner, or others may write a folder of root.
@@ -79,8 +79,8 @@ def as_owner_of(location: Location | str) -> Generator[None]:
 def thread_as_owner_of(location: Location | str) -> Generator[None]:
     """Access files as the owner of the folder of *location*, in this thread only, if the process is root.
 
-    Only the user and group of file access change: setfsuid(2) drops root's file capabilities in this thread, and the other
-    threads of the server keep theirs. Supplementary groups stay.
+    Only the user and group of file access change: setfsuid(2) drops root's file capabilities in this thread, and the
+    other threads of the server keep theirs. Supplementary groups stay.
 
     Raises:
         StoreError: the system has no setfsuid(2) or forbids it, or others may write a folder of root.
@@ -125,7 +125,7 @@ def _become(identity: _Identity) -> None:
 
 
 def _preload() -> None:
-    """Load the modules and codecs that are otherwise loaded on first use: the owner may have no access to their files."""
+    """Load the modules and codecs that are used later: the owner may have no access to their files."""
     import filelock  # noqa: F401, PLC0415
 
     from .stores.file import store, usage  # noqa: F401, PLC0415
@@ -150,7 +150,7 @@ def _owner_of(path: str, root: _Identity) -> _Identity:
 
 
 def _identity_of(user: int, files: list[os.stat_result | None]) -> _Identity:
-    """Return *user* with its groups. A user without a password entry, as in containers, has the group of its *files*."""
+    """Return *user* with its groups. A user without a password entry, as in containers, has that of its *files*."""
     try:
         entry = pwd.getpwuid(user)
     except KeyError:
@@ -165,7 +165,7 @@ class _PathOwner:
     """The user that controls the target of a path, derived folder by folder.
 
     Attributes:
-        user: owner of the last folder, or of the nearest one above that does not belong to root; 0 if all belong to root.
+        user: owner of the last folder, or of the nearest one above that is not root's; 0 if all belong to root.
         shared: a folder of root in which others may replace a name of the path.
     """
 

@@ -1,7 +1,7 @@
 """Names of tokens: any script, but no character that controls a terminal, forges a line or is invisible. Pure.
 
-The general category of a character decides (Unicode Standard, section 4.5). Names are not normalised: two spellings that
-look the same are two names.
+The general category of a character decides (Unicode Standard, section 4.5). Names are not normalised: two spellings
+that look the same are two names.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _REFUSED = {
     "Zp": "a paragraph separator",
 }
 
-# Format characters (Cf) that scripts need: joiners, the soft hyphen, the Mongolian vowel separator, and the visible signs
-# of Arabic, Syriac, Kaithi, Egyptian hieroglyphs and shorthand. All others are refused, including the bidirectional
-# controls (Unicode Standard Annex #9) and the tags, which carry hidden text.
+# Format characters (Cf) that scripts need: joiners, the soft hyphen, the Mongolian vowel separator, and the visible
+# signs of Arabic, Syriac, Kaithi, Egyptian hieroglyphs and shorthand. All others are refused, including the
+# bidirectional controls (Unicode Standard Annex #9) and the tags, which carry hidden text.
 _FORMATS = frozenset(
     "\u00ad\u180e\u200c\u200d\u2060\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
     + "".join(map(chr, [*range(0x600, 0x606), *range(0x13430, 0x13440), *range(0x1BCA0, 0x1BCA4)]))

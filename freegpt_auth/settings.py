@@ -128,7 +128,7 @@ def store_location(store: str | os.PathLike[str] | None = None, environ: Mapping
 def copied_locations(origin: str, target: str, environ: Mapping[str, str] | None = None) -> tuple[Location, Location]:
     """Return the two locations of ``copy``; ``-`` stands for ``FREEGPT_AUTH_STORE``.
 
-    Every user of a host can read the arguments of a process, but not its environment: a password belongs in the variable.
+    A password belongs in the variable: every user of a host can read the arguments of a process, not its environment.
 
     Raises:
         ConfigurationError: both are ``-``, the variable is not set, or a location cannot be used.

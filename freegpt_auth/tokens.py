@@ -1,10 +1,10 @@
 """Tokens: the stored record, the shape of a secret, the digest, the readings of a reference. Pure: no I/O, no clock.
 
-A secret is ``sk-``, 43 random base62 characters (256 bits) and 6 base62 characters of CRC-32 over all that precedes. The
-checksum distinguishes a typing error from a foreign key without a look-up, and lets a scanner recognise leaked secrets.
+A secret is ``sk-``, 43 random base62 characters (256 bits) and 6 base62 characters of CRC-32 over all that precedes.
+The checksum reveals a typing error without a look-up, and lets a scanner recognise leaked secrets.
 
-The digest is a plain SHA-256, not a slow password hash. Slow hashes protect secrets that can be guessed; 256 random bits
-cannot be guessed at any speed, and a slow hash would delay every request.
+The digest is a plain SHA-256, not a slow password hash. Slow hashes protect secrets that can be guessed; 256 random
+bits cannot be guessed at any speed, and a slow hash would delay every request.
 """
 
 from __future__ import annotations
@@ -138,9 +138,9 @@ class Reference(NamedTuple):
     def read(cls, text: str) -> Reference:
         """Return the readings of *text*.
 
-        White space around a secret, an id or a prefix is dropped, as are the dots that ``list`` prints after a prefix. A
-        name is matched as typed. A mistyped secret must not match another token: text of a secret's length is no part of a
-        secret, and is no name if it starts with ``sk-``.
+        White space around a secret, an id or a prefix is dropped, as are the dots that ``list`` prints after a prefix.
+        A name is matched as typed. A mistyped secret must not match another token: text of a secret's length is no part
+        of a secret, and is no name if it starts with ``sk-``.
         """
         typed = text.strip()
         part = typed.rstrip(".…")

@@ -22,8 +22,8 @@ LARGEST: Final = 100_000_000
 
 SHORTEST_LEASE: Final = 5
 """Lowest ``FREEGPT_AUTH_LEASE``, in seconds. The database is polled each second with a time limit of 2 s, so one dead
-connection outlasts a shorter lease. Measured after a half-open link: the lease was lost for up to 43, 21 and 6 % of the time
-with 1, 2 and 3 s, and never with 4 s or more."""
+connection outlasts a shorter lease. Measured after a half-open link: the lease was lost for up to 43, 21 and 6 % of the
+time with 1, 2 and 3 s, and never with 4 s or more."""
 
 _ON = ("on", "true", "yes", "1")
 
@@ -83,8 +83,8 @@ class Variables:
         environ: the environment.
 
     Raises:
-        ConfigurationError: the name of a variable is misspelt. Each method raises it for a value that is empty, wrapped in
-            quotes, holds a control character or cannot be used. The message names the variable.
+        ConfigurationError: the name of a variable is misspelt. Each method raises it for a value that is empty, wrapped
+            in quotes, holds a control character or cannot be used. The message names the variable.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:

@@ -306,7 +306,7 @@ sys.exit(cli.main())
 
 
 def test_modules_are_imported_as_root(home: Path, tmp_path: Path) -> None:
-    """Every module is imported before the change of user: the owner of the folder may have no access to the packages."""
+    """Every module is imported before the change of user: the owner of the folder may have no access to it."""
     package = Path(freegpt_auth.__file__).parent
     shutil.copytree(package, tmp_path / "lib" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
 

@@ -45,7 +45,7 @@ protocols = st.lists(st.lists(offers | st.text(max_size=8), max_size=2).map(",".
     st.lists(st.tuples(names, values), max_size=4),
 )
 def test_only_valid_headers_pass(method: str, path: str, headers: checks.Headers) -> None:
-    """Of all bytes in headers, only a valid secret in one carrier is accepted; any other request gets a complete denial."""
+    """Of all bytes in headers, only a valid secret in one carrier is accepted; other requests get a complete denial."""
     checks.check_request("http", method, path, headers, [checks.PREFIX + checks.LIVE[0].decode()])
 
 

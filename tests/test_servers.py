@@ -142,7 +142,7 @@ STARTING = APPLICATION.replace("Starlette(", "Starlette(lifespan=lambda _: open(
 
 @pytest.mark.parametrize("name", STARTS)
 def test_unusable_settings_end_the_server(tmp_path: Path, name: str) -> None:
-    """A server with any number of workers ends and shows the reason, and the startup of the application does not run."""
+    """A server with any number of workers ends with the reason, and the application is not started."""
     (tmp_path / "app.py").write_text(STARTING)
     module, *arguments = STARTS[name]
     address = ["--bind", "127.0.0.1:0"] if module == "hypercorn" else ["--port", "0"]

@@ -15,7 +15,7 @@ SECRET = "a-secret-key"
 
 @pytest.mark.parametrize("name", VARIABLES)
 def test_every_value_is_cleaned(name: str) -> None:
-    """White space, line ends and a byte order mark around a value are removed; quotes and control characters are errors."""
+    """White space and a byte order mark around a value are removed; quotes and control characters are errors."""
     assert Variables({name: "\ufeff \tvalue \v\r\n"}).text(name) == "value"
     with pytest.raises(ConfigurationError, match=f"^{name} is set but empty; {re.escape(VARIABLES[name].advice)}$"):
         Variables({name: "\ufeff \r\n"}).text(name)

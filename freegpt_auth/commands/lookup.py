@@ -29,8 +29,8 @@ def resolve(store: TokenStore, references: Sequence[str]) -> list[Token]:
         references: see :func:`freegpt_auth.tokens.find`; each ``-`` is replaced by the next line of stdin.
 
     Raises:
-        TokenNotFoundError: a reference matches no token, or a line of stdin cannot be used. The message gives the position
-            of the reference and not the reference, which may be a secret.
+        TokenNotFoundError: a reference matches no token, or a line of stdin cannot be used. The message gives the
+            position of the reference and not the reference, which may be a secret.
         AmbiguousTokenError: a reference matches several tokens.
         StoreError: the tokens cannot be read.
     """

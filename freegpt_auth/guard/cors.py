@@ -27,7 +27,7 @@ def checked_origins(origins: Iterable[str]) -> frozenset[str]:
     """Return *origins* as a set, for :func:`headers_for`.
 
     Raises:
-        ConfigurationError: one of them is not written as browsers write it (RFC 6454, section 6.2): no request would match.
+        ConfigurationError: an origin is not in the form that browsers send (RFC 6454, section 6.2) and matches none.
     """
     if isinstance(origins, str):
         raise ConfigurationError(f"cors_origins must be a list of origins, not one string; write [{origins!r}]")

@@ -34,7 +34,7 @@ async def deny_http(scope: Scope, send: Send, denial: Denial) -> bool:
 
 
 def _upload(scope: Scope) -> tuple[bool, bool]:
-    """Return whether the request may have a body, and whether the body may be so long that the connection must close."""
+    """Return whether the request may have a body, and whether it may be so long that the connection must close."""
     if not scope.get("http_version", "1.1").startswith("1"):
         return True, False  # HTTP/2: the length is optional, and a stream ends without its connection
     uploads = may_be_long = False  # without either header there is no body: RFC 9112, 6.3
@@ -48,9 +48,9 @@ def _upload(scope: Scope) -> tuple[bool, bool]:
 async def end_http(receive: Receive, send: Send) -> None:
     """End the response once the request has ended, or a limit is reached.
 
-    A server closes a connection if the response ends before the request: a client in mid-upload then sees a reset in place
-    of the response. The denial is sent before the body is drained: draining first would send ``100 Continue`` to a client
-    that waits for it.
+    A server closes a connection if the response ends before the request: a client in mid-upload then sees a reset in
+    place of the response. The denial is sent before the body is drained: draining first would send ``100 Continue`` to
+    a client that waits for it.
     """
     received = 0
     with anyio.move_on_after(BODY_TIMEOUT):

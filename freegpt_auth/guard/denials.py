@@ -1,6 +1,6 @@
 """Denials, the responses for refusals: statuses, challenges (RFC 6750, section 3) and error bodies. Pure.
 
-Clients of OpenAI, Anthropic and MCP parse the bodies into their own errors. No part of a presented credential is echoed.
+Clients of OpenAI, Anthropic and MCP parse the bodies into their own errors. No part of a credential is echoed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 REALM = "freegpt_auth"
 
 RETRY_AFTER = 5
-"""Seconds to wait before a retry while the store cannot be read. Some clients sleep for as long as they are asked to."""
+"""Seconds to wait before a retry while the store cannot be read. Some clients sleep for this long."""
 
 JSON_RPC_CODE = -32001
 """Error code for MCP clients, in the range that MCP leaves to implementations (-32000 to -32019)."""
@@ -23,8 +23,8 @@ _VERSIONS = {b"mcp-protocol-version": "mcp", b"anthropic-version": "anthropic"}
 _DIALECT_HEADERS = frozenset({*_VERSIONS, b"accept"})
 _OPENAI_OWNERS = frozenset({"threads", "completions"})
 
-# Both wordings are needed. The user's guide quotes "Invalid API key provided". LiteLLM, and aider through it, recognise an
-# authentication error by "Incorrect API key provided"; without it their users read "bad request".
+# Both wordings are needed. The user's guide quotes "Invalid API key provided". LiteLLM, and aider through it, recognise
+# an authentication error by "Incorrect API key provided"; without it their users read "bad request".
 _INVALID = (
     "Invalid API key provided: it is unknown, revoked or expired. Ask whoever runs this server for a valid one. "
     "(Incorrect API key provided.)"
@@ -81,8 +81,8 @@ class _Answer(NamedTuple):
 def denial(scope: Any, reason: str) -> Denial:
     """Return the denial for a *reason* of refusal, in the protocol of the client of *scope*.
 
-    ``missing``, ``malformed``, ``prefixed``, ``quoted`` and ``unavailable`` have denials of their own. All other reasons
-    share the one of an unknown token: a denial must not reveal formerly valid tokens.
+    ``missing``, ``malformed``, ``prefixed``, ``quoted`` and ``unavailable`` have denials of their own. All other
+    reasons share the one of an unknown token: a denial must not reveal formerly valid tokens.
     """
     answers = _DENIALS[_dialect(scope)]
     return answers.get(reason, answers["unknown"])

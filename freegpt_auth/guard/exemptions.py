@@ -24,9 +24,9 @@ def route_path(scope: Any) -> str:
 def is_public(scope: Any, paths: Container[str]) -> bool:
     """Return whether the path of a request is one of the public *paths*.
 
-    No path is public below a root path that the client may have chosen. daphne reads the root path from the request header
-    ``Daphne-Root-Path`` and hides that header: behind daphne no path is public below a root path of the server. Below a
-    mount point it is: Starlette keeps the server's own root path in ``app_root_path``.
+    No path is public below a root path that the client may have chosen. daphne reads the root path from the request
+    header ``Daphne-Root-Path`` and hides that header: behind daphne no path is public below a root path of the server.
+    Below a mount point it is: Starlette keeps the server's own root path in ``app_root_path``.
     """
     if route_path(scope) not in paths:
         return False

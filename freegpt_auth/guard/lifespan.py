@@ -1,7 +1,6 @@
 """The lifespan of the wrapped application, completed for an application that has none.
 
-ASGI allows an application to reject the lifespan: the server then sends no shutdown, and the last recorded uses would be
-lost.
+ASGI allows an application to reject the lifespan: the server then sends no shutdown, and the last uses would be lost.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ _logger = logging.getLogger("freegpt_auth")
 class Lifespan:
     """Forwards the lifespan to an application, and completes it in place of an application that has none.
 
-    An application has no lifespan if it returns without an answer, sends a message of another protocol, or raises before it
-    has received ``lifespan.startup``. Any other exception is a failure of the application and reaches the server.
+    An application has no lifespan if it returns without an answer, sends a message of another protocol, or raises
+    before it has received ``lifespan.startup``. Any other exception is the application's failure and reaches the server.
 
     Args:
         receive: of the server.

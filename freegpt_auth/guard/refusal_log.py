@@ -1,7 +1,7 @@
 """Refusals in the log: one record each, and few records for a flood.
 
-A record names the client, the path, the reason and, if known, the token's id; it holds no credential. Text that a client
-chose is quoted, without spaces and control characters: no client can forge a line or a part of one.
+A record names the client, the path, the reason and, if known, the token's id; it holds no credential. Text that a
+client chose is quoted, without spaces and control characters: no client can forge a line or a part of one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _logger = logging.getLogger("freegpt_auth")
 class RefusalLog:
     """Logs refusals at level INFO, for operators and for programs such as fail2ban.
 
-    Each record has the attributes ``client``, ``path``, ``reason``, ``token_id`` (or ``None``) and ``left_out``: the number
-    of refusals before it that were not logged. A million refusals of one client are 26 records.
+    Each record has the attributes ``client``, ``path``, ``reason``, ``token_id`` (or ``None``) and ``left_out``: the
+    number of refusals before it that were not logged. A million refusals of one client are 26 records.
     """
 
     def __init__(self) -> None:

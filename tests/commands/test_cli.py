@@ -1,4 +1,4 @@
-"""Every command: its arguments, the store it works in, its output streams, its exit status, and no secret in a message."""
+"""All commands: arguments, store, output streams and exit status, and no secret in a message."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_unreachable_database_is_one_line(run: Run, cluster: Any) -> None:
 def test_copy_to_a_database_and_back(
     run: Run, cluster: Any, database: str, monkeypatch: pytest.MonkeyPatch, usage: str | None
 ) -> None:
-    """From a file to a database and back, every field, the order and the usage are kept; a second copy changes nothing."""
+    """A copy to a database and back keeps every field, the order and the usage; a second copy changes nothing."""
     put(FILE, *SAMPLE)
     before, revisions = facts(FILE), []
     put_usage(usage or COUNTS, USED)

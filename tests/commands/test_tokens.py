@@ -131,7 +131,7 @@ def test_several_tokens_at_once(run: Run, way: str, done_to: str) -> None:
 
 @WAYS
 def test_failure_in_the_middle(run: Run, monkeypatch: pytest.MonkeyPatch, way: str, done_to: str) -> None:
-    """If a store changes tokens one by one and the third change fails, the first two have their lines, then the reason."""
+    """If a store changes tokens one by one and the third fails, the first two have their lines, then the reason."""
     store, issued = MemoryTokenStore(), [issue(name, now=datetime.now(UTC)) for name in ("a", "b", "c")]
     for token, secret in issued:
         store.add(digest_of(secret), token)

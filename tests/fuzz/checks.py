@@ -1,8 +1,8 @@
 """Checks of one input: bytes in headers and files, text in subprotocols, arguments.
 
 Each ``check_…`` compares the package with an independent model. ``test_properties.py`` calls the checks with inputs of
-hypothesis, ``fuzz.py`` with inputs of a fuzzer: :data:`TARGETS` converts bytes into inputs. The fuzzer runs without pytest,
-so each ``assert`` has its own message.
+hypothesis, ``fuzz.py`` with inputs of a fuzzer: :data:`TARGETS` converts bytes into inputs. The fuzzer runs without
+pytest, so each ``assert`` has its own message.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def is_empty_object(content: bytes) -> bool:
 
 
 def check_file(content: bytes) -> set[str]:
-    """Check that a token file with any bytes raises nothing, opens no server and accepts only its active secrets; return those."""
+    """Check that no content of a token file opens a server or accepts more than its active secrets; return those."""
     with watched(), tempfile.TemporaryDirectory() as folder:
         path, nothing = Path(folder, "any.json"), is_empty_object(content)
         path.write_bytes(content)

@@ -4,8 +4,8 @@
 
     python tests/fuzz/fuzz.py [TARGET …] [--seconds N | --runs N]
 
-Exits with 0 if every check passed. An input that fails a check is kept in a temporary folder: reproduce the failure with
-``--replay``, and add the input to ``corpus`` once the fault is fixed.
+Exits with 0 if every check passed. An input that fails a check is kept in a temporary folder: reproduce the failure
+with ``--replay``, and add the input to ``corpus`` once the fault is fixed.
 """
 
 from __future__ import annotations
