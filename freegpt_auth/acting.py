@@ -150,7 +150,7 @@ def _owner_of(path: str, root: _Identity) -> _Identity:
 
 
 def _identity_of(user: int, files: list[os.stat_result | None]) -> _Identity:
-    """Return *user* with its groups. A user without a password entry, as in containers, has that of its *files*."""
+    """Return *user* with its groups; without a password entry, as in containers, with the group of its *files*."""
     try:
         entry = pwd.getpwuid(user)
     except KeyError:
