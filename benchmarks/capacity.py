@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import psycopg
 from database import cluster, make, secret_of
 from measure import Result, single, spread
-from postgresql import BINARIES, PASSWORD
 
-from freegpt_auth.stores.postgres import schema, tables
+from freegpt_auth.stores.postgres import reads, schema
+from freegpt_auth.stores.postgres.usage import PostgresUsage
 from freegpt_auth.tokens import digest_of
 from freegpt_auth.usage.base import Batch
-from freegpt_auth.usage.postgres import PostgresUsage
+from tests.helpers.postgresql import BINARIES, PASSWORD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from postgresql import Cluster
+    from tests.helpers.postgresql import Cluster
 
 SECTION = "A fleet on PostgreSQL: what one database carries"
 SIZE = 1_000_000
@@ -48,9 +48,9 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 # pgbench writes its own numbers into a statement; each look-up is of another token.
 _DIGEST = "sha256(('sk-' || left(encode(sha256(:number::text::bytea), 'hex'), 49))::bytea)"
-_LOOK_UP = f"\\set number random(0, {SIZE - 1})\n{tables._LOOK_UP.replace('%s', _DIGEST)};\n"  # noqa: SLF001
-_HEARTBEAT = f"{tables._HEAD};\n"  # noqa: SLF001
-_CHANGES = " ".join(tables._CHANGES.split()) % {"known": 0, "revision": 0, "digest": "NULL"}  # noqa: SLF001
+_LOOK_UP = f"\\set number random(0, {SIZE - 1})\n{reads._LOOK_UP.replace('%s', _DIGEST)};\n"  # noqa: SLF001
+_HEARTBEAT = f"{reads._HEAD};\n"  # noqa: SLF001
+_CHANGES = " ".join(reads._CHANGES.split()) % {"known": 0, "revision": 0, "digest": "NULL"}  # noqa: SLF001
 _FOLLOWING = f"""{_HEARTBEAT}{_CHANGES};
 SELECT freegpt_auth.show_process(md5(:client_id::text), 30, 1, false);
 """
@@ -140,7 +140,7 @@ def _announced(server: Cluster, url: str, number: int) -> Iterator[Result]:
         listeners = [stack.enter_context(closing(psycopg.connect(url, autocommit=True))) for _ in range(number)]
         for listener in listeners:
             listener.execute(f"LISTEN {schema.CHANNEL}")
-            listener.execute(tables._HEAD.encode())  # noqa: SLF001
+            listener.execute(reads._HEAD.encode())  # noqa: SLF001
         done = threading.Event()
         before = _worked(server)
         hearing = threading.Thread(target=_hear, args=(listeners, sent, heard, done))

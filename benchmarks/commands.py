@@ -16,8 +16,8 @@ from measure import TIMES, Result, in_turns, ratio, spread
 from token_file import write_tokens
 
 from freegpt_auth import FileTokenStore
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.usage.base import Batch
-from freegpt_auth.usage.sqlite import UsageDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -43,7 +43,7 @@ ours = [name for name in sys.modules if name not in before and name.partition(".
 print(*ours, sep=", ", file=open(sys.argv[-1].rpartition("=")[2] + ".imports", "w"))
 """
 _DO_NOT_WAIT = """
-from freegpt_auth.stores import file
+from freegpt_auth.stores.file import store as file
 from freegpt_auth.cli import main
 file.FRESHNESS = 0.0
 raise SystemExit(main())

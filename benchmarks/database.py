@@ -11,14 +11,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from postgresql import running
-
 from freegpt_auth.stores.postgres import PostgresTokenStore
+from tests.helpers.postgresql import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from postgresql import Cluster
+    from tests.helpers.postgresql import Cluster
 
 _SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "maintenance_work_mem": "1GB", "work_mem": "64MB"}
 

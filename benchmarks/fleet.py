@@ -22,15 +22,14 @@ from request_path import BARE, NEVER, Turn, application, bearer, clocked
 from token_file import write_tokens
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore
-from freegpt_auth.stores.postgres import PostgresTokenStore, tables
+from freegpt_auth.stores.postgres import PostgresTokenStore, reads
 from freegpt_auth.tokens import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from postgresql import Cluster
-
-    from freegpt_auth.stores.postgres.links import Link
+    from freegpt_auth.stores.postgres.pool import Link
+    from tests.helpers.postgresql import Cluster
 
 SIZES = (1, 1_000, 100_000)
 ROUNDS = 25
@@ -134,7 +133,7 @@ def _parts(
     limiter = CapacityLimiter(1)
 
     def look_up() -> None:
-        _, token = tables.look_up(link, digest_of(next(secrets)))
+        _, token = reads.look_up(link, digest_of(next(secrets)))
         assert token is not None
 
     async def request() -> None:

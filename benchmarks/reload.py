@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from measure import Result, single, spread
 from reload_round import secret_of
 
-from freegpt_auth.stores import document, tokenfile
+from freegpt_auth.stores.file.store import decoding, document
 from freegpt_auth.tokens import Token, digest_of, prefix_of
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def write_files(folder: Path, size: int) -> None:
     """Write two token files that differ in the name of the last token."""
     lines = [_line(number, f"client {number}") for number in range(size - 1)]
     for name in ("one", "two"):
-        content = tokenfile.SEPARATOR.join([*lines, _line(size - 1, name)])
+        content = decoding.SEPARATOR.join([*lines, _line(size - 1, name)])
         path = folder / name
-        path.write_bytes(tokenfile.HEAD + content + tokenfile.FOOT)
+        path.write_bytes(decoding.HEAD + content + decoding.FOOT)
         path.chmod(0o600)
     (folder / "size").write_text(str(size))
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import capacity
 import commands
-import fleet
 import flood
 import following
 import memory
@@ -21,6 +20,8 @@ import request_path
 import revocation
 import servers
 import usage_flush
+
+from tests.helpers import fleet
 
 DOCS = Path(__file__).parent.parent / "docs"
 SUITE = {

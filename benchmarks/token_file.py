@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from freegpt_auth.stores.document import Document
+from freegpt_auth.stores.file.document import Document
 from freegpt_auth.tokens import digest_of, issue
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 from measure import Result, in_turns, longest_turn, over, single, spread
 
+from freegpt_auth.stores.file.usage import UsageDatabase, read_usage
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
-from freegpt_auth.usage.sqlite import UsageDatabase, read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -39,7 +39,7 @@ TIME_LIMIT = 300.0
 _WORKER = f"""
 import random, sys, time
 from freegpt_auth.usage.recorder import UsageRecorder
-from freegpt_auth.usage.sqlite import UsageDatabase
+from freegpt_auth.stores.file.usage import UsageDatabase
 path, *ids = sys.stdin.readline().split()
 recorder = UsageRecorder(UsageDatabase(path), interval={NEVER})
 for line in sys.stdin:

@@ -7,12 +7,12 @@ from importlib import import_module
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:
-    from .callers import TokenUser
     from .exceptions import ConfigurationError, FreeGPTAuthError, StoreError, StoreUnavailableError
+    from .guard.callers import TokenUser
+    from .guard.modes import AuthMode
     from .middleware import BearerTokenMiddleware
-    from .modes import AuthMode
     from .settings import Settings
-    from .stores.base import UNRESOLVED, Survey, TokenStore, Verifier
+    from .stores.base import UNRESOLVED, Survey, TokenSource, TokenStore
     from .stores.file import FileTokenStore
     from .stores.memory import MemoryTokenStore
     from .tokens import Token
@@ -30,14 +30,14 @@ __all__ = [
     "StoreUnavailableError",
     "Survey",
     "Token",
+    "TokenSource",
     "TokenStore",
     "TokenUser",
-    "Verifier",
 ]
 
 _HOMES = {
     "UNRESOLVED": "stores.base",
-    "AuthMode": "modes",
+    "AuthMode": "guard.modes",
     "BearerTokenMiddleware": "middleware",
     "ConfigurationError": "exceptions",
     "FileTokenStore": "stores.file",
@@ -49,8 +49,8 @@ _HOMES = {
     "Survey": "stores.base",
     "Token": "tokens",
     "TokenStore": "stores.base",
-    "TokenUser": "callers",
-    "Verifier": "stores.base",
+    "TokenUser": "guard.callers",
+    "TokenSource": "stores.base",
 }
 
 

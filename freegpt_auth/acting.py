@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .exceptions import StoreError
 from .location import is_url
-from .stores.access import written_by_others
+from .stores.file.access import written_by_others
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -127,8 +127,7 @@ def _load() -> None:
     """Load each module and codec that is otherwise loaded on first use: the owner may not be able to read Python's files."""
     import filelock  # noqa: F401, PLC0415
 
-    from .stores import file  # noqa: F401, PLC0415
-    from .usage import sqlite  # noqa: F401, PLC0415
+    from .stores.file import store, usage  # noqa: F401, PLC0415
 
     for codec in ("ascii", "unicode_escape"):
         codecs.lookup(codec)

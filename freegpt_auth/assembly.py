@@ -5,17 +5,16 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
-from .authentication import Authenticator
-from .lookups import LookUps
-from .refusals import RefusalLog
+from .guard.authenticator import Authenticator
+from .guard.lookups import LookUps
+from .guard.refusal_log import RefusalLog
 from .sharing import place, shared
-from .stores import open_store
-from .usage import open_usage
+from .stores import open_store, open_usage
 from .usage.recorder import UsageRecorder
 
 if TYPE_CHECKING:
     from .settings import Settings
-    from .stores.base import Verifier
+    from .stores.base import TokenSource
 
 
 class Parts(NamedTuple):
@@ -37,13 +36,13 @@ class Parts(NamedTuple):
 
 
 def told_apart(
-    store: str | PathLike[str] | Verifier | None,
-) -> tuple[str | PathLike[str] | None, Verifier | None]:
+    store: str | PathLike[str] | TokenSource | None,
+) -> tuple[str | PathLike[str] | None, TokenSource | None]:
     """Return the location of a store, or the token source that *store* is; the other is ``None``."""
     return (store, None) if store is None or isinstance(store, (str, PathLike)) else (None, store)
 
 
-def assemble(settings: Settings, source: Verifier | None) -> Parts:
+def assemble(settings: Settings, source: TokenSource | None) -> Parts:
     """Return the parts of a middleware over *source*, by default the store that *settings* names.
 
     Raises:
@@ -64,7 +63,7 @@ def assemble(settings: Settings, source: Verifier | None) -> Parts:
     return Parts(authenticator, look_ups, shared(RefusalLog, RefusalLog, one), usage, counted)
 
 
-def _store(settings: Settings) -> Verifier:
+def _store(settings: Settings) -> TokenSource:
     location, named = place(settings.store), settings.store_named
     lease, limit = settings.lease, settings.cache_limit
     return shared(

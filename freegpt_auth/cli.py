@@ -15,10 +15,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from . import commands
 from .acting import as_owner_of
+from .commands import tokens
+from .commands.listing import title
 from .exceptions import AmbiguousTokenError, FreeGPTAuthError, StoreError
-from .listing import title
 from .names import checked_name, printable
 from .settings import copied_locations, store_location
 
@@ -47,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FreeGPTAuthError as error:
         _fail(str(error))
         for token in error.matches if isinstance(error, AmbiguousTokenError) else ():
-            commands.say(f"  {token.id}  {title(token)}")
+            tokens.say(f"  {token.id}  {title(token)}")
         return 1
     except BrokenPipeError:
-        commands.discard(sys.stdout)  # the reader has gone, as in `list | head -1`
+        tokens.discard(sys.stdout)  # the reader has gone, as in `list | head -1`
         return 1
     except OSError as error:
-        commands.discard(sys.stdout)
+        tokens.discard(sys.stdout)
         return _fail(f"cannot write the output: {error.strerror}")
     except KeyboardInterrupt:
         return 130
@@ -71,7 +71,7 @@ def _prepare_streams() -> None:
 
 
 def _fail(message: str) -> int:
-    commands.say(f"freegpt-auth: {_masked(message)}")
+    tokens.say(f"freegpt-auth: {_masked(message)}")
     return 1
 
 
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     create = _command(
         group,
         "create",
-        commands.create,
+        tokens.create,
         "create a token and print it, once; a running server accepts it at once",
         "create my-application --expires-in 90d",
     )
@@ -128,12 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     create.add_argument("--json", action="store_true", help="print the secret and the record as JSON")
 
-    listing = _command(group, "list", commands.list_tokens, "show every token and when it was last used", "list --json")
+    listing = _command(group, "list", tokens.list_tokens, "show every token and when it was last used", "list --json")
     listing.add_argument("--json", action="store_true", help="print records as JSON, with ids and use counts")
 
     for name, run, summary in (
-        ("revoke", commands.revoke, "refuse tokens for good and keep their records; this cannot be undone"),
-        ("delete", commands.delete, "refuse tokens for good and remove their records"),
+        ("revoke", tokens.revoke, "refuse tokens for good and keep their records; this cannot be undone"),
+        ("delete", tokens.delete, "refuse tokens for good and remove their records"),
     ):
         command = _command(group, name, run, summary, f"{name} sk-a1b2c3d4e5f")
         command.add_argument("references", metavar="TOKEN", nargs="+", help=_REFERENCE_HELP)
@@ -145,7 +145,7 @@ def _add_fleet_commands(group: argparse._SubParsersAction[_Parser]) -> None:
     copy = _command(
         group,
         "copy",
-        commands.copy,
+        tokens.copy,
         "put the tokens of one store, and their usage, into another; to do it twice changes nothing more",
         "copy api_tokens.json -",
         in_store=False,
@@ -159,7 +159,7 @@ def _add_fleet_commands(group: argparse._SubParsersAction[_Parser]) -> None:
     _command(
         group,
         "migrate",
-        commands.migrate,
+        tokens.migrate,
         "make the tables of a database, or bring them to this release; may be run again at any time",
         "--store postgresql://db/tokens migrate",
     )

@@ -6,7 +6,7 @@ import copy
 import functools
 from typing import TYPE_CHECKING, Any, Self
 
-from .modes import AuthMode
+from .guard.modes import AuthMode
 from .sharing import place
 
 if TYPE_CHECKING:
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp
 
-    from .authentication import Authenticator
     from .construction import Unusable
+    from .guard.authenticator import Authenticator
     from .settings import Settings
-    from .stores.base import Verifier
+    from .stores.base import TokenSource
 
 
 class Copyable:
@@ -32,7 +32,7 @@ class Copyable:
 
     app: ASGIApp
     _settings: Settings
-    _source: Verifier | None
+    _source: TokenSource | None
     _unusable: Unusable | None
     _authenticator: Authenticator
 

@@ -6,10 +6,9 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .bearer import VALUE_LIMIT
 from .exceptions import ConfigurationError
-from .regular import UnsuitableFileError, open_regular
-from .tokens import digest_of
+from .regular_file import UnsuitableFileError, open_regular
+from .tokens import VALUE_LIMIT, digest_of
 from .variables import VARIABLES, cleaned, is_off
 
 if TYPE_CHECKING:

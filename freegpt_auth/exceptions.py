@@ -6,7 +6,7 @@
     ├── ConfigurationError         the settings contradict each other or cannot be used
     ├── MalformedCredentialsError  a request carries credentials that cannot be read one way only
     ├── StoreError                 the tokens cannot be read or changed
-    │   ├── TokenFileError         what is wrong with the token file, and where
+    │   ├── FileError         what is wrong with the token file, and where
     │   ├── StoreBusyError         somebody else held the lock for too long
     │   ├── StoreUnavailableError  whether a token is valid cannot be known now
     │   ├── TokenNotFoundError     no token answers to a reference
@@ -42,7 +42,7 @@ class StoreError(FreeGPTAuthError):
     """The tokens cannot be read or changed."""
 
 
-class TokenFileError(StoreError):
+class FileError(StoreError):
     """The token file cannot be read, understood or written.
 
     Attributes:

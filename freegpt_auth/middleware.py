@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
-from . import cors, denials
 from .assembly import assemble, told_apart
-from .authentication import Decision, Refusal
-from .bearer import plain, withdraw
-from .callers import ANONYMOUS, Caller
 from .construction import Unusable, warn_if_late
 from .copying import Copyable
-from .delivery import deny_http, deny_websocket, end_http
-from .exemptions import is_preflight, is_public
-from .judging import MARK, judge
-from .lifespan import Lifespan
-from .refusals import RefusalLog
+from .guard import cors, denials
+from .guard.authenticator import Decision, Refusal
+from .guard.callers import ANONYMOUS, Caller
+from .guard.credentials import plain, withdraw
+from .guard.delivery import deny_http, deny_websocket, end_http
+from .guard.exemptions import is_preflight, is_public
+from .guard.judging import MARK, judge
+from .guard.lifespan import Lifespan
+from .guard.refusal_log import RefusalLog
 from .settings import FLUSH_INTERVAL, Settings
 from .stores.base import UNRESOLVED
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from .stores.base import Verifier
+    from .stores.base import TokenSource
 
 _REQUESTS: tuple[str, ...] = ("http", "websocket")
 _UNAVAILABLE = Refusal("unavailable")
@@ -47,7 +47,7 @@ class BearerTokenMiddleware(Copyable):
     Args:
         app: the application to protect.
         store: where the tokens are: a path, a ``postgresql://`` URL, or any
-            :class:`~freegpt_auth.stores.base.Verifier`. A server whose store is named, here or by the variable, is never
+            :class:`~freegpt_auth.stores.base.TokenSource`. A server whose store is named, here or by the variable, is never
             open. Default: ``FREEGPT_AUTH_STORE``, else ``api_tokens.json`` in the working directory.
         public_paths: exact paths that need no token. Default: ``FREEGPT_AUTH_PUBLIC_PATHS``, else none.
         required: raise instead of starting in open mode. Default: ``FREEGPT_AUTH_REQUIRED``, else no.
@@ -69,7 +69,7 @@ class BearerTokenMiddleware(Copyable):
         self,
         app: ASGIApp,
         *,
-        store: str | PathLike[str] | Verifier | None = None,
+        store: str | PathLike[str] | TokenSource | None = None,
         public_paths: Iterable[str] | None = None,
         required: bool | None = None,
         usage: str | PathLike[str] | None = None,

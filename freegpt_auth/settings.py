@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cors import checked_origins
 from .environment_key import environment_key
 from .exceptions import ConfigurationError
+from .guard.cors import checked_origins
 from .location import is_url
+from .stores.base import CACHE_LIMIT, LEASE
 from .variables import VARIABLES, Variables, cleaned, expanded, is_off
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
 
 FLUSH_INTERVAL = 2.0
 """Seconds between two writes of usage."""
-
-LEASE = 30.0
-"""Seconds for which a process that cannot reach the database goes on to accept the tokens that it knows."""
-
-CACHE_LIMIT = 100_000
-"""Tokens of a database that a process keeps in memory, about 0.5 KB each."""
 
 DEFAULT_STORE = "api_tokens.json"
 """The token file when none is named: in the working directory."""

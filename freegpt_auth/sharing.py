@@ -7,10 +7,10 @@ and 1.5 s.
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .forks import Lock
 from .location import is_url
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _shared: weakref.WeakValueDictionary[tuple[object, ...], Any] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def shared(make: Callable[[], _T], *key: object) -> _T:
@@ -40,11 +40,3 @@ def shared(make: Callable[[], _T], *key: object) -> _T:
 def place(location: str) -> str:
     """Return a URL as it is, and a path as an absolute one: the working directory may change."""
     return location if is_url(location) else os.path.abspath(location)
-
-
-def _renew_lock() -> None:
-    global _lock  # noqa: PLW0603
-    _lock = threading.Lock()  # another thread may have held it at the moment of the fork
-
-
-os.register_at_fork(after_in_child=_renew_lock)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SECRET_LENGTH = 52
 """Characters of a secret made by :func:`generate_secret`."""
 
+VALUE_LIMIT = 4096
+"""Longest credential that a request may present, in bytes; a longer one is refused without a digest."""
+
 PREFIX_LENGTH = 14
 """Characters of a generated secret that stay visible: ``sk-a1b2c3d4e5f``."""
 
@@ -63,11 +66,14 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     models: tuple[str, ...] | None = None
     last_used_at: Instant | None = None
 
-    def status(self, now: datetime) -> Status:
-        """Tell whether the token works at *now*. Derived from the instants, never stored beside them."""
+    def status(self, now: float) -> Status:
+        """Return the state at *now*, in seconds since the epoch. It is derived from the instants, never stored.
+
+        The only rule about a token that is in force. ``stores.postgres.reads`` has the same rule in SQL.
+        """
         if self.revoked_at is not None:
             return "revoked"
-        if self.expires_at is not None and self.expires_at <= now:
+        if self.expires_at is not None and self.expires_at.timestamp() <= now:
             return "expired"
         return "active"
 

@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import status
 from blockbuster import BlockBuster
 
 from freegpt_auth.tokens import digest_of, issue
 from freegpt_auth.variables import VARIABLES
+from tests.helpers.asking import status
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a run leave out what needs a database, or do nothing else."""
-    parser.addoption("--database", choices=["with", "without", "only"], default="with", help="tests on PostgreSQL")
+_ATTACKS = Path(__file__).parent / "attacks"
+_ON_POSTGRESQL = {"cluster", "durable"}  # the fixtures that start one
 
 
 def pytest_configure() -> None:
@@ -38,12 +37,14 @@ def pytest_configure() -> None:
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests that the option asks for: those on a database say so in their name, or ask for it as a fixture."""
-    wanted = config.getoption("database")
-    if wanted != "with":
-        on_database = ["postgres" in item.nodeid or "cluster" in getattr(item, "fixturenames", ()) for item in items]
-        items[:] = [item for item, is_on in zip(items, on_database, strict=True) if is_on is (wanted == "only")]
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by "-m"
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use a real PostgreSQL as ``database``, and everything in tests/attacks as ``attack``."""
+    for item in items:
+        if not _ON_POSTGRESQL.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("database")
+        if _ATTACKS in item.path.parents:
+            item.add_marker("attack")
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -74,10 +75,10 @@ def _blocking_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     blockbuster = BlockBuster("freegpt_auth")
-    blockbuster.functions["os.stat"].can_block_in("freegpt_auth/stores/disk.py", "signature_at")
+    blockbuster.functions["os.stat"].can_block_in("freegpt_auth/stores/file/disk.py", "signature_at")
     for function in blockbuster.functions.values():
         function.can_block_in("freegpt_auth/middleware.py", "__init__")
-        function.can_block_in("freegpt_auth/stores/file.py", {"__init__", "add", "revoke", "delete"})
+        function.can_block_in("freegpt_auth/stores/file/store.py", {"__init__", "add", "revoke", "delete"})
         function.can_block_in("freegpt_auth/stores/postgres/store.py", {"add", "revoke", "delete"})
     blockbuster.activate()
     yield
@@ -179,9 +180,8 @@ def keep() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Run one PostgreSQL for all tests that need one: as fast as it can be, and safe from nothing."""
-    from postgresql import running  # noqa: PLC0415  most tests need none, and some environments have none
-
     from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415
+    from tests.helpers.postgresql import running  # noqa: PLC0415  most tests need none, and some environments have none
 
     fast = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
     with running(tmp_path_factory.mktemp("postgresql") / "data", **fast) as cluster:

@@ -25,9 +25,9 @@ import freegpt_auth
 from freegpt_auth import acting, cli
 from freegpt_auth.acting import as_owner_of, thread_as_owner_of
 from freegpt_auth.exceptions import StoreError
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
-from freegpt_auth.usage.sqlite import UsageDatabase
 
 IS_ROOT = os.geteuid() == 0
 OWNER = 1 if IS_ROOT else os.geteuid()
@@ -193,7 +193,7 @@ def _record(home: Path) -> None:
     recorder = UsageRecorder(UsageDatabase(str(home / "t.usage.db")), interval=60)
     recorder.record(("id", 1.0))
     recorder.flush()
-    recorder.forget()
+    recorder.after_fork_in_child()
 
 
 def test_server_writes_usage_as_owner(home: Path) -> None:
@@ -218,7 +218,7 @@ def test_server_that_may_not_change_its_user_writes_nothing(
     assert (home / "t.usage.db").exists() is not IS_ROOT
     refused = f"its folder belongs to user {OWNER}; run the server as that user. It is kept in memory"
     assert (refused in caplog.text) is IS_ROOT
-    recorder.forget()
+    recorder.after_fork_in_child()
 
 
 def test_way_that_cannot_be_followed_is_reported(roots: Path, monkeypatch: pytest.MonkeyPatch) -> None:

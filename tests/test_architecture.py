@@ -51,10 +51,20 @@ def test_no_function_is_longer_than_a_screen() -> None:
         assert lines <= 40, f"{path.name}: {node.name}"
 
 
-@pytest.mark.parametrize("name", ["names", "tokens", "bearer", "cors", "denials", "exemptions"])
-def test_the_pure_modules_depend_on_nothing(name: str) -> None:
-    """What a token, a request's credentials and a refusal are can be read without the rest of the library."""
-    assert imported(PACKAGE / f"{name}.py") <= {"exceptions", "names", "tokens"} - {name}
+@pytest.mark.parametrize(
+    "name",
+    ["names", "tokens", *(f"guard.{each}" for each in ("credentials", "cors", "denials", "delivery", "exemptions"))],
+)
+def test_pure_modules_import_no_engine(name: str) -> None:
+    """A token, credentials and denials can be read without the rest of the library."""
+    allowed = {"exceptions", "names", "tokens", "guard.denials"} - {name}
+    assert imported(PACKAGE / f"{name.replace('.', '/')}.py") <= allowed
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "guard").glob("*.py")), ids=lambda path: path.stem)
+def test_guard_imports_no_engine(path: Path) -> None:
+    """The request path knows the contract of a token source, and neither a file nor a database."""
+    assert not {name for name in imported(path) if name.startswith(("stores", "usage"))} - {"stores.base"}
 
 
 def test_the_middleware_is_the_top() -> None:

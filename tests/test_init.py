@@ -33,7 +33,7 @@ print(json.dumps({"opened": list(opened), "others": list(others), "modules": sor
 """
 NAMES = """
     UNRESOLVED AuthMode BearerTokenMiddleware ConfigurationError FileTokenStore FreeGPTAuthError MemoryTokenStore Settings
-    StoreError StoreUnavailableError Survey Token TokenStore TokenUser Verifier
+    StoreError StoreUnavailableError Survey Token TokenSource TokenStore TokenUser
 """
 
 

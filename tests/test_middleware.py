@@ -34,12 +34,12 @@ from freegpt_auth import (
     MemoryTokenStore,
     Survey,
 )
-from freegpt_auth.bearer import SUBPROTOCOL
-from freegpt_auth.denials import RETRY_AFTER
-from freegpt_auth.lookups import LANE_WIDTH
-from freegpt_auth.stores import file, table
+from freegpt_auth.guard.credentials import SUBPROTOCOL
+from freegpt_auth.guard.denials import RETRY_AFTER
+from freegpt_auth.guard.lookups import LANE_WIDTH
+from freegpt_auth.stores.file import store as file_store, table
+from freegpt_auth.stores.file.usage import read_usage
 from freegpt_auth.tokens import digest_of, issue
-from freegpt_auth.usage.sqlite import read_usage
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -337,7 +337,7 @@ async def test_a_tokens_life(ask: Ask, keep: Keep, monkeypatch: pytest.MonkeyPat
 
 async def test_open_closes_and_never_opens_again(keep: Keep, monkeypatch: pytest.MonkeyPatch, statuses: Any) -> None:
     """The first token closes a serving open server at once and for good, also after its file is gone."""
-    monkeypatch.setattr(file, "FRESHNESS", 0.0)  # each request looks at the file
+    monkeypatch.setattr(file_store, "FRESHNESS", 0.0)  # each request looks at the file
     guarded = BearerTokenMiddleware(plain, usage="off")
     assert await statuses(guarded, None) == [200]
     await anyio.Path(TOKEN_FILE).write_text("{}")
@@ -389,7 +389,7 @@ async def test_first_token_of_a_named_store(
 ) -> None:
     """A server whose named store is missing refuses everything, says so, and accepts the first token at once."""
     monkeypatch.setenv("FREEGPT_AUTH_STORE", TOKEN_FILE)  # the default place is named too
-    monkeypatch.setattr(file, "FRESHNESS", 0.0)
+    monkeypatch.setattr(file_store, "FRESHNESS", 0.0)
     guarded = BearerTokenMiddleware(plain, usage="off")
     assert "is missing or holds no tokens" in caplog.text
     assert await statuses(guarded, None) == [401]

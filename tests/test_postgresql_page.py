@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import blocks
-from postgresql import BINARIES, PASSWORD
 
 from freegpt_auth import FileTokenStore
 from freegpt_auth.stores.postgres import PostgresTokenStore
+from freegpt_auth.stores.postgres.usage import PostgresUsage
 from freegpt_auth.usage.base import Batch
-from freegpt_auth.usage.postgres import PostgresUsage
+from tests.helpers.pages import blocks
+from tests.helpers.postgresql import BINARIES, PASSWORD
 
 BLOCKS = blocks("docs/postgresql.md")
 URL, WITHOUT_PASSWORD = "postgresql://user:password@host/database", "postgresql://user@host/database"

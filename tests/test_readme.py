@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 import pytest
-from pages import PROJECT, blocks
 from starlette.testclient import TestClient
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Settings, Token
-from freegpt_auth.authentication import Reason
+from freegpt_auth.guard.authenticator import Reason
 from freegpt_auth.tokens import digest_of
 from freegpt_auth.variables import VARIABLES
+from tests.helpers.pages import PROJECT, blocks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.usage.sqlite import read_usage
+from freegpt_auth.stores.file.usage import read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

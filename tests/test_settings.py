@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from freegpt_auth import ConfigurationError, Settings
-from freegpt_auth.bearer import VALUE_LIMIT
 from freegpt_auth.environment_key import FILE_LIMIT, EnvironmentKey
+from freegpt_auth.guard.credentials import VALUE_LIMIT
 from freegpt_auth.settings import store_location, usage_location
 from freegpt_auth.tokens import digest_of
 

@@ -18,7 +18,7 @@ from anyio import to_thread
 
 from freegpt_auth import UNRESOLVED, AuthMode, BearerTokenMiddleware, ConfigurationError, FileTokenStore, Survey
 from freegpt_auth.sharing import shared
-from freegpt_auth.usage.sqlite import read_usage
+from freegpt_auth.stores.file.usage import read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -137,13 +137,15 @@ def test_two_threads_share_one_object() -> None:
 
 _FORK_WHILE_SHARING = """
 import os, signal, sys
-from freegpt_auth import BearerTokenMiddleware, authentication, sharing
-with authentication._lock, sharing._lock:  # as another thread holds them
+from freegpt_auth import BearerTokenMiddleware, sharing
+first = BearerTokenMiddleware(print)
+with first._authenticator._lock, sharing._lock:  # as another thread holds them
     child = os.fork()
     if child == 0:
         signal.alarm(30)
         print(BearerTokenMiddleware(print)._authenticator.mode)
-        sys.exit()
+        sys.stdout.flush()
+        os._exit(0)
 os.waitpid(child, 0)
 """
 

@@ -120,7 +120,7 @@ def test_a_token_cannot_be_changed() -> None:
 def test_the_status_follows_from_the_instants(expires: datetime | None, revoked: datetime | None, status: str) -> None:
     """A token stops working at the very instant it expires, and revoked comes before everything."""
     token, _ = issue("ci", now=NOW, expires_at=expires)
-    assert msgspec.structs.replace(token, revoked_at=revoked).status(NOW) == status
+    assert msgspec.structs.replace(token, revoked_at=revoked).status(NOW.timestamp()) == status
 
 
 # --- references

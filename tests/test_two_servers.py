@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from asking import status
-from postgresql import free_port
+
+from tests.helpers.asking import status
+from tests.helpers.postgresql import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

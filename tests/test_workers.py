@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from applications import LIFESPAN
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.usage.sqlite import read_usage
+from freegpt_auth.stores.file.usage import read_usage
+from tests.helpers.applications import LIFESPAN
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Where tokens persist, and how a location names a store."""
+"""Stores of tokens and of their usage, one folder per engine; a location names the store."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..exceptions import ConfigurationError
 from ..location import driver_required, is_url
-from ..settings import CACHE_LIMIT, LEASE
+from .base import CACHE_LIMIT, LEASE
 
 if TYPE_CHECKING:
+    from ..usage.base import UsageStore
     from .base import TokenStore
 
 
@@ -42,6 +43,24 @@ def open_store(
     if named:
         _check_folder(location)
     return FileTokenStore(location, lease=lease)
+
+
+def open_usage(location: str) -> UsageStore:
+    """Return the usage store at *location*: the path of a SQLite database, or the ``postgresql://`` URL of a token store.
+
+    Nothing is read or written before the first call of one of its methods.
+
+    Raises:
+        ConfigurationError: *location* resembles the address of a database but is no URL of one, the URL cannot be read,
+            or its driver is not installed.
+    """
+    if is_url(location, "the usage database"):
+        with driver_required():
+            from .postgres.usage import PostgresUsage  # noqa: PLC0415
+        return PostgresUsage(location)
+    from .file.usage import UsageDatabase  # noqa: PLC0415
+
+    return UsageDatabase(location)
 
 
 def _check_folder(path: str) -> None:

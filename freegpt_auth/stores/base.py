@@ -1,6 +1,6 @@
 """The contract that every store keeps; ``tests/stores`` holds the suite that every store must pass.
 
-A store is plain synchronous code. The middleware calls :meth:`Verifier.peek` on the event loop and the rest in a worker
+A store is plain synchronous code. The middleware calls :meth:`TokenSource.peek` on the event loop and the rest in a worker
 thread, several at once, so a store must be safe to call from several threads.
 """
 
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from ..tokens import Token
+
+
+LEASE = 30.0
+"""Default lease, in seconds: how long known tokens are accepted while their source cannot be read."""
+
+CACHE_LIMIT = 100_000
+"""Default number of tokens of a database that a process keeps in memory, about 0.5 KB each."""
 
 
 class Unresolved(Enum):
@@ -64,7 +71,7 @@ class Unseen(NamedTuple):
     seconds: int
 
 
-class Verifier(Protocol):
+class TokenSource(Protocol):
     """What the middleware needs of a token source. These three methods are enough to plug in one's own.
 
     A token is answered whether or not it is revoked or expired; the caller looks at that. While nothing in the store
@@ -106,7 +113,7 @@ class Verifier(Protocol):
         ...
 
 
-class TokenStore(Verifier, Protocol):
+class TokenStore(TokenSource, Protocol):
     """A store that can also be changed: what the commands need.
 
     When a method that changes something has returned, the change is durable, and no server of this host decides

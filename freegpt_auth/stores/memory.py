@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..exceptions import StoreError, TokenNotFoundError
+from ..exceptions import TokenNotFoundError
 from ..tokens import find
 from .base import Merged, Survey
+from .rules import count_active, duplicate_error, plan_merge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from datetime import datetime
 
     from ..tokens import Token
@@ -51,7 +51,7 @@ class MemoryTokenStore:
         """Keep a new token."""
         with self._lock:
             if digest in self._tokens or any(token.id == other.id for other in self._tokens.values()):
-                raise duplicate(token)
+                raise duplicate_error(token)
             self._tokens[digest] = token
 
     def revoke(self, token_id: str, at: datetime) -> Token:
@@ -72,7 +72,7 @@ class MemoryTokenStore:
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
         """Add the tokens that are not there, and revoke those that are revoked in *tokens*."""
         with self._lock:
-            new, revoked = to_merge(tokens, self._tokens)
+            new, revoked = plan_merge(tokens, self._tokens)
             self._tokens |= new
             for digest, at in revoked.items():
                 self._tokens[digest] = msgspec.structs.replace(self._tokens[digest], revoked_at=at)
@@ -83,39 +83,3 @@ class MemoryTokenStore:
             if token.id == token_id:
                 return digest, token
         raise TokenNotFoundError(f"there is no token with the id {token_id}")
-
-
-def to_merge(
-    tokens: Mapping[bytes, Token], known: Mapping[bytes, Token]
-) -> tuple[dict[bytes, Token], dict[bytes, datetime]]:
-    """Return which tokens are new, and which known ones are to be revoked and since when.
-
-    Raises:
-        StoreError: a new token has the id of another.
-    """
-    new = {digest: token for digest, token in tokens.items() if digest not in known}
-    ids = {token.id for token in known.values()}
-    for token in new.values():
-        if token.id in ids:
-            raise duplicate(token)
-        ids.add(token.id)
-    revoked = {
-        digest: token.revoked_at
-        for digest, token in tokens.items()
-        if token.revoked_at is not None and digest in known and known[digest].revoked_at is None
-    }
-    return new, revoked
-
-
-def duplicate(token: Token) -> StoreError:
-    """Return what is raised where a token cannot be added beside another."""
-    return StoreError(f"a token with the id {token.id} or with the same secret is there already")
-
-
-def count_active(tokens: Iterable[Token], now: float | None = None) -> int:
-    """Count the tokens that work now, or at an instant in seconds since the epoch."""
-    now = time.time() if now is None else now
-    return sum(
-        token.revoked_at is None and (token.expires_at is None or token.expires_at.timestamp() > now)
-        for token in tokens
-    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import os
 import secrets
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..acting import thread_as_owner_of
 from ..exceptions import StoreError, UsageError
+from ..forks import Watched
 from .base import Batch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ Use = tuple[str, float]
 _logger = logging.getLogger("freegpt_auth")
 
 
-class UsageRecorder:
+class UsageRecorder(Watched):
     """Counts uses in memory and adds them to a store.
 
     Args:
@@ -70,11 +70,22 @@ class UsageRecorder:
         self._store = store
         self._interval = interval
         self._told: str | None = None
-        self.forget()
+        self._is_held = False
+        self.after_fork_in_child()
+        self.watch_forks()
         _recorders.add(self)
 
-    def forget(self) -> None:
-        """Drop what is in memory: after a fork it is the parent's to write."""
+    def before_fork(self) -> None:
+        """Never fork during a write: the child would inherit SQLite's lock table and keep those locks."""
+        self._is_held = self._writing.acquire(timeout=FORK_TIMEOUT)
+
+    def after_fork_in_parent(self) -> None:
+        """Let the writer go on."""
+        if self._is_held:
+            self._writing.release()
+
+    def after_fork_in_child(self) -> None:
+        """Start with nothing recorded: the uses in memory are the parent's to write."""
         self._pending: deque[Use] = deque()
         self._counts: dict[str, tuple[int, float]] = {}
         self._process = secrets.token_hex(8)
@@ -177,25 +188,3 @@ _recorders: weakref.WeakSet[UsageRecorder] = weakref.WeakSet()
 def _flush_all() -> None:
     for recorder in list(_recorders):
         recorder.flush()
-
-
-_held: list[threading.Lock] = []
-
-
-def _finish_writing() -> None:
-    """Let no fork fall into a write: SQLite's own notes of who holds which lock would cross it and never be undone."""
-    locks = [recorder._writing for recorder in list(_recorders)]  # noqa: SLF001
-    _held.extend(lock for lock in locks if lock.acquire(timeout=FORK_TIMEOUT))
-
-
-def _go_on_writing() -> None:
-    while _held:
-        _held.pop().release()
-
-
-def _forget_all() -> None:
-    for recorder in list(_recorders):
-        recorder.forget()
-
-
-os.register_at_fork(before=_finish_writing, after_in_parent=_go_on_writing, after_in_child=_forget_all)

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import unicodedata
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -33,12 +34,12 @@ from freegpt_auth import (
     MemoryTokenStore,
     StoreError,
     Token,
-    refusals,
 )
-from freegpt_auth.authentication import Authenticator
-from freegpt_auth.callers import Caller
 from freegpt_auth.cli import main
-from freegpt_auth.stores import file
+from freegpt_auth.guard import refusal_log
+from freegpt_auth.guard.authenticator import Authenticator
+from freegpt_auth.guard.callers import Caller
+from freegpt_auth.stores.file import store as file_store
 from freegpt_auth.tokens import issue
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ def watched() -> Iterator[None]:
     logger, heard = logging.getLogger("freegpt_auth"), _Ear()
     level = logger.level
     with (
-        mock.patch.object(file, "FRESHNESS", 0.0),
-        mock.patch.object(refusals, "SHOWN", sys.maxsize),
+        mock.patch.object(file_store, "FRESHNESS", 0.0),
+        mock.patch.object(refusal_log, "SHOWN", sys.maxsize),
         mock.patch.multiple(logger, handlers=[heard], propagate=False),
     ):
         logger.setLevel(logging.INFO)
@@ -263,7 +264,7 @@ def check_file(content: bytes) -> set[str]:
         assert not accepted or {digest(secret) for secret in accepted} <= active(content), accepted
         with contextlib.suppress(StoreError):
             tokens = store.tokens()
-            live = {key for key, token in tokens.items() if token.status(datetime.now(UTC)) == "active"}
+            live = {key for key, token in tokens.items() if token.status(time.time()) == "active"}
             assert live <= active(content), live
             shown = {secret for secret in SECRETS if digest(secret) in live}
             assert shown == accepted, f"{shown} is not {accepted}"

@@ -64,7 +64,9 @@ def _postgres_in_part(request: pytest.FixtureRequest) -> Iterator[Opener]:
 OPENERS = {"memory": _memory, "file": _file, "postgres": _postgres, "postgres-in-part": _postgres_in_part}
 
 
-@pytest.fixture(params=list(OPENERS))
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.database] * name.startswith("postgres")) for name in OPENERS]
+)
 def opener(request: pytest.FixtureRequest) -> Iterator[Opener]:
     """Return a function that opens the same tokens once more, as another process does."""
     yield from OPENERS[request.param](request)

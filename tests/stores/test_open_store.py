@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from freegpt_auth import ConfigurationError, FileTokenStore
-from freegpt_auth.stores import open_store
-from freegpt_auth.usage import open_usage
+from freegpt_auth.stores import open_store, open_usage
 
 
 @pytest.mark.parametrize("location", ["api_tokens.json", "missing folder/t.json", "C:/x"])
@@ -51,7 +50,7 @@ def test_folder_out_of_reach_is_no_missing_folder() -> None:
 def test_a_url_of_postgresql_names_a_database(scheme: str) -> None:
     """Both usual schemes open a store and its usage with what was set; nothing is asked of the database yet."""
     from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415  its driver is an extra
-    from freegpt_auth.usage.postgres import PostgresUsage  # noqa: PLC0415
+    from freegpt_auth.stores.postgres.usage import PostgresUsage  # noqa: PLC0415
 
     url = f"{scheme}://u:hunter2@db.invalid/d?sslmode=require"
     store, usage = open_store(url, lease=5.0, cache_limit=7), open_usage(url)
@@ -93,7 +92,7 @@ def test_where_the_driver_is_not_installed_no_server_starts(monkeypatch: pytest.
     monkeypatch.setenv("FREEGPT_AUTH_STORE", "postgresql://u:hunter2@h/d")
     hidden = (
         "import sys; sys.modules['psycopg'] = None; from freegpt_auth import BearerTokenMiddleware;"
-        f"from freegpt_auth.usage import open_usage; {opened}"
+        f"from freegpt_auth.stores import open_usage; {opened}"
     )
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1

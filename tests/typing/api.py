@@ -21,9 +21,9 @@ from freegpt_auth import (
     StoreUnavailableError,
     Survey,
     Token,
+    TokenSource,
     TokenStore,
     TokenUser,
-    Verifier,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class OneToken:
 
 
 own_source = BearerTokenMiddleware(app, store=OneToken(b""))
-verifier: Verifier = OneToken(b"")
+verifier: TokenSource = OneToken(b"")
 store: TokenStore = MemoryTokenStore()
 store = FileTokenStore("api_tokens.json")
 answer = store.peek(b"")

@@ -18,9 +18,8 @@ import pytest
 
 from freegpt_auth.exceptions import UsageError
 from freegpt_auth.location import is_url
-from freegpt_auth.stores import open_store
+from freegpt_auth.stores import open_store, open_usage
 from freegpt_auth.tokens import Token
-from freegpt_auth.usage import open_usage
 from freegpt_auth.usage.base import Batch, Usage
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def _postgres(request: pytest.FixtureRequest) -> str:
 LOCATIONS = {"sqlite": _sqlite, "postgres": _postgres}
 
 
-@pytest.fixture(params=list(LOCATIONS))
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.database)])
 def location(request: pytest.FixtureRequest) -> str:
     """Return where usage is kept, once for each kind of place; tokens t0 to t7 may be used there."""
     return LOCATIONS[request.param](request)
@@ -172,7 +171,7 @@ def test_processes_count_exactly(opener: Opener, location: str) -> None:
     """What several processes record side by side, until they end as programs do, is there to the last use."""
     program = f"""
 import sys
-from freegpt_auth.usage import open_usage
+from freegpt_auth.stores import open_usage
 from freegpt_auth.usage.recorder import UsageRecorder
 recorder = UsageRecorder(open_usage({location!r}), interval=0.01)
 print("ready", flush=True)
@@ -196,7 +195,7 @@ def test_what_a_child_uses_is_counted_beside_what_its_parent_does(opener: Opener
     program = f"""
 import os, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
-from freegpt_auth.usage import open_usage
+from freegpt_auth.stores import open_usage
 from freegpt_auth.usage.recorder import UsageRecorder
 recorder = UsageRecorder(open_usage({location!r}), interval=3600)
 def use():

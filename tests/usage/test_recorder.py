@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth.exceptions import UsageError
-from freegpt_auth.stores.lock import locked
-from freegpt_auth.usage import sqlite
+from freegpt_auth.stores.file import usage
+from freegpt_auth.stores.file.lock import locked
+from freegpt_auth.stores.file.usage import UsageDatabase, read_usage
+from freegpt_auth.stores.file.usage_header import APPLICATION_ID
 from freegpt_auth.usage.base import Batch, Usage
-from freegpt_auth.usage.header import APPLICATION_ID
 from freegpt_auth.usage.recorder import UsageRecorder
-from freegpt_auth.usage.sqlite import UsageDatabase, read_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -255,7 +255,7 @@ def test_a_child_begins_batches_of_its_own() -> None:
     store.answers = False
     recorder.flush()
     before = recorder._process
-    recorder.forget()
+    recorder.after_fork_in_child()
     store.answers = True
     recorder.flush()
     assert len(store.given) == 1
@@ -315,7 +315,7 @@ def test_workers_lose_nothing_even_if_they_meet_a_corrupt_database() -> None:
     program = f"""
 import sys
 from freegpt_auth.usage.recorder import UsageRecorder
-from freegpt_auth.usage.sqlite import UsageDatabase
+from freegpt_auth.stores.file.usage import UsageDatabase
 recorder = UsageRecorder(UsageDatabase({PATH!r}), interval=0.001)
 print("ready", flush=True)
 sys.stdin.read()
@@ -352,7 +352,7 @@ def test_a_write_that_fails_after_it_was_done_counts_once(
             )
             return connection
 
-        context.setattr(sqlite.sqlite3, "connect", without_journal)
+        context.setattr(usage.sqlite3, "connect", without_journal)
         recorder.flush()
     (message,) = log(logging.WARNING)
     assert message.startswith(
@@ -370,7 +370,7 @@ def test_a_fork_in_the_middle_of_a_write_counts_everything_once() -> None:
     program = f"""
 import os, sys, threading, time, warnings
 from freegpt_auth.usage import recorder as usage
-from freegpt_auth.usage.sqlite import UsageDatabase
+from freegpt_auth.stores.file.usage import UsageDatabase
 warnings.simplefilter("ignore")
 usage.SHUTDOWN_TIMEOUT = usage.FORK_TIMEOUT = 60
 recorder = usage.UsageRecorder(UsageDatabase({PATH!r}), interval=3600)
@@ -571,7 +571,7 @@ def test_nobody_opens_the_database_while_another_worker_writes(
     spoil()
     recorder = recorder_of({"a": 1})
     with locked(str(Path(PATH).absolute()), 1), monkeypatch.context() as context:
-        context.setattr(sqlite, "_connected", None)
+        context.setattr(usage, "_connected", None)
         recorder.flush()
     (message,) = log(logging.WARNING)
     assert message.endswith(": other processes write to it for too long. It is kept in memory until it can")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .link import Link
+    from .connection import Link
 
 # The waiting sessions of this role, the sessions that block them, and so on; of these the ones that wait for no lock. A
 # session without the rights of pg_monitor sees process, role and program of others, and neither state nor time.

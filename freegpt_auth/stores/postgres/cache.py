@@ -13,8 +13,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .. import table
 from ..base import UNRESOLVED, Unresolved
+from ..steps import PAUSE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -203,4 +203,4 @@ def _shed(tokens: dict[bytes, Token]) -> None:
     while tokens:
         for _ in range(min(_SHED, len(tokens))):
             tokens.popitem()
-        time.sleep(table.PAUSE)
+        time.sleep(PAUSE)

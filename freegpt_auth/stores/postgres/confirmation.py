@@ -7,12 +7,12 @@ import time
 from typing import TYPE_CHECKING
 
 from ..base import Unseen
-from . import tables
+from . import reads
 from .follower import HEARTBEAT
-from .links import TIME_LIMIT
+from .pool import TIME_LIMIT
 
 if TYPE_CHECKING:
-    from .links import Link
+    from .pool import Link
 
 CONFIRMATION = HEARTBEAT + TIME_LIMIT + 2.0
 """Seconds that a change waits for server processes. One whose connection is dead notices that within a heartbeat and the
@@ -44,7 +44,7 @@ class Confirmation:
         Raises:
             psycopg.Error: the processes cannot be read.
         """
-        revision = tables.head(link).revision
+        revision = reads.head(link).revision
         began = time.monotonic()
         limit = min(self._patience, longest, HEARTBEAT if began < self._vain_until else math.inf)
         pause, longest_pause = _LOOK_AGAIN
@@ -57,5 +57,5 @@ class Confirmation:
 
 
 def _unseen(link: Link, revision: int) -> Unseen | None:
-    processes, seconds = tables.processes_behind(link, revision)
+    processes, seconds = reads.processes_behind(link, revision)
     return Unseen(processes, seconds) if processes else None

@@ -20,17 +20,17 @@ import psycopg
 
 from ...clock import elapsed
 from ...exceptions import StoreError, StoreUnavailableError
-from . import schema, tables
-from .links import PATIENCE, TIME_LIMIT
+from . import reads, schema
+from .faults import reason_of
 from .loader import Loader
+from .pool import PATIENCE, TIME_LIMIT
 from .presence import Presence
-from .reasons import reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .cache import TokenCache
-    from .links import Address, Link
+    from .pool import Address, Link
 
 HEARTBEAT = 1.0
 """Seconds after which the revision is looked at without a notification."""
@@ -154,7 +154,7 @@ class Follower:
         self._renew()
         self.age += 1  # after that: whoever sees it reads over connections that are as new
         if self._hears(link):
-            tables.end_if_idle(link, self._lease)
+            reads.end_if_idle(link, self._lease)
         # Before the first read: from here on, commands wait for this process (at most one lease if it is cut off).
         presence.join(link)
         while not stopping.is_set():
@@ -194,9 +194,9 @@ class Follower:
             self._loader.catch_up(link, self._look_at_head(link))
             return began
 
-    def _look_at_head(self, link: Link) -> tables.Head:
+    def _look_at_head(self, link: Link) -> reads.Head:
         began = self._clock()
-        head = tables.head(link)
+        head = reads.head(link)
         schema.check(head.version, self._address.shown)
         self._ahead = head.now - began  # never behind the database's own clock: no token is accepted after its end
         return head

@@ -6,14 +6,14 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from ..table import PAUSE
-from . import tables
+from ..steps import PAUSE
+from . import reads
 from .cache import Change
 
 if TYPE_CHECKING:
     from ...tokens import Token
     from .cache import TokenCache
-    from .links import Link
+    from .pool import Link
 
 _logger = logging.getLogger("freegpt_auth")
 
@@ -31,7 +31,7 @@ class Loader:
         self._shown = shown
         self._mark = ""
 
-    def catch_up(self, link: Link, head: tables.Head) -> None:
+    def catch_up(self, link: Link, head: reads.Head) -> None:
         """Bring memory to the state *head*, or a later one.
 
         Raises:
@@ -44,7 +44,7 @@ class Loader:
 
     def _read_changes(self, link: Link) -> None:
         known, last = (self._cache.revision, self._mark), None
-        for noted in tables.changes_since(link, known[0]):
+        for noted in reads.changes_since(link, known[0]):
             if not noted or (noted[0].revision, noted[0].mark) != known:
                 self._load_what_is_left(link, is_lost=not noted or noted[0].revision == known[0])
                 return
@@ -60,7 +60,7 @@ class Loader:
             self._cache.apply((), last.revision)
             self._mark = last.mark
 
-    def _apply(self, new: list[tables.Noted]) -> None:
+    def _apply(self, new: list[reads.Noted]) -> None:
         """Apply changes without raising the revision: until all are applied, others of it may be missing."""
         changes = (Change(one.revision, one.digest or b"", one.token) for one in new)
         self._cache.apply(changes, self._cache.revision)
@@ -81,8 +81,8 @@ class Loader:
         tokens: dict[bytes, Token] = {}
         with link.transaction():
             link.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            head = tables.head(link)
-            for batch in tables.every_token(link, limit=self._cache.limit + 1):
+            head = reads.head(link)
+            for batch in reads.every_token(link, limit=self._cache.limit + 1):
                 tokens.update((digest, self._cache.same(digest, token)) for digest, token in batch)
                 time.sleep(PAUSE)
         self._cache.load(tokens, head.revision, was_known=was_known)

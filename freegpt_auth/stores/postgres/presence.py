@@ -17,7 +17,7 @@ from ...clock import elapsed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .links import Link
+    from .pool import Link
 
 _RENEWAL = 0.2  # part of the lease after which the row is extended: three quarters of the lease are always left
 

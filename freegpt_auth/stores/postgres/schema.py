@@ -15,7 +15,7 @@ from ...exceptions import StoreError
 from .presence_schema import SECOND
 
 if TYPE_CHECKING:
-    from .links import Link
+    from .pool import Link
 
 CHANNEL = "freegpt_auth"
 """Where each new revision is announced."""

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
-import weakref
 from typing import TYPE_CHECKING, Literal
 
 import psycopg
 
 from ...clock import elapsed
 from ...exceptions import StoreError, StoreUnavailableError, TokenNotFoundError
-from ...settings import CACHE_LIMIT, LEASE
+from ...forks import Watched, keep
 from ...tokens import find
-from ..base import UNRESOLVED, Merged, Survey, Unresolved
-from ..memory import count_active
-from . import changes, schema, tables
+from ..base import CACHE_LIMIT, LEASE, UNRESOLVED, Merged, Survey, Unresolved
+from ..rules import count_active
+from . import reads, schema, writes
 from .cache import TokenCache
 from .confirmation import CONFIRMATION, Confirmation
+from .faults import failure, reason_of
 from .follower import CERTAINTY, Follower
-from .links import PATIENCE, Address, Pool
-from .reasons import failure, reason_of
+from .pool import PATIENCE, Address, Pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
 
     from ...tokens import Token
     from ..base import Unseen
-    from .links import Link
+    from .pool import Link
 
     _T = TypeVar("_T")
 
@@ -47,7 +45,7 @@ _ATTEMPTS = 5
 _PAUSE = 1.0  # seconds without look-ups after one that failed
 
 
-class PostgresTokenStore:
+class PostgresTokenStore(Watched):
     """A :class:`~freegpt_auth.stores.base.TokenStore` in a PostgreSQL database. Nothing is read before it is asked.
 
     Args:
@@ -86,14 +84,19 @@ class PostgresTokenStore:
         self._pool = Pool(self._address, _CONNECTIONS)
         self._paused_until = 0.0
         self._begin()
-        _stores.add(self)
+        self.watch_forks()
 
     def _begin(self) -> None:
         self._cache = TokenCache(self.cache_limit)
         self._follower = Follower(self._address, self._cache, self._lease, self._pool.renew, self._clock)
 
+    def after_fork_in_child(self) -> None:
+        """Follow the database anew."""
+        keep(self._follower)
+        self._begin()
+
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
-        """Answer from memory, for as long as it may be relied on; see :class:`~freegpt_auth.stores.base.Verifier`."""
+        """Answer from memory, for as long as it may be relied on; see :class:`~freegpt_auth.stores.base.TokenSource`."""
         now, follower = self._clock(), self._follower
         if now >= follower.leased_until:
             return self._without_lease()
@@ -132,7 +135,7 @@ class PostgresTokenStore:
         active = count_active(held, self.now()) if held else 0
         if not self._cache.complete and not self._follower.trouble:
             with contextlib.suppress(psycopg.Error, StoreError):
-                active = self._pool.ask(tables.count_active)
+                active = self._pool.ask(reads.count_active)
         return Survey(configured=True, active=active, source=self.source)
 
     def now(self) -> float:
@@ -147,29 +150,29 @@ class PostgresTokenStore:
     def tokens(self) -> Mapping[bytes, Token]:
         """Return every token by its digest, oldest first."""
         with self._connected() as link, link.transaction():
-            return tables.in_order(link)
+            return reads.in_order(link)
 
     def find(self, reference: str) -> list[Token]:
         """Return the tokens that *reference* may mean; see :func:`freegpt_auth.tokens.find`."""
         with self._connected() as link:
-            return find(reference, tables.referred(link, reference))
+            return find(reference, reads.referred(link, reference))
 
     def add(self, digest: bytes, token: Token) -> None:
         """Keep a new token."""
         # A process that has not read for CERTAINTY seconds looks up every token that it does not know.
-        self._change(lambda link: changes.insert(link, digest, token), CERTAINTY)
+        self._change(lambda link: writes.insert(link, digest, token), CERTAINTY)
 
     def revoke(self, token_id: str, at: datetime) -> Token:
         """Refuse the token from now on, in every process that confirms it; :attr:`unseen` has the others and their end."""
-        return self._change(lambda link: _found(changes.revoke(link, token_id, at), token_id))
+        return self._change(lambda link: _found(writes.revoke(link, token_id, at), token_id))
 
     def delete(self, token_id: str) -> Token:
         """Remove the token and what is known of its use."""
-        return self._change(lambda link: _found(changes.delete(link, token_id), token_id))
+        return self._change(lambda link: _found(writes.delete(link, token_id), token_id))
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
         """Add the tokens that are not there and revoke those that are revoked in *tokens*."""
-        return self._change(lambda link: changes.merge(link, tokens))
+        return self._change(lambda link: writes.merge(link, tokens))
 
     def migrate(self) -> tuple[int, int]:
         """Make the schema, or bring it to this release's version; see :class:`~freegpt_auth.stores.base.Migrating`."""
@@ -188,7 +191,7 @@ class PostgresTokenStore:
         if time.monotonic() < self._paused_until:
             raise StoreUnavailableError(f"{self.source} did not answer a moment ago")
         try:
-            return self._pool.ask(lambda link: tables.look_up(link, digest))
+            return self._pool.ask(lambda link: reads.look_up(link, digest))
         except (psycopg.Error, StoreUnavailableError) as error:
             self._paused_until = time.monotonic() + _PAUSE
             if isinstance(error, StoreUnavailableError):
@@ -216,7 +219,7 @@ class PostgresTokenStore:
     def _change(self, change: Callable[[Link], _T], longest: float = math.inf) -> _T:
         with self._connected() as link:
             with link.transaction():
-                link.run(changes.DURABLE)
+                link.run(writes.DURABLE)
                 result = change(link)
             self.unseen = self._confirmation.wait(link, longest)
         return result
@@ -226,16 +229,3 @@ def _found(token: Token | None, token_id: str) -> Token:
     if token is None:
         raise TokenNotFoundError(f"there is no token with the id {token_id}")
     return token
-
-
-_stores: weakref.WeakSet[PostgresTokenStore] = weakref.WeakSet()
-_inherited: list[object] = []  # never let go of: closing its connection would end the parent's
-
-
-def _begin_anew() -> None:
-    for store in list(_stores):
-        _inherited.append(store._follower)  # noqa: SLF001
-        store._begin()  # noqa: SLF001
-
-
-os.register_at_fork(after_in_child=_begin_anew)

@@ -14,8 +14,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from freegpt_auth import UNRESOLVED, Token
-from freegpt_auth.stores import table
-from freegpt_auth.stores.postgres import cache as module
+from freegpt_auth.stores.postgres import cache as caches, cache as module
 from freegpt_auth.stores.postgres.cache import Change, TokenCache
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Lives(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(module, "CHANGES_KEPT", 4)
-        self.patch.setattr(table, "PAUSE", 0.0)
+        self.patch.setattr(caches, "PAUSE", 0.0)
         self.states: list[State] = [{}]  # by revision
         self.log: list[tuple[int, bytes]] = []
         self.reads: list[tuple[bytes, Token | None, int]] = []

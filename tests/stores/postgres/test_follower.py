@@ -15,23 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from pooler import smallest
-from postgresql import free_port, running
-from proxy import PLAIN
 
 from freegpt_auth import StoreUnavailableError
 from freegpt_auth.clock import elapsed
-from freegpt_auth.stores.postgres import follower as module, schema, tables
+from freegpt_auth.stores.postgres import follower as module, reads, schema
 from freegpt_auth.stores.postgres.cache import TokenCache
 from freegpt_auth.stores.postgres.follower import CERTAINTY, HEARTBEAT, Follower
-from freegpt_auth.stores.postgres.links import Address, Link
+from freegpt_auth.stores.postgres.pool import Address, Link
+from tests.helpers.pooler import smallest
+from tests.helpers.postgresql import free_port, running
+from tests.helpers.proxy import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from postgresql import Cluster
-
     from freegpt_auth import Token
+    from tests.helpers.postgresql import Cluster
 
 LEASE = 30.0
 PATIENCE = 30.0
@@ -135,7 +134,7 @@ def _run(url: str, *statements: str) -> None:
 
 def _behind(link: Link, revision: int) -> int:
     """Return the number of processes that commands wait for."""
-    return int(tables.processes_behind(link, revision)[0])
+    return int(reads.processes_behind(link, revision)[0])
 
 
 def _said(log: pytest.LogCaptureFixture, level: str = "") -> list[str]:
@@ -316,15 +315,15 @@ def test_the_lease_counts_from_before_the_database_was_asked(
 ) -> None:
     """However long the answer took, nothing is accepted later than the lease after the question."""
     asked: list[float] = []
-    head = tables.head
+    head = reads.head
 
-    def slow_head(link: Link) -> tables.Head:
+    def slow_head(link: Link) -> reads.Head:
         asked.append(elapsed())
         answer = head(link)
         time.sleep(0.2)
         return answer
 
-    monkeypatch.setattr(tables, "head", slow_head)
+    monkeypatch.setattr(reads, "head", slow_head)
     monkeypatch.setattr(module, "HEARTBEAT", LONG)
     server = process(database)
     server.follower.start()
@@ -354,14 +353,14 @@ def test_a_change_waits_for_those_who_have_not_begun_to_read(
 ) -> None:
     """A process that is about to read is counted before it does, and until it is at the revision that is waited for."""
     reading, go_on = threading.Event(), threading.Event()
-    head = tables.head
+    head = reads.head
 
-    def held_up(link: Link) -> tables.Head:
+    def held_up(link: Link) -> reads.Head:
         reading.set()
         assert go_on.wait(PATIENCE)
         return head(link)
 
-    monkeypatch.setattr(tables, "head", held_up)
+    monkeypatch.setattr(reads, "head", held_up)
     server = process(database)
     starting = threading.Thread(target=server.follower.start)
     starting.start()
@@ -489,7 +488,7 @@ def test_whatever_goes_wrong_the_thread_goes_on(
 ) -> None:
     """A fault that nobody thought of is said like any other, and ends with its cause."""
     with monkeypatch.context() as broken:
-        broken.setattr(tables, "head", lambda _: {}["nobody thought of this"])
+        broken.setattr(reads, "head", lambda _: {}["nobody thought of this"])
         server = process(database)
         server.follower.start()
         assert "nobody thought of this" in _said(caplog, "ERROR")[0]
@@ -527,7 +526,7 @@ def test_tokens_that_were_revoked_stay_so_when_the_database_lost_that(
     _run(database, INSERT.format(2, 2))
     _until(lambda: server.cache.revision == 2)
     with contextlib.closing(Address(database).connect()) as other:
-        found = tables.look_up(other, _digest(1))[1]
+        found = reads.look_up(other, _digest(1))[1]
         server.cache.fill(_digest(1), found, 2)
     _run(database, REVOKE)
     _until(lambda: server.cache.revision == 3 and server.is_revoked(1))
@@ -581,8 +580,8 @@ def test_the_time_is_the_databases(
     monkeypatch.setattr(time, "time", lambda: right - 300)
     server = process(database)
     assert abs(server.follower.now() - right) < PATIENCE  # it was never asked, and is now
-    head = tables.head
-    monkeypatch.setattr(tables, "head", lambda link: (time.sleep(0.2), head(link), time.sleep(0.2))[1])
+    head = reads.head
+    monkeypatch.setattr(reads, "head", lambda link: (time.sleep(0.2), head(link), time.sleep(0.2))[1])
     server.follower.look()
     before = server.follower.now()
     with contextlib.closing(Address(database).connect()) as other:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import psycopg
 import pytest
-from postgresql import running
 
 from freegpt_auth.stores.base import UNRESOLVED
-from freegpt_auth.stores.postgres import PostgresTokenStore, tables
+from freegpt_auth.stores.postgres import PostgresTokenStore, reads
 from freegpt_auth.stores.postgres.follower import CERTAINTY
-from freegpt_auth.stores.postgres.links import Address, Link
+from freegpt_auth.stores.postgres.pool import Address, Link
 from freegpt_auth.stores.postgres.presence import Presence
 from freegpt_auth.tokens import Token, digest_of, issue
+from tests.helpers.postgresql import running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def links(database: str) -> Iterator[Callable[[], Link]]:
 
 
 def _behind(link: Link, revision: int) -> int:
-    return int(tables.processes_behind(link, revision)[0])
+    return int(reads.processes_behind(link, revision)[0])
 
 
 def _lines(link: Link) -> list[tuple[int, int]]:
@@ -138,12 +138,12 @@ def test_what_was_read_without_a_row_is_not_relied_on(
     database: str, keep: Any, links: Callable[[], Link], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that slept reads again after its row is extended: a command between the read and the row missed it."""
-    clock, head, answers = Clock(), tables.head, []
+    clock, head, answers = Clock(), reads.head, []
     store, operator = PostgresTokenStore(database, lease=LEASE, clock=clock), PostgresTokenStore(database)
     token, secret = keep(operator)
     digest = digest_of(secret)
 
-    def read_and_revoke(link: Link) -> tables.Head:
+    def read_and_revoke(link: Link) -> reads.Head:
         found = head(link)
         answers.append(store.peek(digest))
         clock.instant += 1
@@ -154,7 +154,7 @@ def test_what_was_read_without_a_row_is_not_relied_on(
     with contextlib.closing(store):
         assert store.resolve(digest) == token
         links().run("UPDATE freegpt_auth.processes SET relies_until = now()")
-        monkeypatch.setattr(tables, "head", read_and_revoke)
+        monkeypatch.setattr(reads, "head", read_and_revoke)
         clock.instant += 2 * LEASE
         _until(lambda: isinstance(store.peek(digest), Token))
         assert operator.unseen is None
@@ -172,7 +172,7 @@ def test_rows_of_another_server_count_for_a_lease(links: Callable[[], Link]) -> 
     presence.show(link, 99)
     link.run(ANOTHER_SERVER)
     for _ in range(2):
-        assert tables.processes_behind(link, 1)[0] == 1
+        assert reads.processes_behind(link, 1)[0] == 1
         assert _lines(link) == [(-1, 20)]
     presence.show(link, 5)
     assert _behind(link, 5) == 0
@@ -191,7 +191,7 @@ def test_a_row_that_is_being_adopted_counts(links: Callable[[], Link], database:
     link.run(ANOTHER_SERVER)
     with psycopg.connect(database) as other:
         other.execute("SELECT freegpt_auth.adopt_processes()")
-        assert tables.processes_behind(link, 1) == (1, LEASE)
+        assert reads.processes_behind(link, 1) == (1, LEASE)
 
 
 def test_the_row_survives_a_crash(tmp_path_factory: pytest.TempPathFactory) -> None:

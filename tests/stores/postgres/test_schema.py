@@ -14,14 +14,14 @@ from typing import Any
 
 import psycopg
 import pytest
-from pages import blocks
-from postgresql import BINARIES, PASSWORD
 
 from freegpt_auth import FileTokenStore, StoreError
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.stores.postgres import PostgresTokenStore, schema
 from freegpt_auth.tokens import digest_of, issue
 from freegpt_auth.usage.base import Batch
-from freegpt_auth.usage.sqlite import UsageDatabase
+from tests.helpers.pages import blocks
+from tests.helpers.postgresql import BINARIES, PASSWORD
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

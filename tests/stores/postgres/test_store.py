@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from postgresql import PASSWORD, free_port, running
 
 from freegpt_auth import UNRESOLVED, AuthMode, ConfigurationError, StoreError, StoreUnavailableError, Token
-from freegpt_auth.authentication import Authenticator, Refusal
-from freegpt_auth.callers import Caller
 from freegpt_auth.clock import elapsed
 from freegpt_auth.environment_key import EnvironmentKey
 from freegpt_auth.exceptions import StoreBusyError, TokenNotFoundError
-from freegpt_auth.stores.postgres import PostgresTokenStore, follower, schema, tables
+from freegpt_auth.guard.authenticator import Authenticator, Refusal
+from freegpt_auth.guard.callers import Caller
+from freegpt_auth.stores.postgres import PostgresTokenStore, follower, reads, schema
 from freegpt_auth.tokens import digest_of, issue
+from tests.helpers.postgresql import PASSWORD, free_port, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from postgresql import Cluster
+    from tests.helpers.postgresql import Cluster
 
     Opener = Callable[..., PostgresTokenStore]
     Keep = Callable[..., tuple[Token, str]]
@@ -329,7 +329,7 @@ def test_a_look_up_that_fails_is_no_answer(in_part: Part, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(tables, "look_up", fail)
+    monkeypatch.setattr(reads, "look_up", fail)
     with pytest.raises(StoreUnavailableError) as caught:
         store.resolve(UNKNOWN)
     assert str(caught.value).startswith(f"{store.source} does not answer: permission denied; use a role")
@@ -468,7 +468,7 @@ def test_a_command_that_is_broken_off_says_what_is_known(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(tables, "head", fail)  # after the change was committed
+    monkeypatch.setattr(reads, "head", fail)  # after the change was committed
     digest, token = _issued()
     with pytest.raises(kind) as caught:
         store.add(digest, token)
@@ -485,13 +485,13 @@ def test_a_command_that_has_returned_is_in_force_in_a_process_that_reads_slowly(
     server, commands = opener(), opener()
     token, secret = keep(commands)
     server.resolve(digest_of(secret))
-    changes_since = tables.changes_since
+    changes_since = reads.changes_since
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(0.3)
         return changes_since(*arguments)
 
-    monkeypatch.setattr(tables, "changes_since", slowly)
+    monkeypatch.setattr(reads, "changes_since", slowly)
     commands.revoke(token.id, NOW)
     assert getattr(server.peek(digest_of(secret)), "revoked_at", None) == NOW
 

@@ -1,0 +1,75 @@
+"""Forks of the process: each object that holds a lock, a thread or a connection prepares for one and recovers after it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class Watched:
+    """An object with methods that run around each fork, from :meth:`watch_forks` on. By default each does nothing."""
+
+    def watch_forks(self) -> None:
+        """Have the methods of this object called, for as long as it lives."""
+        _watched.add(self)
+
+    def before_fork(self) -> None:
+        """Prepare for a fork, in the parent."""
+
+    def after_fork_in_parent(self) -> None:
+        """Undo :meth:`before_fork`, in the parent."""
+
+    def after_fork_in_child(self) -> None:
+        """Replace each lock, thread and connection: they are the parent's."""
+
+
+class Lock(Watched):
+    """A mutual exclusion lock, free in the child after a fork, whichever thread of the parent held it."""
+
+    def __init__(self) -> None:
+        self.after_fork_in_child()
+        self.watch_forks()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Make a new lock."""
+        self._lock = threading.Lock()
+
+
+_watched: weakref.WeakSet[Watched] = weakref.WeakSet()
+_kept: list[object] = []
+
+
+def keep(inherited: object) -> None:
+    """Keep an object of the parent process alive for ever: its destructor would close a connection of the parent."""
+    _kept.append(inherited)
+
+
+def _before() -> None:
+    for each in list(_watched):
+        each.before_fork()
+
+
+def _after_in_parent() -> None:
+    for each in list(_watched):
+        each.after_fork_in_parent()
+
+
+def _after_in_child() -> None:
+    for each in list(_watched):
+        each.after_fork_in_child()
+
+
+os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

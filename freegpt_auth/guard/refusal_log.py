@@ -1,0 +1,88 @@
+"""What refusals leave in the log: one record each, and few records for very many.
+
+A record names the client, the path, the reason and, where it is known, the token's id; never what was presented. Nothing in
+it that a client chose holds a space or a control character, so no client can forge a line, or a part of one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from ..names import printable
+
+if TYPE_CHECKING:
+    from .authenticator import Refusal
+
+WINDOW = 60.0
+"""Seconds for which refusals are counted together."""
+
+SHOWN = 10
+"""Refusals of one client that are all logged within a window. After them only the 16th, the 32nd, the 64th … is."""
+
+CLIENT_LIMIT = 256
+"""Clients that are counted one by one within a window; all others are counted as one."""
+
+_CLIENT_LENGTH = 100
+_PATH_LENGTH = 200  # quoting a whole path of 60 KB takes milliseconds
+_SAFE = "/:@!$&'()*+,;=[]"
+
+_logger = logging.getLogger("freegpt_auth")
+
+
+class RefusalLog:
+    """Logs refusals for an operator, and for programs such as fail2ban, at level INFO.
+
+    Each record carries its facts as attributes too: ``client``, ``path``, ``reason``, ``token_id`` (or ``None``) and
+    ``left_out``: how many refusals before it were not logged. A flood of a million from one client is 26 records.
+    """
+
+    def __init__(self) -> None:
+        self._began = float("-inf")
+        self._counts: dict[str, int] = {}
+        self._left_out = 0
+
+    def tell(self, scope: Any, refusal: Refusal) -> None:
+        """Log that *scope*'s request was refused, or count it for the record to come."""
+        if not _logger.isEnabledFor(logging.INFO):
+            return
+        client = _quoted((scope.get("client") or ("unknown",))[0], _CLIENT_LENGTH)
+        if not self._is_shown(client):
+            self._left_out += 1
+            return
+        facts = {
+            "client": client,
+            "path": _quoted(scope["path"], _PATH_LENGTH),
+            "reason": refusal.reason,
+            "token_id": refusal.token_id and printable(refusal.token_id),
+            "left_out": self._left_out,
+        }
+        self._left_out = 0
+        message = "refused %(client)s %(path)s: %(reason)s"
+        message += " (%(token_id)s)" if refusal.token_id else ""
+        message += "; %(left_out)d refusals before it are not shown" if facts["left_out"] else ""
+        _logger.info(message, facts, extra=facts)
+
+    def finish(self) -> None:
+        """Say how many were not logged since the last record; for a server that stops."""
+        if self._left_out:
+            _logger.info("%d more refusals are not shown", self._left_out, extra={"left_out": self._left_out})
+            self._left_out = 0
+
+    def _is_shown(self, client: str) -> bool:
+        now = time.monotonic()
+        if now - self._began >= WINDOW:
+            self._began = now
+            self._counts.clear()
+        counts = self._counts
+        if len(counts) >= CLIENT_LIMIT and client not in counts:
+            client = ""
+        count = counts[client] = counts.get(client, 0) + 1
+        return count <= SHOWN or count & (count - 1) == 0
+
+
+def _quoted(text: object, length: int) -> str:
+    """Return *text* as in a URL, at most *length* characters of it."""
+    return quote(str(text)[:length], safe=_SAFE, errors="surrogatepass")

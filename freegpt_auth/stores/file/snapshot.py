@@ -1,0 +1,121 @@
+"""One reading of the token file by a server: its tokens, a fingerprint of its bytes, and how long they may be relied on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from ...exceptions import FileError
+from . import disk, table
+
+if TYPE_CHECKING:
+    import os
+
+    from .reserve import Reserve
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Memory of one state of the file; replaced whole, never changed.
+
+    Attributes:
+        tokens: the tokens of the last good reading.
+        signature: of the state that was read; ``None`` before the first reading.
+        problem: why that state could not be read.
+        retry_at: when to read again even though the signature is the same, by the store's clock.
+        lease_ends: when *tokens* end, because a change may be hidden; :data:`NEVER` if none is.
+        fingerprint: of the bytes that were read.
+    """
+
+    tokens: table.Table
+    signature: disk.Signature | None
+    problem: str | None = None
+    retry_at: float = NEVER
+    lease_ends: float = NEVER
+    fingerprint: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one reading of the file found.
+
+    Attributes:
+        status: of the file.
+        contents: its tokens; ``None`` if its bytes are those of the snapshot.
+        fingerprint: of its bytes.
+    """
+
+    status: os.stat_result
+    contents: table.Contents | None
+    fingerprint: bytes
+
+
+def read(path: str, reserve: Reserve, snapshot: Snapshot, signature: disk.Signature) -> Reading:
+    """Read the file at *path*, whose signature was *signature* just before. Bytes known from *snapshot* are not decoded.
+
+    Raises:
+        ValueError, FileNotFoundError, FileError: as :func:`.disk.read_file` and :func:`.table.read` do.
+    """
+    known = snapshot.fingerprint if signature == snapshot.signature and snapshot.problem is None else None
+
+    def parse(file: BinaryIO) -> tuple[table.Contents | None, bytes]:
+        if known:
+            fingerprint = _fingerprint(file)
+            if fingerprint == known:
+                return None, fingerprint
+            file.seek(0)
+        hashing = _Hashing(file)
+        contents = table.read(cast("BinaryIO", hashing))
+        return contents, hashing.hash.digest()
+
+    status, (contents, fingerprint) = disk.read_file(path, parse, reserve)
+    return Reading(status, contents, fingerprint)
+
+
+def failed(
+    last: Snapshot, signature: disk.Signature, error: Exception, *, now: float, lease: tuple[float, float], retry: float
+) -> tuple[Snapshot, str]:
+    """Return the snapshot after a failed reading at the instant *now*, and its effect in words for the log.
+
+    The last good tokens stay. If *error* may hide a change, they end with the *lease*, given by its length and its end.
+    The next attempt is *retry* seconds later.
+    """
+    length, lease_ends = lease
+    problem = str(error)
+    ends, bound = NEVER, ""
+    if isinstance(error, FileError):
+        problem = error.problem
+        if error.transient:
+            ends, bound = min(last.lease_ends, lease_ends), f" for {length:g} s"
+    if now < ends:
+        effect = f". Tokens read before ({len(last.tokens)}) stay in force{bound}, all others are refused"
+        return Snapshot(last.tokens, signature, problem, min(now + retry, ends), ends), effect
+    effect = f". It could not be read for {length:g} s: all tokens are refused until it can be"
+    return Snapshot(table.EMPTY, signature, problem, now + retry, ends), effect
+
+
+def _fingerprint(file: BinaryIO) -> bytes:
+    hashing = _Hashing(file)
+    while hashing.read(table.PIECE):
+        pass
+    return hashing.hash.digest()
+
+
+class _Hashing:
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.hash = blake2b()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.hash.update(data)
+        return data
+
+    def seek(self, offset: int) -> int:
+        self.hash = blake2b()
+        return self._file.seek(offset)

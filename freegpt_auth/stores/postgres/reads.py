@@ -1,0 +1,197 @@
+"""What is asked of the tables, and how a row becomes a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import psycopg
+
+from ...exceptions import StoreError
+from ...tokens import Reference, Token
+from .instants import instant_of, microseconds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .pool import Link, Row
+
+COLUMNS = (
+    "digest",
+    "id",
+    "name",
+    "prefix",
+    "created_at",
+    "expires_at",
+    "revoked_at",
+    "scopes",
+    "models",
+    "last_used_at",
+)
+"""What a row of the tokens says."""
+
+INSTANTS = frozenset({"created_at", "expires_at", "revoked_at", "last_used_at"})
+"""The columns that hold an instant."""
+
+RECORD = ", ".join(microseconds(f"t.{column}") if column in INSTANTS else f"t.{column}" for column in COLUMNS)
+"""The columns of a table called t, as :func:`token_of` takes them: each instant as an integer."""
+
+_ROWS = 500  # a batch of so many takes 2 ms to become tokens
+
+_HEAD = f"SELECT version, revision, mark::text, {microseconds('clock_timestamp()')} FROM freegpt_auth.state"
+_CHANGES = f"""
+    SELECT c.revision, c.mark::text, c.digest, {RECORD}
+    FROM (
+        (SELECT revision, mark, digest FROM freegpt_auth.changes WHERE revision = %(known)s LIMIT 1)
+        UNION ALL (
+            SELECT revision, mark, digest FROM freegpt_auth.changes
+            WHERE (revision, digest) > (%(revision)s, %(digest)s::bytea) ORDER BY revision, digest LIMIT {_ROWS}
+        )
+    ) c LEFT JOIN freegpt_auth.tokens t ON t.digest = c.digest
+    ORDER BY c.revision, c.digest
+"""
+_BEHIND = "SELECT processes, seconds FROM freegpt_auth.processes_behind(%s)"
+_LOOK_UP = f"SELECT s.revision, {RECORD} FROM freegpt_auth.state s LEFT JOIN freegpt_auth.tokens t ON t.digest = %s"
+_ALL = f"SELECT {RECORD} FROM freegpt_auth.tokens t"
+_ACTIVE = """
+    SELECT count(*) FROM (
+        SELECT FROM freegpt_auth.tokens
+            WHERE revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now()) LIMIT 1000000
+    ) AS active
+"""
+
+
+class Head(NamedTuple):
+    """The state of a database.
+
+    Attributes:
+        version: of the schema.
+        revision: raised with every change.
+        mark: what tells this revision from another of the same number.
+        now: its clock, in seconds since the epoch.
+    """
+
+    version: int
+    revision: int
+    mark: str
+    now: float
+
+
+class Noted(NamedTuple):
+    """One row of the log of changes.
+
+    Attributes:
+        revision: what it raised the revision to.
+        mark: of that revision.
+        digest: whose token was changed; ``None`` for so many that all are to be read again.
+        token: the token now.
+    """
+
+    revision: int
+    mark: str
+    digest: bytes | None
+    token: Token | None
+
+
+def head(link: Link) -> Head:
+    """Return the state of the database; of version 0 if it has no tables."""
+    try:
+        version, revision, mark, now = link.one(_HEAD)
+    except psycopg.errors.UndefinedTable:
+        return Head(0, 0, "", 0.0)
+    return Head(version, revision, mark, now / 1_000_000)
+
+
+def changes_since(link: Link, known: int) -> Iterator[list[Noted]]:
+    """Yield the changes after a revision in batches, oldest first, each behind one row of the known revision.
+
+    Each batch is one statement, and there is at least one. Without a row of the known revision a batch begins with a later
+    one, or is empty: the log begins later, or the database has lost that revision.
+    """
+    revision, digest, is_full = known, None, True
+    while is_full:
+        rows = link.run(_CHANGES, {"known": known, "revision": revision, "digest": digest})
+        yield [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in rows]
+        is_full = len(rows) > _ROWS
+        if is_full:
+            revision, _, digest = rows[-1][:3]
+
+
+def look_up(link: Link, digest: bytes) -> tuple[int, Token | None]:
+    """Return a revision, and the token with this digest as it was then."""
+    row = link.one(_LOOK_UP, (digest,))
+    return row[0], token_of(row[1:])
+
+
+def every_token(link: Link, limit: int | None = None, order: str = "") -> Iterator[list[tuple[bytes, Token]]]:
+    """Yield the tokens in batches; in a transaction."""
+    bound = f" LIMIT {limit}" if limit is not None else ""
+    for rows in link.batches(f"{_ALL}{order}{bound}", _ROWS):
+        yield [(row[0], token) for row in rows if (token := token_of(row)) is not None]
+
+
+def in_order(link: Link) -> dict[bytes, Token]:
+    """Return every token by its digest, oldest first; in a transaction."""
+    return {digest: token for batch in every_token(link, order=" ORDER BY t.number") for digest, token in batch}
+
+
+def count_active(link: Link) -> int:
+    """Count the tokens that work now; of more than a million, a million."""
+    return int(link.one(_ACTIVE)[0])
+
+
+def referred(link: Link, reference: str) -> dict[bytes, Token]:
+    """Return the tokens among which :func:`~freegpt_auth.tokens.find` finds what *reference* means."""
+    wanted = Reference.read(reference)
+    where = " WHERE t.digest = %s OR %s IN (t.id, t.prefix) OR t.name = %s OR t.prefix = %s"
+    values = (wanted.digest, _as_text(wanted.exact), _as_text(wanted.name), _as_text(wanted.start))
+    rows = link.run(f"{_ALL}{where} ORDER BY t.number", values)
+    return {row[0]: token for row in rows if (token := token_of(row)) is not None}
+
+
+def end_if_idle(link: Link, seconds: float) -> None:
+    """Let the database end this connection when nothing was asked for so long, even if it hears of no disconnection."""
+    link.run("SELECT set_config('idle_session_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
+
+
+def processes_behind(link: Link, revision: int) -> Row:
+    """Return the number of processes that rely on a state before *revision*, and the seconds until none of them does."""
+    return link.one(_BEHIND, (revision,))
+
+
+def token_of(row: Row) -> Token | None:
+    """Return the token of a row; ``None`` if the row was joined to none.
+
+    Raises:
+        StoreError: the row holds no token of this library: its checks were removed, or a list holds a null.
+    """
+    _, token_id, name, prefix, created_at, expires_at, revoked_at, scopes, models, last_used_at = row
+    if token_id is None:
+        return None
+    try:
+        return Token(
+            id=token_id,
+            name=name,
+            prefix=prefix,
+            created_at=instant_of(created_at),
+            expires_at=None if expires_at is None else instant_of(expires_at),
+            revoked_at=None if revoked_at is None else instant_of(revoked_at),
+            scopes=_texts(scopes),
+            models=None if models is None else _texts(models),
+            last_used_at=None if last_used_at is None else instant_of(last_used_at),
+        )
+    except (TypeError, OverflowError):
+        raise StoreError(
+            f"the row of the token with the id {token_id} cannot be used: no instant may be outside the years 1 to 9999, and "
+            "scopes and models must be lists of texts without nulls; correct the row with psql"
+        ) from None
+
+
+def _texts(values: list[str]) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError
+    return tuple(values)
+
+
+def _as_text(text: str | None) -> str | None:
+    """Replace the characters that PostgreSQL has no text for; they are part of no token."""
+    return None if text is None else text.encode(errors="replace").decode().replace("\0", "?")

@@ -1,0 +1,1 @@
+"""The tests of freegpt_auth; their folders mirror those of the package."""

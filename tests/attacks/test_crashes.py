@@ -1,0 +1,329 @@
+"""Commands that are killed in the middle: what they said is true, and the next command needs no help.
+
+A launcher starts two to four commands at once and kills each with SIGKILL at a moment of its own. The moments lie in the
+whole life of a command, in the first part of it, or in the milliseconds after a temporary file came in sight, which is
+when the token file is being replaced. That kills really fall there is told by what only they can leave behind: a
+temporary file that nobody removed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import stat
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from freegpt_auth import FileTokenStore
+from freegpt_auth.guard.authenticator import Authenticator, Refusal
+from freegpt_auth.guard.callers import Caller
+from freegpt_auth.stores.file.store import FRESHNESS, LOCK_TIMEOUT
+from freegpt_auth.tokens import digest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+# One batch a line. A warm command is a fork of this process, which has everything imported and not one thread; a cold
+# one is a new interpreter. All wait at a gate, and each ends by itself if it should hang.
+LAUNCHER = """
+import json, os, signal, sys, time, traceback
+import filelock
+from freegpt_auth.cli import main
+
+def start(arguments, cold, gate, opener):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            signal.alarm(60)
+            os.close(opener)
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            os.read(gate, 1)
+            if cold:
+                os.execv(sys.executable, [sys.executable, "-m", "freegpt_auth", *arguments])
+            status = main(arguments)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    os.close(writing)
+    return child, reading
+
+def lives(children):
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return any(os.waitid(os.P_PID, child, ended) is None for child, _ in children)
+
+for line in sys.stdin:
+    signal.alarm(120)
+    batch = json.loads(line)
+    gate, opener = os.pipe()
+    children = [start(arguments, batch["cold"], gate, opener) for arguments, _ in batch["commands"]]
+    os.close(gate)
+    os.close(opener)
+    began = time.perf_counter()
+    while batch["at_sight"] and not any(name.endswith(".tmp") for name in os.listdir("tokens")) and lives(children):
+        pass
+    now = time.perf_counter()
+    kills = sorted((now + after, child) for (child, _), (_, after) in zip(children, batch["commands"]) if after is not None)
+    for moment, child in kills:
+        time.sleep(max(0, moment - time.perf_counter()))
+        os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child, _ in children]
+    seconds = time.perf_counter() - began
+    outputs = [os.read(reading, 4096).decode() for _, reading in children]
+    for _, reading in children:
+        os.close(reading)
+    print(json.dumps([seconds, list(zip(statuses, outputs))]), flush=True)
+"""
+
+APPLICATION = """
+from freegpt_auth import BearerTokenMiddleware
+from starlette.responses import PlainTextResponse
+
+app = BearerTokenMiddleware(PlainTextResponse("served"))
+"""
+
+KILLED = -9
+SAMPLE = 8
+"""Tokens of each kind that the server is asked for between two rounds."""
+
+
+class Order(NamedTuple):
+    """A command: what it does, and to the token of which name."""
+
+    kind: str
+    name: str
+    arguments: list[str]
+
+    def is_done(self, before: Any, after: Any) -> bool:
+        """Tell whether the record after the command is what the command makes of the record before it."""
+        if self.kind == "create":
+            return before is None and after is not None and after["revoked_at"] is None
+        if self.kind == "delete":
+            return after is None
+        revoked_at = before["revoked_at"] or (after or {}).get("revoked_at") or "an instant"
+        return bool(after == {**before, "revoked_at": revoked_at})
+
+
+class Outcome(NamedTuple):
+    """How a command ended, and what it wrote."""
+
+    status: int
+    output: str
+
+
+class Launcher:
+    """The process that starts commands and kills them."""
+
+    def __init__(self, process: subprocess.Popen[str], *, cold: bool) -> None:
+        self._process = process
+        self.cold = cold
+
+    def run(
+        self, orders: list[Order], kills: list[float | None], *, at_sight: bool = False
+    ) -> tuple[float, list[Outcome]]:
+        """Start the commands at once, kill each after so many seconds, and return how long all took and their outcomes."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        commands = [(order.arguments, after) for order, after in zip(orders, kills, strict=True)]
+        self._process.stdin.write(json.dumps({"commands": commands, "cold": self.cold, "at_sight": at_sight}) + "\n")
+        self._process.stdin.flush()
+        seconds, outcomes = json.loads(self._process.stdout.readline())
+        assert {status for status, _ in outcomes} <= {0, KILLED}, outcomes
+        return seconds, [Outcome(*outcome) for outcome in outcomes]
+
+
+@pytest.fixture(params=[False, True], ids=["warm", "cold"])
+def launcher(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Launcher]:
+    """Return the launcher, of forks that are within a millisecond at what they do, or of real interpreters."""
+    script = tmp_path / "launcher.py"
+    script.write_text(LAUNCHER)
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, str(script)], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        yield Launcher(process, cold=request.param)
+        assert process.communicate() == ("", "")
+
+
+class Ledger:
+    """What the token file must hold, by what the commands said and by what was seen of those that could say nothing.
+
+    Attributes:
+        live: the secrets that commands have printed and that must work, by name.
+        dead: those that were revoked or deleted.
+        tally: what became of the commands.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[str, Any] = {}
+        self._issued = 0
+        self.live: dict[str, str] = {}
+        self.dead: list[str] = []
+        self.tally: Counter[str] = Counter()
+
+    def create(self) -> Order:
+        """Return a command that makes a token of a new name."""
+        self._issued += 1
+        name = f"token-{self._issued}"
+        return Order("create", name, ["--store", str(self._path), "create", name])
+
+    def plan(self, count: int) -> list[Order]:
+        """Return commands at random, each about a token of its own, such that some tens of tokens stay."""
+        number = len(self._rows)
+        kinds = random.choices(("create", "revoke", "delete"), (max(45 - number, 0), 12, number / 2), k=count)
+        targets = random.sample(sorted(self._rows), count)
+        return [
+            self.create() if kind == "create" else self._order(kind, target)
+            for kind, target in zip(kinds, targets, strict=True)
+        ]
+
+    def plan_a_change(self) -> Order:
+        """Return a command that must write."""
+        if len(self._rows) < 40 or not self.live:
+            return self.create()
+        return self._order(random.choice(("revoke", "delete")), random.choice(sorted(self.live)))
+
+    def _order(self, kind: str, name: str) -> Order:
+        return Order(kind, name, ["--store", str(self._path), kind, self._rows[name]["id"]])
+
+    def settle(self, orders: list[Order], outcomes: list[Outcome]) -> None:
+        """Compare the file with what the commands said, and believe it in what they could not say any more."""
+        rows, others = self._read(), dict(self._rows)
+        untouched = dict(rows)
+        for order, outcome in zip(orders, outcomes, strict=True):
+            before, after = others.pop(order.name, None), untouched.pop(order.name, None)
+            done, killed = order.is_done(before, after), outcome.status == KILLED
+            # A whole line is a promise, even of a command that did not live to end well.
+            acknowledged = outcome.output.endswith("\n")
+            assert done or (not acknowledged and after == before), (order, outcome, before, after)
+            assert acknowledged or killed, (order, outcome)
+            if acknowledged and order.kind == "create":
+                self.live[order.name] = outcome.output.partition("\n")[0]
+            elif done and order.name in self.live:
+                self.dead.append(self.live.pop(order.name))
+            self.tally.update(
+                commands=1, acknowledged=acknowledged, killed=killed, killed_after_the_change=killed and after != before
+            )
+        # In the order in which they stood, and not one field of them other than it was.
+        assert list(untouched.items()) == list(others.items())
+        self._rows = rows
+        self._authenticate()
+
+    def leftovers(self) -> int:
+        """Count the temporary files that nobody removed, and see that nothing else lies about."""
+        names = {path.name for path in self._path.parent.iterdir()} - {self._path.name, f"{self._path.name}.lock"}
+        assert all(name.endswith(".tmp") for name in names), names
+        return len(names)
+
+    def _read(self) -> dict[str, Any]:
+        rows = json.loads(self._path.read_bytes())["tokens"]
+        for unique in ("name", "id", "digest"):
+            assert len({row[unique] for row in rows}) == len(rows)
+        assert {stat.S_IMODE(path.stat().st_mode) for path in self._path.parent.iterdir()} == {0o600}
+        return {row["name"]: row for row in rows}
+
+    def _authenticate(self) -> None:
+        authenticator = Authenticator(FileTokenStore(self._path), None)
+        for name, secret in self.live.items():
+            caller = authenticator.resolve([digest_of(secret)])
+            assert isinstance(caller, Caller)
+            assert caller.user.identity == self._rows[name]["id"]
+            assert self._rows[name]["digest"] == f"sha256${sha256(secret.encode()).hexdigest()}"
+        for secret in self.dead[-100:]:
+            assert isinstance(authenticator.resolve([digest_of(secret)]), Refusal)
+
+
+class Round:
+    """Kills some commands, and then lets one do its work.
+
+    Attributes:
+        longest: seconds of the longest command that came after killed ones.
+    """
+
+    def __init__(self, launcher: Launcher, ledger: Ledger) -> None:
+        self._launcher = launcher
+        self._ledger = ledger
+        self._life = statistics.median(self.leave_alone() for _ in range(15))
+        self.longest = 0.0
+
+    def leave_alone(self) -> float:
+        """Run one command to its end and return its seconds. What killed ones left behind is gone then."""
+        order = self._ledger.plan_a_change()
+        seconds, outcomes = self._launcher.run([order], [None])
+        assert outcomes[0].status == 0, outcomes
+        self._ledger.settle([order], outcomes)
+        assert self._ledger.leftovers() == 0
+        return seconds
+
+    def play(self) -> None:
+        """Kill two to four commands and see that the next one works, in less time than it would wait for a lock."""
+        orders = self._ledger.plan(random.randint(2, 4))
+        aim = random.choice(("life", "work", "write", "write"))
+        _, outcomes = self._launcher.run(orders, [self._moment(aim) for _ in orders], at_sight=aim == "write")
+        left = self._ledger.leftovers()
+        self._ledger.tally.update(rounds=1, rounds_killed_in_a_write=left > 0, leftovers=left)
+        self._ledger.settle(orders, outcomes)
+        self.longest = max(self.longest, self.leave_alone())
+
+    def _moment(self, aim: str) -> float | None:
+        if aim == "write":  # after a temporary file came in sight: from 10 us to 10 ms, each power of ten as often
+            return 10 ** random.uniform(-5, -2)
+        if aim == "work":  # a command ends with a wait for the servers; its work is what comes before
+            return random.uniform(0, self._life - 2 * FRESHNESS)
+        return random.uniform(0, 1.2 * self._life) if random.random() < 0.8 else None
+
+
+def ask(server: Any, live: list[str], dead: list[str]) -> None:
+    """See that a running server accepts every secret of *live* and none of *dead*."""
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda secret: server.get(token=secret), live)) <= {200}
+        assert set(pool.map(lambda secret: server.get(token=secret), dead)) <= {401}
+
+
+def test_killed_writers_break_no_promise(
+    launcher: Launcher,
+    tmp_path: Path,
+    serve: Callable[..., Any],
+    rounds: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """A command that is killed has done all or nothing, what it said before holds, and the next one works at once.
+
+    So says the file, and so says a server of two workers that reads it all the while.
+    """
+    rounds *= 30 if launcher.cold else 300
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    ledger = Ledger(folder / "api_tokens.json")
+    one = Round(launcher, ledger)
+    (tmp_path / "app.py").write_text(APPLICATION)
+    environment = {
+        "FREEGPT_AUTH_STORE": str(folder / "api_tokens.json"),
+        "FREEGPT_AUTH_USAGE": str(tmp_path / "usage.db"),
+    }
+    server = serve("app:app", "--workers", "2", "--log-level", "warning", **environment)
+    for number in range(rounds):
+        one.play()
+        if number % 10 == 0:
+            ask(server, [*ledger.live.values()][-SAMPLE:], ledger.dead[-SAMPLE:])
+    ask(server, [*ledger.live.values()], ledger.dead)
+    said = server.stop()
+    for name, figure in {**ledger.tally, "longest_next_command": round(one.longest, 3)}.items():
+        record_property(name, figure)
+    assert "cannot be used" not in said, said
+    assert "Traceback" not in said, said
+    assert one.longest < LOCK_TIMEOUT
+    # A test that never kills in the middle proves nothing. Fewer are seen than there were: writers that come after
+    # in the same round remove what is left, and one that held the lock and had not begun to write leaves nothing.
+    # About two rounds in five do show it, and thirty rounds are few: hence no more is asked for.
+    assert ledger.tally["rounds_killed_in_a_write"] >= rounds / 20
+    assert ledger.tally["killed_after_the_change"] >= rounds / 30

@@ -1,0 +1,1 @@
+"""Clients of OpenAI-compatible servers, each in an environment of its own."""

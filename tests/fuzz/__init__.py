@@ -1,0 +1,1 @@
+"""Checks that hold for any input, for hypothesis and for a fuzzer."""

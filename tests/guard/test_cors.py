@@ -1,0 +1,122 @@
+"""Refusals that a web page may read, where the guard stands outside the CORS middleware."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.middleware.cors import CORSMiddleware
+
+from freegpt_auth import BearerTokenMiddleware, ConfigurationError, MemoryTokenStore
+from freegpt_auth.guard.cors import EXPOSED, checked_origins
+from freegpt_auth.guard.denials import denial
+
+Ask = Callable[..., Awaitable[Any]]
+
+PAGE = "https://chat.example"
+ALLOWED, EXPOSING, VARY = "access-control-allow-origin", "access-control-expose-headers", "vary"
+
+pytestmark = pytest.mark.anyio
+
+
+def from_page(origin: str = PAGE) -> list[tuple[bytes, bytes]]:
+    """Return the header that a browser adds for a page of another origin."""
+    return [(b"origin", origin.encode())]
+
+
+async def healthy(_scope: Any, _receive: Any, send: Any) -> None:
+    """Answer 200 without headers."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "expected"),
+    [
+        ([PAGE, "http://localhost:3000"], PAGE, {ALLOWED: PAGE, EXPOSING: EXPOSED, VARY: "Origin"}),
+        ([PAGE], "https://evil.example", {VARY: "Origin"}),
+        ([PAGE], "https://chat.example.evil", {VARY: "Origin"}),
+        ([PAGE], "null", {VARY: "Origin"}),
+        ([PAGE], "", {VARY: "Origin"}),
+        (["*"], "https://any.example", {ALLOWED: "*", EXPOSING: EXPOSED}),
+        ([], PAGE, {}),
+    ],
+)
+async def test_refusals_are_readable(ask: Ask, origins: list[str], origin: str, expected: dict[str, str]) -> None:
+    """A page of a listed origin may read a refusal and its headers; answers of the application are left alone."""
+    store = MemoryTokenStore()
+    guarded = BearerTokenMiddleware(healthy, store=store, public_paths=["/health"], cors_origins=origins)
+    headers = from_page(origin) if origin else []
+    answer = await ask(guarded, headers=headers)
+    names = [name.decode() for name, _ in answer.messages[0]["headers"]]
+    assert answer.status == 401
+    assert {name: answer.headers[name] for name in (ALLOWED, EXPOSING, VARY) if name in names} == expected
+    assert len(names) == len({*names})
+    assert (await ask(guarded, path="/health", headers=headers)).headers == {}
+
+
+def test_exposed_headers_are_those_of_refusals() -> None:
+    """Each header of a refusal that a browser hides by default is exposed by its whole name."""
+    always = {b"content-type", b"content-length", b"cache-control"}
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    sent = {name for reason in ("missing", "unavailable") for name, _ in denial(scope, reason).headers}
+    exposed = EXPOSED.lower().encode().split(b", ")
+    assert sent - always == {b"www-authenticate", b"retry-after"} <= {*exposed}
+    assert not any(b"*" in name for name in exposed)
+
+
+async def test_cors_middleware_outside_adds_nothing_twice(ask: Ask, hello: Any) -> None:
+    """With both a CORS middleware outside and origins here, each header is on a refusal once."""
+    guarded = BearerTokenMiddleware(hello, store=MemoryTokenStore(), cors_origins=[PAGE])
+    answer = await ask(
+        CORSMiddleware(guarded, allow_origins=[PAGE], expose_headers=["retry-after"]), headers=from_page()
+    )
+    names = [name for name, _ in answer.messages[0]["headers"]]
+    assert answer.status == 401
+    assert answer.headers[ALLOWED] == PAGE
+    assert len(names) == len({*names})
+
+
+async def test_origins_come_from_the_variable(ask: Ask, hello: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable lists origins with commas; an argument wins over it."""
+    monkeypatch.setenv("FREEGPT_AUTH_CORS_ORIGINS", f" {PAGE} , http://localhost:3000,")
+    store = MemoryTokenStore()
+    answer = await ask(BearerTokenMiddleware(hello, store=store), headers=from_page())
+    assert answer.headers[ALLOWED] == PAGE
+    answer = await ask(BearerTokenMiddleware(hello, store=store, cors_origins=[]), headers=from_page())
+    assert ALLOWED not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("chat.example", "https://", "https://chat.example/", "https://chat.example/app", "https://Chat.example"),
+        *("HTTPS://chat.example", "https://chat.example:443", "http://chat.example:80", "https://*.example", "null"),
+        *("https://chat.example:", "https://chat.example:123456", "https://user@chat.example", "https://münchen.de"),
+        *("https://chat.example\n", "https://a b", "", "https://chat.example?x"),
+    ],
+)
+def test_wrong_origins_stop_the_start(origin: str) -> None:
+    """What no browser would send as an origin is an error that says how to write one."""
+    with pytest.raises(ConfigurationError, match="is none that a browser sends; write scheme://host"):
+        checked_origins([PAGE, origin])
+
+
+def test_origins_as_browsers_send_them() -> None:
+    """Ports, addresses, names of containers and the schemes of extensions and desktop applications are origins."""
+    origins = [
+        "http://localhost:3000",
+        "http://[::1]:8000",
+        "http://my_ui",
+        "https://xn--mnchen-3ya.de",
+        "tauri://localhost",
+    ]
+    origins += ["chrome-extension://abcdefghijklmnop", "https://192.0.2.7:8443", "https://chat.example:80"]
+    assert checked_origins(origins) == {*origins}
+
+
+@pytest.mark.parametrize(("origins", "message"), [("*", "not one string"), (["*", PAGE], "are \\* and others")])
+def test_lists_of_origins_are_checked(origins: Any, message: str) -> None:
+    """One string, and everything beside a list, are mistakes."""
+    with pytest.raises(ConfigurationError, match=message):
+        checked_origins(origins)

@@ -1,0 +1,221 @@
+"""What a request presented: which carriers are read, what is taken from them, and what the application still sees."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from freegpt_auth.exceptions import MalformedCredentialsError
+from freegpt_auth.guard.credentials import NOT_PLAIN, SUBPROTOCOL, VALUE_LIMIT, plain, presented, withdraw
+
+CARRIERS = {b"authorization": b"Bearer ", b"x-api-key": b"", b"api-key": b""}
+NOT_BLANK = [b"\xa0", b"\x85", b"\x1c", b"\x1d", b"\x1e", b"\x1f", b"\x0b", b"\x0c"]
+
+
+def http(*headers: tuple[bytes, bytes]) -> dict[str, Any]:
+    """Return the scope of a request with these headers."""
+    return {"type": "http", "headers": list(headers)}
+
+
+def websocket(*subprotocols: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> dict[str, Any]:
+    """Return the scope of a handshake that offers these subprotocols, as a server makes it."""
+    offer = [(b"sec-websocket-protocol", ", ".join(subprotocols).encode("latin-1", "replace"))] if subprotocols else []
+    return {"type": "websocket", "headers": [*headers, *offer], "subprotocols": list(subprotocols)}
+
+
+def read(scope: dict[str, Any]) -> list[bytes]:
+    """Return the digests of what is presented; the quick look at a request's headers says the same, or nothing."""
+    found, _ = presented(scope)
+    if scope["type"] == "http":
+        digest, place = plain(scope)
+        assert not digest or ([digest] == found and scope["headers"][place][0] in CARRIERS)
+    return found
+
+
+def left(scope: dict[str, Any], *secrets: bytes) -> dict[str, Any]:
+    """Return *scope* without the credentials that hold one of these secrets."""
+    withdraw(scope, lambda digest: digest in digests(*secrets))
+    return scope
+
+
+def digests(*secrets: bytes) -> list[bytes]:
+    """Return what :func:`read` returns for these secrets."""
+    return [sha256(secret).digest() for secret in secrets]
+
+
+@pytest.mark.parametrize(
+    "value", [b"Bearer sk-1", b"bEaReR sk-1", b"Bearer    sk-1", b"Bearer \t sk-1", b" \t Bearer sk-1 \t "]
+)
+def test_scheme_in_any_case_and_optional_white_space(value: bytes) -> None:
+    """A client may write the scheme in any case and put spaces and tabs where HTTP allows them."""
+    assert read(http((b"authorization", value))) == digests(b"sk-1")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"", b" ", b"Bearer", b"Bearer \t ", b"sk-1", b"Basic c2stMQ==", b"Bearersk-1", b"Bearer\tsk-1", b"XBearer sk-1"],
+)
+def test_what_is_not_the_bearer_scheme_presents_nothing(value: bytes) -> None:
+    """Another scheme, or none, is told that a token is missing, not that it is wrong."""
+    assert read(http((b"authorization", value))) == []
+
+
+@pytest.mark.parametrize("around", [[], [(b"accept", b"*/*"), (b"user-agent", b"x-api-key")]])
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_nearly_every_request_is_read_at_a_glance(carrier: bytes, around: list[tuple[bytes, bytes]]) -> None:
+    """What clients send nearly always takes no second look, which would slow every request."""
+    for secret in (b"s", b"sk-1", b"a" * VALUE_LIMIT):
+        headers = [*around, (carrier, CARRIERS[carrier] + secret), *around]
+        digest, place = plain(http(*headers))
+        assert (digest, headers[place][0]) == (sha256(secret).digest(), carrier)
+        assert plain(http(*headers, (b"x-api-key", b"b"))) == plain({"headers": tuple(headers)}) == NOT_PLAIN
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (b"Bearer sk-1", "prefixed"),
+        (b"bEARER   sk-1", "prefixed"),
+        (b'"sk-1"', "quoted"),
+        (b"'sk-1'", "quoted"),
+        (b"Bearer 'sk-1'", "prefixed"),
+        (b"'sk-1\"", None),
+        (b"'sk-1", None),
+        (b"'", None),
+        (b"Bearersk-1", None),
+    ],
+)
+def test_mistakes_show_without_a_look_up(value: bytes, fault: str | None) -> None:
+    """The scheme inside a secret and quotation marks round it are named, and the secret is not even hashed."""
+    scopes = [http((carrier, scheme + value)) for carrier, scheme in CARRIERS.items()]
+    for scope in [*scopes, websocket(SUBPROTOCOL + value.decode())]:
+        assert presented(scope)[1] == fault
+        assert (read(scope) == [b""]) is (fault is not None)
+
+
+@pytest.mark.parametrize("other", [b"Bearer sk-2", b"bEARER  sk-2", b"Basic eA=="])
+def test_joined_authorization_is_malformed(other: bytes) -> None:
+    """A proxy that joins two Authorization headers with a comma changes nothing: two credentials are malformed."""
+    for first, second in ((b"Bearer sk-1", other), (other, b"Bearer sk-1")):
+        for comma in (b",", b", ", b" ,\t"):
+            with pytest.raises(MalformedCredentialsError, match="sent more than once"):
+                read(http((b"authorization", first + comma + second)))
+            assert read(http((b"x-api-key", b"sk-1" + comma + second)))
+
+
+@pytest.mark.parametrize("blank", NOT_BLANK)
+def test_no_other_white_space_is_stripped(blank: bytes) -> None:
+    """Only space and tab are stripped; every other byte belongs to the secret and makes it another one."""
+    for value in (b"Bearer%bsk-1" % blank, b"%bBearer sk-1" % blank):
+        assert read(http((b"authorization", value))) == []
+    for carrier, scheme in CARRIERS.items():
+        for secret in (blank + b"sk-1", b"sk-1" + blank):
+            assert read(http((carrier, scheme + secret))) == digests(secret)
+
+
+@settings(max_examples=50, deadline=None)
+@given(value=st.binary(max_size=64), blanks=st.tuples(*[st.text(" \t", max_size=3)] * 3))
+def test_a_secret_is_what_was_sent_less_space_and_tab(value: bytes, blanks: tuple[str, str, str]) -> None:
+    """Whatever bytes a secret has, they arrive unchanged, and only spaces and tabs round them are lost."""
+    before, between, after = (blank.encode() for blank in blanks)
+    secret = value.strip(b" \t")
+    for carrier, scheme in CARRIERS.items():
+        header = (before + scheme + between + value + after) if scheme else before + value + after
+        assert read(http((carrier, header))) == digests(secret) * bool(secret)
+
+
+def test_every_carrier_is_read_in_the_order_sent() -> None:
+    """A client that fills several carriers has each of them tried."""
+    headers = ((b"api-key", b"a"), (b"authorization", b"Bearer b"), (b"accept", b"*/*"), (b"x-api-key", b"c"))
+    assert read(http(*headers)) == digests(b"a", b"b", b"c")
+    assert read(websocket(SUBPROTOCOL + "d", headers=headers[::-1])) == digests(b"c", b"b", b"a", b"d")
+
+
+@pytest.mark.parametrize("name", [b"cookie", b"proxy-authorization", b"x-authorization", b"x-goog-api-key"])
+def test_no_other_header_is_read(name: bytes) -> None:
+    """A secret in a header that ends in logs, or that means something else, is not a credential."""
+    assert read(http((name, b"sk-1"), (name, b"Bearer sk-1"))) == []
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        http((b"authorization", b"Bearer sk-1"), (b"accept", b"*/*"), (b"authorization", b"Bearer sk-1")),
+        http((b"authorization", b"Basic eA=="), (b"authorization", b"Bearer sk-1")),
+        http((b"authorization", b"Bearer sk-1"), (b"authorization", b"")),
+        http((b"x-api-key", b"sk-1"), (b"x-api-key", b"sk-2")),
+        http((b"api-key", b"sk-1"), (b"api-key", b"sk-1")),
+        websocket(SUBPROTOCOL + "sk-1", SUBPROTOCOL + "sk-2"),
+    ],
+)
+def test_a_carrier_that_comes_twice_is_malformed(scope: dict[str, Any]) -> None:
+    """A proxy and this library can never disagree about which of two credentials counts: neither does."""
+    assert plain(scope) == NOT_PLAIN
+    with pytest.raises(MalformedCredentialsError, match="sent more than once") as caught:
+        presented(scope)
+    assert "sk-" not in str(caught.value)
+
+
+def test_values_over_the_limit_are_dropped() -> None:
+    """A secret of 4 KB is still read; of a longer one nothing is kept."""
+    for size, kept in ((VALUE_LIMIT, digests(b"a" * VALUE_LIMIT)), (VALUE_LIMIT + 1, [b""])):
+        for carrier, scheme in CARRIERS.items():
+            assert read(http((carrier, scheme + b"a" * size))) == kept
+        assert read(websocket(SUBPROTOCOL + "a" * size)) == kept
+
+
+def test_the_subprotocol_carries_a_secret_in_a_websocket_only() -> None:
+    """A browser, which can set no header on a WebSocket, can send its token as a subprotocol."""
+    assert read(websocket("realtime", SUBPROTOCOL + "sk-1")) == digests(b"sk-1")
+    assert read({**websocket(SUBPROTOCOL + "sk-1"), "type": "http"}) == []
+    assert read(websocket("realtime", SUBPROTOCOL)) == []
+
+
+@pytest.mark.parametrize("text", ["-\udcff", "-\u20ac", "-\xe9"])
+def test_subprotocols_outside_ascii(text: str) -> None:
+    """Bytes outside ASCII, which some servers decode to lone surrogates, make a wrong token and are no error."""
+    scope = websocket("chat" + text, SUBPROTOCOL + "sk" + text)
+    assert read(scope) == [b""]
+    assert left(websocket("chat" + text, SUBPROTOCOL + "sk-1"), b"sk-1")["subprotocols"] == ["chat" + text]
+
+
+@pytest.mark.parametrize("others", [[], ["realtime", "v1"]])
+def test_the_application_never_sees_the_secret_subprotocol(others: list[str]) -> None:
+    """An application that logs its scope, or accepts the first subprotocol offered, gives nothing away."""
+    scope = websocket(*others[:1], SUBPROTOCOL + "sk-1", *others[1:], headers=((b"host", b"x"),))
+    outside = scope["headers"], scope["subprotocols"]
+    assert left(scope, b"sk-1") == websocket(*others, headers=((b"host", b"x"),))
+    assert outside == (scope["headers"], scope["subprotocols"])
+
+
+def test_subprotocols_in_one_piece_are_read_one_by_one() -> None:
+    """A server that hands on the header's value as it came neither hides the secret from us nor shows it to others."""
+    scope = {"type": "websocket", "headers": [], "subprotocols": [f"v1, {SUBPROTOCOL}sk-1,realtime"]}
+    assert read(scope) == digests(b"sk-1")
+    assert left(scope, b"sk-1")["subprotocols"] == ["v1", "realtime"]
+
+
+@pytest.mark.parametrize("scope", [websocket("realtime"), websocket(), websocket(SUBPROTOCOL + "sk-2")])
+def test_other_subprotocols_stay(scope: dict[str, Any]) -> None:
+    """A handshake that carries no secret, or somebody else's, reaches the application untouched."""
+    before = {**scope, "headers": [*scope["headers"]], "subprotocols": [*scope["subprotocols"]]}
+    assert left(scope, b"sk-1") == before
+
+
+@pytest.mark.parametrize("scope", [{"type": "websocket", "headers": iter(())}, http()])
+def test_scopes_without_subprotocols_are_read(scope: dict[str, Any]) -> None:
+    """A handshake without the optional entry presents nothing."""
+    assert read(left(scope)) == []
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_verified_headers_are_withdrawn(kind: Any) -> None:
+    """Each header with a verified secret goes, and all others stay in order, in whatever iterable the server sends them."""
+    headers = [(b"api-key", b"sk-1"), (b"host", b"x"), (b"authorization", b"Bearer sk-2"), (b"x-api-key", b"sk-1")]
+    scope = {"type": "http", "headers": kind(headers)}
+    outside = scope["headers"]
+    assert left(scope, b"sk-1")["headers"] == headers[1:3]
+    assert (scope["headers"] is outside) is (kind is list)

@@ -1,0 +1,139 @@
+"""What an operator finds in the log of refused requests, and programs such as fail2ban too."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from freegpt_auth.guard import refusal_log
+from freegpt_auth.guard.authenticator import Refusal
+from freegpt_auth.guard.refusal_log import CLIENT_LIMIT, SHOWN, WINDOW, RefusalLog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+UNKNOWN = Refusal("unknown")
+
+
+class Clock:
+    """A clock that tests turn."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        """Return the time."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Return the clock by which refusals are counted together."""
+    clock = Clock()
+    monkeypatch.setattr(refusal_log, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return a function that returns what was logged since its last call."""
+    caplog.set_level(logging.INFO, "freegpt_auth")
+
+    def take() -> list[str]:
+        taken = caplog.messages
+        caplog.clear()
+        return taken
+
+    return take
+
+
+def _scope(client: str | None = "192.0.2.7", path: str = "/v1/models") -> dict[str, Any]:
+    return {"path": path, "client": client and (client, 50000)}
+
+
+def test_each_refusal_is_a_record_with_its_facts(caplog: pytest.LogCaptureFixture) -> None:
+    """A refusal is one record at INFO that says who, where, why and which token, in words and in fields."""
+    caplog.set_level(logging.DEBUG, "freegpt_auth")
+    log = RefusalLog()
+    for refusal in (UNKNOWN, Refusal("revoked", "t1")):
+        log.tell(_scope("2001:db8::1", "/v1/é?"), refusal)
+    first, second = caplog.records
+    assert first.getMessage() == "refused 2001:db8::1 /v1/%C3%A9%3F: unknown"
+    assert second.getMessage() == "refused 2001:db8::1 /v1/%C3%A9%3F: revoked (t1)"
+    facts = [vars(second)[name] for name in ("client", "path", "reason", "token_id", "left_out", "levelname")]
+    assert facts == ["2001:db8::1", "/v1/%C3%A9%3F", "revoked", "t1", 0, "INFO"]
+
+
+@pytest.mark.parametrize(
+    ("client", "path"),
+    [
+        (None, "/"),
+        ("192.0.2.7\x9b31m\r\nrefused 9.9.9.9", "/"),
+        ("x" * 10_000, "/" + "é" * 60_000),
+        ("192.0.2.7", "/: unknown\nrefused 9.9.9.9 /: unknown"),
+        ("192.0.2.7", "/ \t\x0b\x85\u2028\u202e\udcff"),
+    ],
+    ids=["no-client", "address", "long", "path", "white-space"],
+)
+def test_no_client_can_forge_a_line(lines: Callable[[], list[str]], client: str | None, path: str) -> None:
+    """Whatever a client calls itself or asks for: the record is one short line of four words, with the client second."""
+    RefusalLog().tell(_scope(client, path), UNKNOWN)
+    (line,) = lines()
+    word, shown, where, reason = line.split(" ")
+    assert (word, shown[:9], where[:1], reason) == ("refused", (client or "unknown")[:9], "/", "unknown")
+    assert line.isprintable()
+    assert line.isascii()
+    assert len(line) < 1500
+
+
+def test_a_million_refusals_are_few_lines(lines: Callable[[], list[str]], clock: Clock) -> None:
+    """A flood does not fill the disk: a client's first ten are logged, then ever fewer, and all of them are counted."""
+    log = RefusalLog()
+    flood, twice = 1_000_000, 2
+    for _ in range(flood):
+        log.tell(_scope(), UNKNOWN)
+    log.tell(_scope("192.0.2.8"), UNKNOWN)
+    told = lines()
+    assert len(told) == 26 + 1
+    assert told[SHOWN - 1] == "refused 192.0.2.7 /v1/models: unknown"
+    assert told[SHOWN] == "refused 192.0.2.7 /v1/models: unknown; 5 refusals before it are not shown"
+    assert told[-1].startswith("refused 192.0.2.8 ")
+    assert len(told) + sum(map(_left_out, told)) == flood + 1
+    clock.now += WINDOW
+    for _ in range(twice * SHOWN):
+        log.tell(_scope(), UNKNOWN)
+    assert len(lines()) == SHOWN + 1
+    log.finish()
+    log.finish()
+    assert lines() == ["4 more refusals are not shown"]
+
+
+def _left_out(line: str) -> int:
+    return int((re.findall(r"(\d+) refusals before", line) or [0])[0])
+
+
+def test_a_flood_from_everywhere_takes_little_memory(lines: Callable[[], list[str]], clock: Clock) -> None:
+    """An attacker with very many addresses gets few lines and little memory, and hides nobody for more than a minute."""
+    log = RefusalLog()
+    for number in range(100_000):
+        log.tell(_scope(f"2001:db8::{number:x}"), UNKNOWN)
+    assert len(lines()) == CLIENT_LIMIT + SHOWN + 13
+    assert len(log._counts) == CLIENT_LIMIT + 1
+    clock.now += WINDOW
+    log.tell(_scope("192.0.2.9"), UNKNOWN)
+    assert lines()[0].startswith("refused 192.0.2.9 ")
+    assert len(log._counts) == 1
+
+
+def test_nothing_is_counted_where_nothing_is_shown(lines: Callable[[], list[str]], clock: Clock) -> None:
+    """A server that logs warnings only spends nothing on refusals."""
+    log = RefusalLog()
+    logging.getLogger("freegpt_auth").setLevel(logging.WARNING)
+    for _ in range(SHOWN + 1):
+        log.tell(_scope(), UNKNOWN)
+    log.finish()
+    assert lines() == []
+    assert clock.now - log._began == float("inf")

@@ -1,0 +1,299 @@
+"""The verified credential is gone before anything else sees it: the application, layers outside, proxies and error trackers."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.authentication import UnauthenticatedUser
+
+from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, MemoryTokenStore
+from freegpt_auth.guard.callers import Caller, caller_of
+from freegpt_auth.guard.credentials import SUBPROTOCOL
+from freegpt_auth.guard.judging import MARK
+from freegpt_auth.tokens import digest_of, issue
+
+Ask = Callable[..., Awaitable[Any]]
+Headers = list[tuple[bytes, bytes]]
+
+TOKEN, SECRET = issue("one", now=datetime.now(UTC))
+SECOND_TOKEN, SECOND = issue("two", now=datetime.now(UTC))
+BEARER = (b"authorization", f"Bearer {SECRET}".encode())
+UPSTREAM = (b"x-api-key", b"sk-of-the-upstream")
+HOST = (b"host", b"chat.test")
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def store() -> MemoryTokenStore:
+    """Return a store with two tokens."""
+    store = MemoryTokenStore()
+    store.add(digest_of(SECRET), TOKEN)
+    store.add(digest_of(SECOND), SECOND_TOKEN)
+    return store
+
+
+async def plain(_scope: Any, _receive: Any, send: Any) -> None:
+    """Answer 200."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"plain"})
+
+
+@pytest.mark.parametrize(
+    ("headers", "left"),
+    [
+        ([HOST, BEARER], [HOST]),
+        ([(b"authorization", f"bearer  {SECRET} ".encode()), HOST], [HOST]),
+        ([HOST, BEARER, UPSTREAM], [HOST, UPSTREAM]),
+        ([(b"authorization", b"Bearer sk-of-the-upstream"), (b"x-api-key", SECRET.encode())], None),
+        ([(b"api-key", SECRET.encode()), HOST, BEARER], [HOST]),
+        ([(b"x-api-key", SECOND.encode()), BEARER, HOST], [HOST]),
+        ([BEARER, (b"x-api-key", f"Bearer {SECRET}x".encode())], [(b"x-api-key", f"Bearer {SECRET}x".encode())]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_verified_headers_leave_the_scope(
+    ask: Ask, store: MemoryTokenStore, kind: str, headers: Headers, left: Headers | None
+) -> None:
+    """Each header with a valid secret goes, at the first request and when its token is known; other credentials stay."""
+    guarded = BearerTokenMiddleware(plain, store=store)
+    for _ in range(2):
+        sent = [*headers]
+        answer = await ask(guarded, type=kind, headers=sent, subprotocols=[])
+        assert answer.scope["headers"] == (headers[:1] if left is None else left)
+        assert answer.scope["headers"] is sent, "layers outside that share the list lose the secret too"
+
+
+async def test_subprotocols_leave_the_scope(ask: Ask, store: MemoryTokenStore) -> None:
+    """A verified subprotocol goes; one that somebody else verifies stays beside a valid header."""
+    guarded = BearerTokenMiddleware(plain, store=store)
+    for secret, header, left in ((SECRET, [], ["realtime"]), ("sk-upstream", [BEARER], None)):
+        offers = ["realtime", SUBPROTOCOL + secret]
+        offered = (b"sec-websocket-protocol", ", ".join(offers).encode())
+        answer = await ask(guarded, type="websocket", headers=[*header, offered], subprotocols=[*offers])
+        assert answer.scope["subprotocols"] == (left or offers)
+        assert answer.scope["headers"] == [(offered[0], b"realtime") if left else offered]
+
+
+class Forgetful(MemoryTokenStore):
+    """A store that answers nothing from memory."""
+
+    def peek(self, _digest: bytes) -> Any:
+        """Answer that the store must be asked."""
+        return UNRESOLVED
+
+
+async def test_headers_leave_if_memory_is_no_help(ask: Ask) -> None:
+    """A secret that only the store itself could verify is removed all the same."""
+    store = Forgetful()
+    store.add(digest_of(SECRET), TOKEN)
+    guarded = BearerTokenMiddleware(plain, store=store)
+    answer = await ask(guarded, headers=[BEARER, HOST, (b"api-key", SECRET.encode())])
+    assert answer.scope["headers"] == [HOST]
+
+
+@pytest.mark.parametrize("variable", ["", "1"])
+async def test_kept_credentials_stay(
+    ask: Ask, store: MemoryTokenStore, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """An application that checks the same key itself gets it, by the argument or by the variable."""
+    monkeypatch.setenv("FREEGPT_AUTH_KEEP_CREDENTIALS", variable)
+    guarded = BearerTokenMiddleware(plain, store=store, keep_credentials=None if variable else True)
+    for headers in ([BEARER], [BEARER], [BEARER, UPSTREAM]):
+        answer = await ask(guarded, headers=[*headers])
+        assert answer.scope["headers"] == headers
+        assert answer.scope["user"].display_name == "one"
+
+
+@pytest.mark.parametrize("way", ["open", "public", "preflight"])
+async def test_nothing_leaves_without_authentication(ask: Ask, store: MemoryTokenStore, way: str) -> None:
+    """Where no credential is asked for none is removed, and a user that an outer middleware set stays."""
+    preflight = [(b"origin", b"https://ui.test"), (b"access-control-request-method", b"POST")]
+    headers = [(b"authorization", b"Bearer sk-1"), *preflight]
+    guarded = BearerTokenMiddleware(plain, store=None if way == "open" else store, public_paths=["/health"])
+    scope = {"method": "OPTIONS" if way == "preflight" else "GET", "path": "/health" if way == "public" else "/v1"}
+    for user in ({}, {"user": "outer", "auth": "theirs"}):
+        answer = await ask(guarded, headers=[*headers], **scope, **user)
+        assert answer.scope["headers"] == headers
+        assert [answer.scope[name] for name in user] == [*user.values()]
+        assert isinstance(answer.scope["user"], UnauthenticatedUser) is not bool(user)
+    known = await ask(guarded, headers=[BEARER, *preflight], user="outer", **scope)
+    assert (known.scope["user"] == "outer") is (way != "preflight")
+
+
+# --- two guards
+
+
+async def test_inner_guard_accepts_the_outer_ones_caller(ask: Ask, store: MemoryTokenStore) -> None:
+    """Behind a guard over the same store a second one lets the same caller in, by whatever carrier it came."""
+    guarded = BearerTokenMiddleware(BearerTokenMiddleware(plain, store=store), store=store)
+    for headers in ([BEARER], [BEARER, UPSTREAM], [UPSTREAM, (b"api-key", SECRET.encode())]):
+        for kind in ("http", "websocket"):
+            answer = await ask(guarded, type=kind, headers=[*headers])
+            assert answer.scope["user"].display_name == "one"
+    foreign = (b"authorization", b"Bearer sk-of-the-upstream")
+    answer = await ask(guarded, headers=[foreign, (b"x-api-key", SECRET.encode())])
+    assert (answer.status, answer.scope["headers"]) == (200, [foreign])
+
+
+async def test_inner_guard_judges_again(ask: Ask, store: MemoryTokenStore) -> None:
+    """A token that is revoked between two guards is refused by the inner one."""
+    inner = BearerTokenMiddleware(plain, store=store)
+
+    async def revoke(scope: Any, receive: Any, send: Any) -> None:
+        store.revoke(TOKEN.id, datetime.now(UTC))
+        await inner(scope, receive, send)
+
+    assert (await ask(BearerTokenMiddleware(revoke, store=store), headers=[BEARER])).status == 401
+
+
+async def test_replaced_credentials_name_the_caller(ask: Ask, store: MemoryTokenStore) -> None:
+    """An application that hands on a copy of the scope with another valid token acts as that token's caller."""
+    inner = BearerTokenMiddleware(plain, store=store)
+    scopes: list[Any] = []
+
+    async def act_as_the_second(scope: Any, receive: Any, send: Any) -> None:
+        scopes.append({**scope, "headers": [(b"x-api-key", SECOND.encode())]})
+        await inner(scopes[-1], receive, send)
+
+    assert (await ask(BearerTokenMiddleware(act_as_the_second, store=store), headers=[BEARER])).status == 200
+    assert scopes[0]["user"].display_name == "two"
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+async def test_inner_guard_over_another_store(ask: Ask, store: MemoryTokenStore, *, keeps: bool) -> None:
+    """Another store must verify the credential itself, for which the outer guard has to keep it."""
+    other = MemoryTokenStore()
+    other.add(digest_of(SECRET), TOKEN)
+    guarded = BearerTokenMiddleware(BearerTokenMiddleware(plain, store=other), store=store, keep_credentials=keeps)
+    answer = await ask(guarded, headers=[BEARER])
+    assert answer.status == (200 if keeps else 401)
+    assert answer.headers.get("www-authenticate") == (None if keeps else 'Bearer realm="freegpt_auth"')
+
+
+async def test_marks_of_others_prove_nothing(ask: Ask, store: MemoryTokenStore) -> None:
+    """No other object in the scope, and no caller that another store verified, lets a request in."""
+    guarded = BearerTokenMiddleware(plain, store=store)
+    caller = caller_of(TOKEN, digest_of(SECRET), MemoryTokenStore())
+    unknown = Caller(caller.user, caller.auth, TOKEN, digest=digest_of("sk-wrong"), source=store)
+    for mark in (True, SECRET, digest_of(SECRET), {"digest": digest_of(SECRET), "source": store}, caller, unknown):
+        assert (await ask(guarded, **{MARK: mark})).status == 401
+
+
+# --- those that would show it
+
+
+async def test_logged_headers_show_no_secret(
+    ask: Ask, store: MemoryTokenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An application that logs its headers, or its whole scope, logs no secret and no digest."""
+
+    async def logs(scope: Any, receive: Any, send: Any) -> None:
+        logging.getLogger("application").warning("%r %r", scope["headers"], scope)
+        await plain(scope, receive, send)
+
+    guarded = BearerTokenMiddleware(logs, store=store)
+    for headers in ([BEARER, HOST], [BEARER, HOST, UPSTREAM]):
+        assert (await ask(guarded, headers=headers)).status == 200
+    assert "chat.test" in caplog.text
+    assert SECRET not in caplog.text
+    assert repr(digest_of(SECRET)) not in caplog.text
+
+
+async def test_pass_through_proxies_forward_no_secret(store: MemoryTokenStore) -> None:
+    """A proxy behind the guard that forwards all headers forwards the upstream's credential and not ours."""
+    arrived: list[Any] = []
+
+    async def upstream(scope: Any, receive: Any, send: Any) -> None:
+        arrived.append(dict(scope["headers"]))
+        await plain(scope, receive, send)
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(upstream)) as client:
+            await client.get("https://upstream.test/v1/models", headers=scope["headers"])
+        await plain(scope, receive, send)
+
+    guarded = BearerTokenMiddleware(proxy, store=store)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="https://chat.test") as client:
+        answer = await client.get("/v1/models", headers={"Authorization": f"Bearer {SECRET}", "x-api-key": "sk-up"})
+    assert answer.status_code == 200
+    assert arrived[0][b"x-api-key"] == b"sk-up"
+    assert SECRET not in repr(arrived)
+
+
+async def test_opentelemetry_spans_show_no_secret(ask: Ask, store: MemoryTokenStore) -> None:
+    """A span inside the guard that captures every header of the request captures no secret."""
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    traced = OpenTelemetryMiddleware(plain, tracer_provider=provider, http_capture_headers_server_request=[".*"])
+    guarded = BearerTokenMiddleware(traced, store=store)
+    for headers in ([BEARER, HOST], [BEARER, HOST, UPSTREAM]):
+        scope = {"http_version": "1.1", "scheme": "http", "query_string": b"", "server": ("chat.test", 80)}
+        assert (await ask(guarded, headers=headers, **scope)).status == 200
+    shown = repr([dict(span.attributes or {}) for span in spans.get_finished_spans()])
+    assert "http.request.header.host" in shown
+    assert SECRET not in shown
+
+
+SENTRY = """
+import os
+import sys
+import sentry_sdk
+from sentry_sdk.transport import Transport
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient
+from freegpt_auth import BearerTokenMiddleware
+
+secret, order = os.environ["FREEGPT_API_KEY"], sys.argv[1]
+
+class Recorded(Transport):
+    def capture_envelope(self, envelope):
+        print(envelope.serialize().decode("latin-1"))
+
+async def fail(_request):
+    raise RuntimeError("the application failed")
+
+options = {} if order == "inside" else {"send_default_pii": True, "_experiments": {"trace_lifecycle": "stream"}}
+sentry_sdk.init("https://public@sentry.test/1", transport=Recorded, traces_sample_rate=1.0, **options)
+routes = [Route("/v1/models", fail), WebSocketRoute("/v1/realtime", fail)]
+if order == "inside":
+    app = Starlette(routes=routes, middleware=[Middleware(BearerTokenMiddleware)])
+else:
+    app = BearerTokenMiddleware(Starlette(routes=routes))
+client = TestClient(app, raise_server_exceptions=False)
+for name, scheme in (("Authorization", "Bearer "), ("X-Api-Key", ""), ("Api-Key", "")) * 2:
+    assert client.get("/v1/models", headers={name: scheme + secret}).status_code == 500
+try:
+    client.websocket_connect("/v1/realtime", subprotocols=["openai-insecure-api-key." + secret]).__enter__()
+except RuntimeError:
+    sentry_sdk.flush()
+"""
+
+
+@pytest.mark.parametrize("order", ["inside", "outside"])
+def test_sentry_shows_no_secret(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sentry's events, traces and frame variables hold no secret; streamed spans neither, where the guard is outermost."""
+    monkeypatch.setenv("FREEGPT_API_KEY", SECRET)
+    finished = subprocess.run(
+        [sys.executable, "-c", SENTRY, order], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count('"the application failed"') >= 7
+    assert '"vars"' in finished.stdout
+    assert "user-agent" in finished.stdout
+    assert SECRET not in finished.stdout
+    assert repr(digest_of(SECRET))[2:-1].replace("\\", "\\\\") not in finished.stdout, "as JSON writes it"

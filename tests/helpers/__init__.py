@@ -1,0 +1,1 @@
+"""Servers, databases, proxies and clients that the tests share."""

@@ -1,0 +1,174 @@
+"""Access to a replaced file: owner, group, permissions to read, POSIX ACL and labels are kept."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from freegpt_auth.exceptions import FileError
+from freegpt_auth.stores.file import access, disk
+
+ACL, DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
+OWNER, USER, OWNING_GROUP, GROUP, MASK, OTHERS = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+NOBODY = 65534
+SERVER = 12345
+"""The user that a server runs as."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return the path of a file of its owner alone."""
+    path = tmp_path / "t.json"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    return path
+
+
+def acl(*entries: tuple[int, int] | tuple[int, int, int]) -> bytes:
+    """Return a POSIX ACL as the kernel keeps it, of tags, permissions and ids."""
+    packed = (struct.pack("<HHI", *entry, *[0xFFFFFFFF] * (3 - len(entry))) for entry in entries)
+    return struct.pack("<I", 2) + b"".join(packed)
+
+
+def shared(server: int, mask: int, group: int = 0, others: int = 0) -> bytes:
+    """Return the ACL of ``setfacl -m u:server:…``."""
+    return acl((OWNER, 6), (USER, server, SERVER), (OWNING_GROUP, group), (MASK, mask), (OTHERS, others))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (shared(4, 4), shared(4, 4)),
+        (shared(6, 6, group=6, others=6), shared(4, 4, group=4, others=4)),
+        (shared(6, 4), shared(4, 4)),
+        (
+            acl((OWNER, 4), (OWNING_GROUP, 0), (GROUP, 7, 99), (MASK, 7), (OTHERS, 0)),
+            acl((OWNER, 6), (OWNING_GROUP, 0), (GROUP, 4, 99), (MASK, 4), (OTHERS, 0)),
+        ),
+    ],
+    ids=["read", "write", "masked write", "group"],
+)
+def test_acl_is_kept_without_permission_to_write(path: Path, before: bytes, after: bytes) -> None:
+    """A server that reads the file by an ACL reads the next one too; nobody but the owner may write that."""
+    os.setxattr(path, ACL, before)
+    disk.replace_file(str(path), b"new")
+    assert path.read_bytes() == b"new"
+    assert os.getxattr(path, ACL) == after
+
+
+def test_default_acl_of_folder_gives_no_access(path: Path) -> None:
+    """A new file is for its owner only and a file without an ACL gets none, whatever the folder's default ACL is."""
+    os.setxattr(path.parent, DEFAULT_ACL, shared(7, 7, group=7))
+    path.chmod(0o640)
+    disk.replace_file(str(path), b"new")
+    disk.replace_file(f"{path}.first", b"new")
+    for each, mode in ((path, 0o640), (Path(f"{path}.first"), 0o600)):
+        assert stat.S_IMODE(each.stat().st_mode) == mode
+        assert ACL not in os.listxattr(each)
+
+
+def test_acl_that_cannot_be_kept_is_a_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command says so and changes nothing, rather than hide the file from the server."""
+    os.setxattr(path, ACL, shared(4, 4))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    problem = (
+        r"its access rules \(system.posix_acl_access\) cannot be kept: operation not permitted; nothing was changed"
+    )
+    with pytest.raises(FileError, match=problem):
+        disk.replace_file(str(path), b"new")
+    assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("t.json", b"old")]
+
+
+def test_unreadable_acl_is_a_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ACL that cannot be read cannot be kept: nothing is changed, and no warning rests on a guess."""
+
+    def fail(*_: Any) -> bytes:
+        raise OSError(errno.EIO, "broken")
+
+    path.chmod(0o660)
+    monkeypatch.setattr(os, "getxattr", fail)
+    with pytest.raises(FileError, match="input/output error"):
+        disk.replace_file(str(path), b"new")
+    assert path.read_bytes() == b"old"
+    assert access.exposure(str(path), path.stat()) is None
+
+
+def test_label_in_force_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed SELinux label goes to the next file; labels that new files do not get are those of a system turned off."""
+    labels = {(path.stat().st_ino, "security.selinux"): b"httpd", (path.stat().st_ino, "system.nfs4_acl"): b"left"}
+    given: list[tuple[str, bytes]] = []
+
+    def label_of(place: str | int, name: str) -> bytes:
+        inode = os.stat(place).st_ino  # noqa: PTH116  a descriptor has no path
+        if (inode, name) not in labels and name != "security.selinux":
+            raise OSError(errno.ENODATA, "none")
+        return labels.get((inode, name), b"default")
+
+    monkeypatch.setattr(os, "getxattr", label_of)
+    monkeypatch.setattr(os, "setxattr", lambda _, name, value: given.append((name, value)))
+    disk.replace_file(str(path), b"new")
+    assert given == [("security.selinux", b"httpd")]
+
+
+def test_group_that_grants_nothing_may_change(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's ``-u 1000`` gives files the group 0, which user 1000 cannot; a group that may read is kept, or it fails."""
+
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    real = access.to_keep
+    monkeypatch.setattr(disk, "to_keep", lambda target: real(target)._replace(group=54321))
+    disk.replace_file(str(path), b"new")
+    assert path.read_bytes() == b"new"
+    path.chmod(0o640)
+    with pytest.raises(FileError, match=r"cannot keep its owner and group \(\d+:54321\); change them, or add"):
+        disk.replace_file(str(path), b"newer")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("rules", "warning"),
+    [
+        (0o640, None),
+        (0o620, "can be written by others; run chmod go-w on it"),
+        (0o602, "can be written by others; run chmod go-w on it"),
+        (0o604, "can be read by every user; run chmod o-r on it"),
+        (0o666, "can be written by others; run chmod go-w,o-r on it"),
+        (shared(4, 4), None),
+        (shared(4, 6), None),
+        (shared(6, 4), None),
+        (shared(6, 6), "can be written by others; run chmod go-w on it"),
+        (shared(4, 6, group=6), "can be written by others; run chmod go-w on it"),
+        (shared(4, 4, others=4), "can be read by every user; run chmod o-r on it"),
+    ],
+)
+def test_wide_access_is_a_warning(path: Path, rules: int | bytes, warning: str | None) -> None:
+    """Others that may write are named, and every user that may read; the mask of an ACL is not taken for a group."""
+    if isinstance(rules, int):
+        path.chmod(rules)
+    else:
+        os.setxattr(path, ACL, rules)
+    assert access.exposure(str(path), path.stat()) == (warning and f"{path} {warning}")
+
+
+def test_unchangeable_file_may_be_read_by_all(unprivileged: Path) -> None:
+    """A Secret that Kubernetes mounts is readable by all and cannot be changed: no warning asks for it; of writers one does."""
+    path = unprivileged / "t.json"
+    path.touch(0o444)
+    path.chmod(0o444)
+    assert access.exposure(str(path), path.stat()) is not None
+    unprivileged.chmod(0o555)
+    assert access.exposure(str(path), path.stat()) is None
+    path.chmod(0o464)
+    assert "can be written by others" in str(access.exposure(str(path), path.stat()))

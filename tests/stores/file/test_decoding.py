@@ -1,0 +1,227 @@
+"""What stands in a token file: bytes to tokens, and one sentence with the place for every bad file."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+from codecs import BOM_UTF8
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from freegpt_auth.stores.file.decoding import read
+from freegpt_auth.stores.file.document import Document
+from freegpt_auth.tokens import digest_of, issue, prefix_of
+
+NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
+INSTANT = "2025-06-01T12:00:00Z"
+ENTRY = {"name": "old", "created_at": "2024-01-01T00:00:00"}
+
+quick = settings(max_examples=50, deadline=None)
+
+
+def _row(number: int = 0, **changes: object) -> dict[str, Any]:
+    """Return a record as it stands in a file; a change to ``None`` leaves the field out."""
+    row: dict[str, object] = {
+        "id": f"id{number}",
+        "name": f"name {number}",
+        "prefix": "sk-a1b2c3d4e5f",
+        "digest": f"sha256${number:064x}",
+        "created_at": INSTANT,
+    }
+    return {name: value for name, value in {**row, **changes}.items() if value is not None}
+
+
+def _lines(*rows: object) -> bytes:
+    """Return a file as this library writes it: one record a line."""
+    return b'{"version": 1, "tokens": [\n' + b",\n".join(json.dumps(row).encode() for row in rows) + b"\n]}\n"
+
+
+def _pretty(*rows: object) -> bytes:
+    """Return the same file in an editor's layout."""
+    return json.dumps({"version": 1, "tokens": rows}, indent=2).encode()
+
+
+def _plain(**entries: object) -> bytes:
+    """Return a file of plain tokens."""
+    return json.dumps({f"sk-{name}": entry for name, entry in entries.items()}).encode()
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize("layout", [_lines, _pretty])
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_file_is_read_in_any_layout(layout: Any, count: int) -> None:
+    """A file that was formatted by hand means what it meant before, and no record in memory holds its digest."""
+    contents = read(layout(*(_row(number, note=["a", "b"]) for number in range(count))))
+    assert [token.id for token in contents.tokens.values()] == [f"id{number}" for number in range(count)]
+    assert list(contents.tokens) == [number.to_bytes(32) for number in range(count)]
+    assert (contents.blank, contents.ancestral) == (False, False)
+    assert "00000000" not in repr(contents.tokens.values())
+
+
+@pytest.mark.parametrize("layout", [_lines, _pretty])
+def test_byte_order_mark_is_skipped(layout: Any) -> None:
+    """A file saved by an editor that adds a byte order mark means the same, and the next change drops the mark."""
+    content = layout(_row(), _row(1))
+    assert read(BOM_UTF8 + content) == read(content)
+    document = Document(BOM_UTF8 + content)
+    document.remove("id0")
+    assert json.loads(document.encode())["tokens"] == [_row(1)]
+
+
+def test_a_record_may_span_lines_and_a_digest_be_in_capitals() -> None:
+    """A file half in this library's layout and half in another is read all the same."""
+    content = _lines(_row(digest="sha256$" + "AB" * 32, note=["a", "b"])).replace(b'"a", "b"', b'"a",\n"b"')
+    assert list(read(content).tokens) == [b"\xab" * 32]
+
+
+def test_an_empty_object_says_nothing_and_an_empty_list_does() -> None:
+    """A file that is an empty JSON object is told from one whose last token was deleted."""
+    assert read(b" {\n}\n") == ({}, True, False)
+    assert read(Document(None).encode()) == read(Document(b"{}").encode()) == ({}, False, False)
+
+
+# --- what is refused
+
+BAD = {
+    "zero bytes": (b"", "it is empty; a new token file is made by create, not by touch"),
+    "a byte order mark alone": (BOM_UTF8, "it is empty"),
+    "truncated": (_lines(_row(), _row(1))[:-20], "it is cut off in line 3"),
+    "truncated between two tokens": (_lines(_row(), _row(1))[:-4], "it is cut off in line 3"),
+    "no JSON": (b"tokens: []", "it is not JSON: line 1, column 1 cannot be read"),
+    "no quotes": (_lines(_row()).replace(b'"id"', b"id"), "it is not JSON: line 2, column 2 cannot be read"),
+    "NaN": (_lines(_row(note=float("nan"))), "it holds NaN, which is no number of JSON"),
+    "half a character": (_lines(_row(note="\ud800")), "a number out of range, or half of a surrogate pair"),
+    "a list": (b"[]", "it is not a JSON object"),
+    "deep": (b'{"a":' * 100_000, "it is nested too deeply"),
+    "a deep record": (_lines(_row()).replace(b'"id0"', b"[" * 100_000), "it is nested too deeply"),
+    "a long version": (b'{"version": ' + b"9" * 400 + b"}", "its version is 99999999999999999999;"),
+    "no UTF-8": (b'{"\xff": 1}', "it is not UTF-8: line 1 holds the byte 0xff"),
+    "no UTF-8 in a record": (_lines(_row()).replace(b"name 0", b"name \xff"), "it is not UTF-8: line 2 holds"),
+    "a newer version": (b'{"version": 2, "tokens": []}', "its version is 2; this release reads version 1"),
+    "a version that equals 1": (b'{"version": true, "tokens": []}', "its version is True;"),
+    "no version": (b'{"tokens": []}', "its version is None; this release reads version 1"),
+    "no tokens": (b'{"version": 1}', "$.tokens must be a list"),
+    "tokens by name": (b'{"version": 1, "tokens": {}}', "$.tokens must be a list"),
+    "no record": (_lines(_row(), 5), "$.tokens[1] must be an object"),
+    "no digest": (_lines(*map(_row, range(3)), _row(3, digest=None)), "$.tokens[3].digest is missing"),
+    "a short digest": (_lines(_row(), _row(1, digest="sha256$ab")), "$.tokens[1].digest must be 'sha256$' and 64"),
+    "another algorithm": (_lines(_row(digest="sha512$" + "a" * 64)), "$.tokens[0].digest"),
+    "no hexadecimal": (_pretty(_row(), _row(1, digest="sha256$" + "g" * 64)), "$.tokens[1].digest"),
+    "half a digest and blanks": (_lines(_row(digest="sha256$" + " ab" * 20 + "    ")), "$.tokens[0].digest"),
+    "a digest twice": (_lines(_row(), _row(1), _row(2, digest=_row()["digest"])), "the digest at $.tokens[2]"),
+    "an id that forges, twice": (_lines(_row(id="\n\x1b"), _row(1, id="\n\x1b")), "twice: \\n\\x1b"),
+    "an empty id": (_lines(_row(id="")), "$.tokens[0].id must be a string of 1 to 64 characters"),
+    "a long id": (_lines(_row(id="a" * 65)), "$.tokens[0].id must be a string of 1 to 64 characters"),
+    "no offset": (_lines(_row(), _row(1, expires_at="2025-01-01T00:00:00")), "$.tokens[1].expires_at must be a time"),
+    "scopes in one string": (_pretty(_row(scopes="a b")), "$.tokens[0].scopes must be a list of strings"),
+    "a field twice": (
+        _lines(_row()).replace(b'{"id', b'{"id": 1, "id', 1),
+        "a field of $.tokens[0] stands there twice",
+    ),
+    "tokens twice": (_lines(_row()).replace(b'"tok', b'"tokens": [1], "tok', 1), "a field of $ stands there twice"),
+    "a wrong plain entry": (_plain(a=ENTRY, secret={"name": 1}), "entry 2 of a file of plain tokens: name must be a"),
+    "half a plain entry": (_plain(secret={"name": ""}), "entry 1 of a file of plain tokens: created_at is missing"),
+    "an empty plain token": (json.dumps({"": ENTRY}).encode(), "entry 1 of a file of plain tokens is an empty token"),
+    "the year 0": (_plain(a={**ENTRY, "created_at": "0001-01-01T00:00:00+14:00"}), ""),
+    "the year 10000": (_plain(a={**ENTRY, "last_used": "9999-12-31T23:59:59-14:00"}), ""),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_file_gets_one_sentence_with_the_place(fault: str) -> None:
+    """An operator is told in one short line what is wrong with the file and where, and no secret is in it."""
+    content, expected = BAD[fault]
+    for reader in (read, Document):
+        with pytest.raises(ValueError, match=r".") as caught:
+            reader(content)
+        problem = str(caught.value)
+        assert expected in problem
+        assert "sk-" not in problem
+        assert len(problem) < 120
+        assert problem.isprintable()
+
+
+def test_a_field_that_only_a_change_reads_is_never_half_written() -> None:
+    """A field that this release does not know, with bytes that are not UTF-8, makes a change fail."""
+    with pytest.raises(ValueError, match="not UTF-8"):
+        Document(_lines(_row(note="x")).replace(b'"x"', b'"\xff"'))
+
+
+def test_numbers_of_unknown_fields_are_kept() -> None:
+    """A change keeps numbers that no Python float or int of msgspec holds, digit by digit."""
+    content = _lines(_row(note=[])).replace(b"[]}", b"[1e999, 0.10000000000000000001]}")
+    document = Document(content)
+    document.revoke("id0", NOW)
+    assert b"[1e999,0.10000000000000000001]" in document.encode().replace(b" ", b"")
+
+
+def test_half_a_surrogate_pair_is_not_written() -> None:
+    """A name that UTF-8 cannot encode is an error in our words, and the other tokens stay writable."""
+    document = Document(_lines(_row()))
+    token, secret = issue("name", now=NOW)
+    with pytest.raises(ValueError, match=r"^a field of the token holds half of a surrogate pair$"):
+        document.append(digest_of(secret), msgspec.structs.replace(token, name="\ud800"))
+    assert list(read(document.encode()).tokens) == [bytes(32)]
+
+
+def test_nesting_at_the_limit_is_a_bad_file() -> None:
+    """Changing a file fails with one sentence, or not at all, however deep an unknown field is nested."""
+
+    def nested(depth: int) -> bytes:
+        return _lines(_row()).replace(b'"id0"', b'"id0", "note": ' + b"[" * depth + b"]" * depth)
+
+    def is_refused(depth: int) -> bool:
+        try:
+            return not read(nested(depth)).tokens
+        except ValueError:
+            return True
+
+    limit = bisect.bisect_left(range(100_000), x=True, key=is_refused)
+    for depth in range(limit - 10, limit + 10):
+        # Either outcome is right, but no other.
+        with contextlib.suppress(ValueError):
+            assert len(read(Document(nested(depth)).encode()).tokens) == 1
+
+
+@quick
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_refused(data: st.DataObject) -> None:
+    """Whatever happens to the bytes of a file, reading them ends in tokens or in one kind of error."""
+    content = bytearray(data.draw(st.sampled_from([_lines(_row(), _row(1)), _plain(a=ENTRY)])))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content)))
+        content[place : place + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    with contextlib.suppress(ValueError):
+        assert all(len(digest) == 32 for digest in read(bytes(content)).tokens)
+
+
+# --- the ancestor's format
+
+
+def test_plain_tokens_become_records() -> None:
+    """A file of the ancestor's format keeps its tokens, with their names, dates, state, and the ids in the usage."""
+    used = "2024-03-01T10:00:00+00:00"
+    content = _plain(
+        old_and_working={**ENTRY, "last_used": used, "active": True, "unknown": 1},
+        old_and_revoked={**ENTRY, "last_used": used, "active": False},
+        old_never_used={**ENTRY, "last_used": None, "active": False},
+    )
+    contents, secrets = read(content), list(json.loads(content))
+    created_at, used_at = datetime(2024, 1, 1).astimezone(), datetime.fromisoformat(used)
+    assert list(contents.tokens) == [digest_of(secret) for secret in secrets]
+    assert [token.prefix for token in contents.tokens.values()] == [prefix_of(secret) for secret in secrets]
+    assert [(token.created_at, token.revoked_at, token.last_used_at) for token in contents.tokens.values()] == [
+        (created_at, None, used_at),
+        (created_at, used_at, used_at),
+        (created_at, created_at, None),
+    ]
+    written = Document(content).encode()
+    assert b"sk-old_" not in written
+    assert read(written)._replace(ancestral=True) == contents

@@ -1,0 +1,294 @@
+"""Reading and replacing one file so that neither a crash nor a hostile path can hurt."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable  # noqa: TC003  beside the annotations that pytest may resolve
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+from unittest.mock import Mock
+
+import pytest
+
+from freegpt_auth.exceptions import FileError
+from freegpt_auth.stores.file import disk
+from freegpt_auth.stores.file.lock import locked
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return where the file is, or will be."""
+    return tmp_path / "t.json"
+
+
+def _read(path: Path) -> bytes:
+    """Read in a thread, so that what should not hang cannot hang the tests."""
+    with ThreadPoolExecutor() as pool:
+        return pool.submit(disk.read_file, str(path), _content).result(10)[1]
+
+
+def _content(file: BinaryIO) -> bytes:
+    """Make of a file what is in it."""
+    return file.read()
+
+
+# --- reading
+
+
+def test_every_state_of_a_file_has_its_own_signature(path: Path) -> None:
+    """A change is noticed even if the file got older, and behind a link, as in a Kubernetes secret."""
+    assert disk.signature_at(str(path)) == disk.MISSING
+    link = path.with_name("link")
+    link.symlink_to(path)
+    seen = set()
+    for content, instant in ((b"one", 9), (b"more", 9), (b"four", 9), (b"four", 8)):
+        new = path.with_name("new")
+        new.write_bytes(content)
+        os.utime(new, (0, instant))
+        new.replace(path)
+        status, read = disk.read_file(str(link), _content)
+        assert read == content
+        assert disk.signature_of(status) == disk.signature_at(str(path)) == disk.signature_at(str(link))
+        seen.add(disk.signature_of(status))
+    os.utime(path, (0, 0))
+    assert disk.signature_at(str(path)) not in seen
+    assert len(seen) == 4
+
+
+def _bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (Path.mkdir, "it is a directory, as Docker makes one .*; remove it, and mount the directory of the file"),
+        (os.mkfifo, "not a regular file"),
+        (_bind, "no such device or address"),
+        (lambda path: path.symlink_to("nowhere"), "no such file or directory"),
+        (lambda path: path.symlink_to(path), "too many levels of symbolic links"),
+        (lambda path: path.symlink_to("/proc/self/mem"), "input/output error"),
+    ],
+    ids=["directory", "FIFO", "socket", "dangling link", "link to itself", "unreadable"],
+)
+def test_what_is_no_file_is_never_missing_and_never_hangs(
+    path: Path, make: Callable[[Path], object], problem: str
+) -> None:
+    """Something at the path that cannot be read is a fault and not an absence, and is told without waiting."""
+    make(path)
+    assert disk.signature_at(str(path)) != disk.MISSING
+    with pytest.raises(FileError, match=problem) as caught:
+        _read(path)
+    assert str(caught.value) == f"{path}: {caught.value.problem}"
+
+
+def test_what_is_hidden_or_impossible_is_not_missing(unprivileged: Path) -> None:
+    """A folder that may not be entered, or is none, is told in one sentence, to readers and to writers."""
+    folder, file = unprivileged / "folder", unprivileged / "file"
+    folder.mkdir(0)
+    file.touch()
+    for place, problem in ((folder, "permission denied; run this as"), (file, "a part of its path is not a directory")):
+        assert disk.signature_at(f"{place}/t.json") != disk.MISSING
+        for attempt in (
+            partial(disk.read_file, f"{place}/t.json", _content),
+            locked(f"{place}/t.json", 0.01).__enter__,
+            locked(f"{place}/x/t.json", 0.01).__enter__,
+        ):
+            with pytest.raises(FileError, match=problem):
+                attempt()
+
+
+def test_the_size_limit_is_the_last_size_that_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that nobody can have meant is not read into memory."""
+    monkeypatch.setattr(disk, "SIZE_LIMIT", 2**20)
+    path.write_bytes(bytes(2**20))
+    assert len(_read(path)) == 2**20
+    path.write_bytes(bytes(2**20 + 1))
+    with pytest.raises(FileError, match="it is larger than 1 MiB"):
+        _read(path)
+
+
+@pytest.mark.parametrize("moment", ["before it is looked at", "while it is read"])
+def test_a_file_that_is_replaced_while_it_is_opened_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A writer that replaces the file in the very moment it is opened makes it neither missing nor broken."""
+    path.write_bytes(b"old")
+    new = path.with_name("new")
+    new.write_bytes(b"new")
+    module, name = (os, "open") if moment == "before it is looked at" else (disk, "_check_readable")
+    real = getattr(module, name)
+
+    def then_replace(*arguments: Any, **options: Any) -> Any:
+        answer = real(*arguments, **options)
+        if new.exists():
+            new.replace(path)
+        return answer
+
+    monkeypatch.setattr(module, name, then_replace)
+    assert disk.read_file(str(path), _content)[1] == b"new"
+
+
+def _exhaust(file: BinaryIO) -> bytes:
+    raise MemoryError(file)
+
+
+def test_file_that_may_be_read_later_is_told_apart(path: Path) -> None:
+    """Too little memory and a disk error may end by themselves; a directory in the file's place does not."""
+    path.touch()
+    path.with_name("link").symlink_to("/proc/self/mem")
+    path.with_name("folder").mkdir()
+    for name, parse, transient in (("t.json", _exhaust, True), ("link", _content, True), ("folder", _content, False)):
+        with pytest.raises(FileError) as caught:
+            disk.read_file(str(path.with_name(name)), parse)
+        assert caught.value.transient is transient
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_believed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one state and half of another are never taken for a file, nor for a file with a mistake in it."""
+    path.write_bytes(b"one")
+    monkeypatch.setattr(disk, "_check_readable", lambda *_: path.write_bytes(path.read_bytes() + b"more"))
+    for parse in (_content, int):
+        with pytest.raises(FileError, match="it changed while it was read"):
+            disk.read_file(str(path), parse)
+
+
+# --- replacing
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_every_file_is_its_owners_alone(path: Path, umask: int) -> None:
+    """Whatever the umask, files are born for their owner only, and nobody else may ever write them; root keeps the owner.
+
+    Who could read the old file can read the new one: a server that could not would never learn of a revocation.
+    """
+    owner = NOBODY if os.geteuid() == 0 else os.geteuid()
+    before = os.umask(umask)
+    try:
+        for content, mode in ((b"first", 0o600), (b"second", 0o640), (b"third", 0o644)):
+            with locked(str(path), 1):
+                disk.replace_file(str(path), content)
+            modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
+            assert modes == {"t.json": mode, "t.json.lock": 0o600}
+            path.chmod({0o600: 0o660, 0o640: 0o666, 0o644: 0o666}[mode])
+            os.chown(path, owner, owner)
+        with locked(str(path), 1):
+            disk.replace_file(str(path), b"last")
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"last"
+    assert (path.stat().st_uid, path.stat().st_gid) == (owner, owner)
+
+
+def test_a_user_replaces_no_file_of_another(unprivileged: Path) -> None:
+    """Who may write the folder but does not own the file is refused: its server could no longer read it."""
+    path = unprivileged / "t.json"
+    path.write_bytes(b"old")
+    user, other = os.getuid(), os.geteuid()
+    os.seteuid(user)
+    os.chown(path, user, -1)
+    os.seteuid(other)
+    with pytest.raises(FileError, match="run this as the user who owns it"):
+        disk.replace_file(str(path), b"new")
+    assert [each.name for each in unprivileged.iterdir()] == ["t.json"]
+
+
+def test_a_user_writes_a_file_of_his_own(unprivileged: Path) -> None:
+    """Whoever may write the folder may change the file; where it may not be listed, nothing has changed at a refusal."""
+    path = unprivileged / "t.json"
+    with locked(str(path), 1):
+        disk.replace_file(str(path), b"old")
+    assert path.stat().st_uid == os.geteuid()
+    unprivileged.chmod(0o300)
+    with pytest.raises(FileError, match="permission denied"):
+        disk.replace_file(str(path), b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_link_that_cannot_be_followed_is_not_taken_for_the_file(path: Path) -> None:
+    """A symbolic link is never replaced by a file because it could not be followed at that moment."""
+    path.symlink_to(path)
+    with pytest.raises(FileError, match="too many levels"):
+        disk.real_path(str(path))
+
+
+@pytest.mark.parametrize("name", ["t.json", "*[1].json"])
+def test_the_next_writer_clears_up_after_a_killed_one(tmp_path: Path, name: str) -> None:
+    """No half-written file stays for ever, and no file of anybody else is touched, whatever the file is called."""
+    leftover = tmp_path / f".{name}.0123456789abcdef.tmp"
+    others = [tmp_path / each for each in (".other1.json.0123.tmp", f"{name}.tmp")]
+    for each in (leftover, *others):
+        each.write_bytes(b"half")
+    (tmp_path / f".{name}.folder.tmp").mkdir()
+    disk.replace_file(str(tmp_path / name), b"whole")
+    assert not leftover.exists()
+    assert all(each.exists() for each in others)
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "problem"),
+    [
+        ((os, "fsync"), errno.ENOSPC, "no space is left on the device; nothing was changed"),
+        ((Path, "replace"), errno.EBUSY, "mount its directory instead"),
+        ((os, "open"), errno.EIO, "input/output error"),
+        ((os, "link"), errno.ENOSPC, "no space is left on the device; nothing was changed"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[Any, str], number: int, problem: str
+) -> None:
+    """When a change cannot be written the old file is intact, nothing is left beside it, and one line says why."""
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(*call, Mock(side_effect=OSError(number, os.strerror(number))))
+        with pytest.raises(FileError, match=problem):
+            disk.replace_file(str(path), b"new")
+    assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("t.json", b"old")]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_change_survives_a_power_failure(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Content, then name, then folder are brought to the disk; only where folders cannot be synced, that is no error."""
+    steps: list[str] = []
+    real = Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: _sync(fd, number, steps))
+    monkeypatch.setattr(Path, "replace", lambda self, target: (steps.append("name"), real(self, target)))
+    with pytest.raises(FileError) if number == errno.EIO else contextlib.nullcontext():
+        disk.replace_file(str(path), b"content")
+    assert steps == ["file of 7", "name", "folder"]
+
+
+def _sync(fd: int, number: int, steps: list[str]) -> None:
+    """Sync files, but no folder."""
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        steps.append("folder")
+        raise OSError(number, os.strerror(number))
+    steps.append(f"file of {os.fstat(fd).st_size}")
+
+
+@pytest.mark.parametrize(("links", "after"), [(0, b"old"), (errno.EPERM, b"new")])
+def test_a_change_that_may_not_survive_is_taken_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch, links: int, after: bytes
+) -> None:
+    """A change that cannot be brought to the disk is undone; that takes a file system that has hard links."""
+    monkeypatch.setattr(os, "fsync", lambda fd: _sync(fd, errno.EIO, []))
+    with pytest.raises(FileError, match="input/output error"):
+        disk.replace_file(str(path), b"new")
+    assert not path.exists()
+    path.write_bytes(b"old")
+    if links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(links, os.strerror(links))))
+    inode = path.stat().st_ino
+    with pytest.raises(FileError, match="input/output error"):
+        disk.replace_file(str(path), b"new")
+    assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("t.json", after)]
+    assert (path.stat().st_ino == inode) == (after == b"old")

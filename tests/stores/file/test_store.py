@@ -1,0 +1,721 @@
+"""What the token file adds to the contract: every fault of it, every change to it, and what is said about them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable  # noqa: TC003  beside the annotations that pytest may resolve
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from freegpt_auth import UNRESOLVED, FileTokenStore, StoreError, StoreUnavailableError, Token
+from freegpt_auth.exceptions import FileError, StoreBusyError
+from freegpt_auth.stores.file import access, disk, store as file_store, ticks, workers
+from freegpt_auth.stores.file.document import Document
+from freegpt_auth.stores.file.lock import locked
+from freegpt_auth.stores.file.snapshot import Snapshot
+from freegpt_auth.stores.file.store import FRESHNESS, RETRY_INTERVAL
+from freegpt_auth.stores.file.table import SHARDS, Table
+from freegpt_auth.tokens import digest_of, issue
+from tests.helpers.scarcity import no_descriptors
+
+NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
+UNKNOWN = bytes(32)
+EMPTY = b'{"version": 1, "tokens": [\n\n]}\n'
+
+
+@pytest.fixture(autouse=True)
+def _every_look_is_fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Let no look be relied on, so that no test and no writer has to wait for one to grow old; keep the log."""
+    monkeypatch.setattr(file_store, "FRESHNESS", 0.0)
+    caplog.set_level(logging.INFO, logger="freegpt_auth")
+
+
+class Clock:
+    """A clock that stands still until it is moved on."""
+
+    def __init__(self) -> None:
+        self.instant = 1000.0
+
+    def __call__(self, seconds: float = 0.0) -> float:
+        """Move on, and return the time."""
+        self.instant += seconds
+        return self.instant
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Return the clock by which the store of the test measures ages."""
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return where the token file is, or will be."""
+    return tmp_path / "api_tokens.json"
+
+
+@pytest.fixture
+def store(path: Path, clock: Clock) -> FileTokenStore:
+    """Return the store of a server."""
+    return FileTokenStore(path, clock=clock)
+
+
+def _said(log: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Return what was logged since this was called last."""
+    lines = [(record.levelname, record.getMessage()) for record in log.records]
+    log.clear()
+    return lines
+
+
+def _look(store: FileTokenStore, digest: bytes) -> Token | None:
+    """Ask a store as the middleware does."""
+    token = store.peek(digest)
+    return store.resolve(digest) if token is UNRESOLVED else token
+
+
+def _id(token: Token | None) -> str | None:
+    return token and token.id
+
+
+def _issued(name: str = "ci") -> tuple[bytes, Token]:
+    token, secret = issue(name, now=NOW)
+    return digest_of(secret), token
+
+
+def _content(*issued: tuple[bytes, Token]) -> bytes:
+    """Return the bytes of a file that holds these tokens."""
+    document = Document(None)
+    for digest, token in issued:
+        document.append(digest, token)
+    return document.encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file as an editor may: not as this library does."""
+    path.write_bytes(content)
+    path.chmod(0o600)
+
+
+def _clear(path: Path) -> None:
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+
+
+# --- noticing a change
+
+
+def test_a_look_may_be_relied_on_for_10_ms(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """The request path looks at the file at most every 10 ms, and at least that often while it is asked."""
+    monkeypatch.setattr(file_store, "FRESHNESS", FRESHNESS)
+    looks: list[str] = []
+    real = disk.signature_at
+    monkeypatch.setattr(disk, "signature_at", lambda name: looks.append(name) or real(name))
+    store.resolve(UNKNOWN)
+    for seconds, expected in ((0.0, 0), (0.0099, 0), (0.0002, 1)):
+        looks.clear()
+        clock(seconds)
+        for _ in range(100):
+            assert store.peek(UNKNOWN) is None
+        assert len(looks) == expected
+    _write(path, EMPTY)
+    assert store.peek(UNKNOWN) is None
+    clock(0.0101)
+    assert store.peek(UNKNOWN) is UNRESOLVED
+
+
+def test_a_writer_waits_until_nobody_relies_on_the_past(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a change has returned, no look taken before it can still be relied on."""
+    monkeypatch.setattr(file_store, "FRESHNESS", 0.050)
+    store.add(*_issued())
+    age = time.time_ns() - path.stat().st_ctime_ns
+    assert age >= 0.090e9  # twice 50 ms, less the coarseness of a file's time
+
+
+def test_a_revocation_that_was_made_before_is_waited_for_too(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who revokes a token that another command has just revoked is told so only when no server accepts it any more."""
+    digest, token = _issued()
+    store.add(digest, token)
+    store.revoke(token.id, NOW)
+    before = path.stat()
+    monkeypatch.setattr(file_store, "FRESHNESS", 0.050)
+    began = time.monotonic()
+    assert store.revoke(token.id, NOW + timedelta(days=1)).revoked_at == NOW
+    assert time.monotonic() - began >= 0.100
+    assert path.stat() == before
+
+
+# --- several threads, several processes
+
+
+def test_waiting_requests_share_one_reading_and_the_loop_goes_on(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a change the file is read once for all who wait; meanwhile nothing blocks and no old token is answered."""
+    digest, token = _issued()
+    _write(path, _content((digest, token)))
+    begun, go_on, readings, real = threading.Event(), threading.Event(), [], disk.read_file
+
+    def read_slowly(name: str, *arguments: Any) -> Any:
+        readings.append(name)
+        begun.set()
+        assert go_on.wait(10)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(disk, "read_file", read_slowly)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(store.resolve, digest) for _ in range(8)]
+        assert begun.wait(10)
+        assert store.peek(digest) is UNRESOLVED
+        go_on.set()
+        assert {_id(answer.result(10)) for answer in answers} == {token.id}
+    assert len(readings) == 1
+
+
+def test_what_is_in_force_no_more_is_let_go_at_leisure(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old tokens are dropped piece by piece when the new ones are in force, and no other request waits for it."""
+    held: list[bool] = []
+
+    def drop(pieces: list[object]) -> None:
+        assert not store._loading.locked()
+        assert _id(store._answer(digest)) == token.id
+        alone = [sys.getrefcount(piece) for piece in [object()]]
+        held.extend(sys.getrefcount(piece) > max(alone) for piece in pieces)
+
+    _write(path, _content(_issued()))
+    store.survey()
+    digest, token = _issued()
+    _write(path, _content((digest, token)))
+    monkeypatch.setattr(file_store, "release", drop)
+    store._refresh()
+    assert held == [False] * (1 + SHARDS)
+
+
+def test_an_answer_rests_on_one_state_of_the_file(store: FileTokenStore) -> None:
+    """A token is not called unknown because the file was mended by another thread in the middle of the answer."""
+    digest, token = _issued()
+
+    class MendedMeanwhile(dict[bytes, Token]):
+        def get(self, key: bytes, default: Any = None) -> Any:
+            store._snapshot = Snapshot(Table(({digest: token},) * SHARDS), disk.MISSING)
+            return super().get(key, default)
+
+    store._snapshot = Snapshot(Table((MendedMeanwhile(),) * SHARDS), disk.MISSING, "broken")
+    with pytest.raises(StoreUnavailableError):
+        store._answer(digest)
+
+
+_FORK_WHILE_READING = """
+import os, signal, sys
+from freegpt_auth import FileTokenStore
+store = FileTokenStore("api_tokens.json")
+with store._loading:  # as another thread holds it while it reads
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        print(store.survey().active)
+        sys.exit()
+os.waitpid(child, 0)
+"""
+
+
+def test_a_fork_in_the_middle_of_a_reading_leaves_a_working_child(path: Path) -> None:
+    """A preloading server may fork at any moment: the child reads the file itself and never waits for the parent."""
+    _write(path, _content(_issued(), _issued()))
+    assert subprocess.check_output([sys.executable, "-c", _FORK_WHILE_READING], timeout=60) == b"2\n"
+
+
+_FORK_WHILE_OPEN = """
+import os, sys
+from freegpt_auth import FileTokenStore
+from freegpt_auth.stores.file import workers
+store = FileTokenStore("api_tokens.json")
+print(store.survey().configured, flush=True)
+workers.remembered = lambda path: True  # a sibling was closed, and then the file moved away
+if os.fork() == 0:
+    print(store.peek(b"").name, store.survey().configured)
+    sys.exit()
+os.wait()
+"""
+
+
+def test_a_worker_forked_from_an_open_process_is_as_closed_as_its_siblings() -> None:
+    """What a preloading server saw before it forked does not open a worker whose siblings have been closed since."""
+    output = subprocess.check_output([sys.executable, "-c", _FORK_WHILE_OPEN], timeout=60, text=True)
+    assert output.split() == ["False", "UNRESOLVED", "True"]
+
+
+def test_note_is_written_again(
+    path: Path, store: FileTokenStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While the file is gone a worker that is asked writes a lost note again, each second: the next worker needs it."""
+    monkeypatch.setattr(workers, "_servers", lambda _: (workers._Server(os.getpid(), b""),))
+    monkeypatch.setattr(workers, "_folders", lambda: [tmp_path / "notes"])
+    store.add(*_issued())
+    store.survey()
+    path.unlink()
+    for _ in range(2):
+        [note] = (tmp_path / "notes").iterdir()
+        note.unlink()
+        clock(RETRY_INTERVAL)
+        assert _look(store, UNKNOWN) is None
+        assert note.exists()
+
+
+@pytest.mark.parametrize("content", [None, b"{}"])
+def test_recycled_worker_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
+    """Where a sibling was closed, neither a missing file nor a blank one opens the worker that replaces it."""
+    if content is not None:
+        _write(path, content)
+    assert not FileTokenStore(path).survey().configured
+    monkeypatch.setattr(workers, "remembered", lambda _: True)
+    assert FileTokenStore(path).survey().configured
+
+
+# --- faults
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "zero bytes": (Path.touch, "it is empty; a new token file is made by create, not by touch"),
+    "deep": (lambda path: path.write_bytes(b"[" * 10**6), "it is nested too deeply"),
+    "a directory": (
+        Path.mkdir,
+        "as Docker makes one in the place of a missing file that is mounted by itself; remove it",
+    ),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), "no such file or directory"),
+    "link to itself": (lambda path: path.symlink_to(path), "too many levels"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_while_serving_keeps_the_last_good_tokens(
+    path: Path, caplog: pytest.LogCaptureFixture, clock: Clock, kind: str
+) -> None:
+    """A broken file stops no token that worked, accepts none, and is logged once, as is its recovery; it has no lease."""
+    store, (digest, token) = FileTokenStore(path, clock=clock), _issued()
+    ended, secret = issue("ended", now=NOW, expires_at=NOW + timedelta(seconds=1))
+    good = _content((digest, token), (digest_of(secret), ended))
+    _write(path, good)
+    kept = [_look(store, digest), _look(store, digest_of(secret))]
+    path.unlink()
+    FAULTS[kind][0](path)
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        assert [_look(store, digest), _look(store, digest_of(secret))] == kept
+        assert store.survey() == (True, 1, str(path))
+        for method in (store.resolve, store.peek):
+            with pytest.raises(StoreUnavailableError):
+                method(UNKNOWN)
+        clock(60)
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+    ((level, message),) = _said(caplog)
+    assert (level, FAULTS[kind][1] in message) == ("ERROR", True)
+    assert message.startswith(f"{path} cannot be used: ")
+    assert message.endswith(" Tokens read before (2) stay in force, all others are refused")
+    _clear(path)
+    _write(path, good)
+    assert _look(store, UNKNOWN) is None
+    assert _said(caplog) == [("INFO", f"{path} was read again: 1 active token(s)")]
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_at_start_closes_until_it_is_mended(path: Path, store: FileTokenStore, kind: str) -> None:
+    """On a broken file a server starts closed, commands change nothing and say why; both work once it is mended."""
+    FAULTS[kind][0](path)
+    before = disk.signature_at(str(path))
+    assert store.survey() == (True, 0, str(path))
+    with pytest.raises(StoreUnavailableError):
+        store.peek(UNKNOWN)
+    for call in (store.tokens, lambda: store.add(*_issued())):
+        with pytest.raises(FileError, match=FAULTS[kind][1]):
+            call()
+    assert disk.signature_at(str(path)) == before
+    _clear(path)
+    store.add(*_issued())
+    assert store.survey().active == 1
+
+
+def test_a_failed_reading_is_tried_again_after_a_second(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """A fault that leaves no trace in the file, such as a disk error, ends by itself; it is not tried at each request."""
+    digest, token = _issued()
+    _write(path, _content((digest, token)))
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "SIZE_LIMIT", 0)
+        store.survey()
+    clock(RETRY_INTERVAL - 0.01)
+    for method in (store.peek, store.resolve):
+        with pytest.raises(StoreUnavailableError, match="it is larger than 0 MiB"):
+            method(digest)
+    clock(0.02)
+    assert store.peek(digest) is UNRESOLVED
+    assert _id(_look(store, digest)) == token.id
+
+
+# --- a change that is hidden
+
+
+def test_exhausted_descriptors_hide_no_revocation(path: Path, store: FileTokenStore, tmp_path: Path) -> None:
+    """A flood of connections takes every descriptor of the server, and a revocation is in force at once all the same."""
+    digest, token = _issued()
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+        _write(tmp_path / name / "next", _content((digest, token)) if name == "good" else EMPTY)
+    (tmp_path / "good" / "next").replace(path)
+    assert _id(_look(store, digest)) == token.id
+    with no_descriptors():
+        (tmp_path / "bad" / "next").replace(path)
+        assert _look(store, digest) is None
+
+
+HIDDEN: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
+    "file": (lambda path: path.chmod(0), lambda path: path.chmod(0o600), "permission denied"),
+    "folder": (lambda path: path.parent.chmod(0), lambda path: path.parent.chmod(0o700), "permission denied"),
+    "disk": (
+        lambda path: (path.rename(path.with_name("aside")), path.symlink_to("/proc/self/mem")),
+        lambda path: path.with_name("aside").replace(path),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_hidden_change_ends_tokens_after_lease(
+    unprivileged: Path, caplog: pytest.LogCaptureFixture, clock: Clock, kind: str
+) -> None:
+    """A file that cannot be opened, read or looked at may hide a revocation: its tokens work for one lease, then 503."""
+    hide, mend, problem = HIDDEN[kind]
+    path, (digest, token) = unprivileged / "t.json", _issued()
+    store = FileTokenStore(path, lease=30, clock=clock)
+    _write(path, _content((digest, token)))
+    store.survey()
+    clock(10)
+    assert _id(_look(store, digest)) == token.id
+    hide(path)
+    for seconds in (0.5, 1.0, 28.4):
+        clock(seconds)
+        assert _id(_look(store, digest)) == token.id
+        with pytest.raises(StoreUnavailableError):
+            _look(store, UNKNOWN)
+    for seconds in (0.2, 100):
+        clock(seconds)
+        for known in (digest, UNKNOWN):
+            with pytest.raises(StoreUnavailableError):
+                _look(store, known)
+    first, last = _said(caplog)
+    assert (problem in first[1], first[1].endswith(" stay in force for 30 s, all others are refused")) == (True, True)
+    assert last[1].endswith(". It could not be read for 30 s: all tokens are refused until it can be")
+    mend(path)
+    clock(RETRY_INTERVAL)
+    assert _id(_look(store, digest)) == token.id
+    assert _said(caplog) == [("INFO", f"{path} was read again: 1 active token(s)")]
+
+
+def test_lease_counts_from_last_look(path: Path, clock: Clock) -> None:
+    """A server that nobody asked for a minute cannot know since when a change is hidden: it relies on nothing."""
+    store, (digest, token) = FileTokenStore(path, lease=30, clock=clock), _issued()
+    _write(path, _content((digest, token)))
+    assert _id(_look(store, digest)) == token.id
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    clock(60)
+    with pytest.raises(StoreUnavailableError):
+        _look(store, digest)
+
+
+def test_rewrite_within_one_tick_is_found(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    """Where the file system's clock stands still, a rewrite of equal size is found when the tick is over, by one reading."""
+    monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
+    (one, first), (two, second) = _issued(), _issued()
+    _write(path, _content((one, first)))
+    assert _id(_look(store, one)) == first.id
+    path.write_bytes(_content((two, second)))
+    clock(ticks.FINE)
+    assert (_look(store, one), _id(_look(store, two))) == (None, second.id)
+    known = _look(store, two)
+    clock(ticks.FINE)
+    assert _look(store, two) is known
+    monkeypatch.setattr(disk, "read_file", None)
+    clock(60)
+    assert _look(store, two) is known
+    assert _said(caplog) == [("INFO", f"{path} was read again: 1 active token(s)")]
+
+
+@pytest.mark.parametrize("delay", [0, ticks.FINE], ids=["old by the host's clock", "slow reading"])
+def test_tick_counts_from_the_end_of_a_reading(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock, delay: float
+) -> None:
+    """A rewrite is found though the file server's clock is behind the host's, or the host was too busy to read at once."""
+    monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
+    real = disk.read_file
+    monkeypatch.setattr(disk, "read_file", lambda *arguments: (clock(delay), real(*arguments))[1])
+    (one, first), (two, second) = _issued(), _issued()
+    _write(path, _content((one, first)))
+    time.sleep(2 * ticks.FINE)
+    assert [_id(_look(store, one)) for _ in range(2)] == [first.id, first.id]
+    path.write_bytes(_content((two, second)))
+    clock(ticks.FINE)
+    assert _id(_look(store, two)) == second.id
+
+
+def test_return_within_one_tick_is_compared_again(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """A file that changes and is as before within one tick may change once more: the comparison still comes."""
+    monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
+    (one, first), (two, second) = _issued(), _issued()
+    _write(path, _content((one, first)))
+    store.survey()
+    clock(ticks.FINE / 2)
+    seen, real = [disk.MISSING], disk.signature_at
+    monkeypatch.setattr(disk, "signature_at", lambda name: seen.pop() if seen else real(name))
+    assert _id(store.resolve(one)) == first.id
+    path.write_bytes(_content((two, second)))
+    clock(ticks.FINE)
+    assert _id(_look(store, two)) == second.id
+
+
+# --- missing, blank, configured
+
+
+def test_a_missing_file_says_nothing(path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Where no token file ever was, nothing is configured, nothing is logged and nothing is made."""
+    assert store.survey() == (False, 0, str(path))
+    assert store.peek(UNKNOWN) is None
+    assert dict(store.tokens()) == {}
+    assert FileTokenStore(path.parent / "missing" / "t.json").survey().configured is False
+    assert _said(caplog) == []
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("content", "configured"), [(b" {\n} ", False), (EMPTY, True), (b"", True)])
+def test_configured_once_is_configured_for_good(path: Path, content: bytes, *, configured: bool) -> None:
+    """Only an empty object says nothing, and nothing that happens to the file opens a server that was closed once."""
+    for end in (Path.unlink, lambda path: path.write_bytes(b"{}")):
+        store = FileTokenStore(path)
+        _write(path, content)
+        assert store.survey() == (configured, 0, str(path))
+        end(path)
+        assert store.survey() == (configured, 0, str(path))
+        assert _look(store, UNKNOWN) is None
+
+
+def test_a_deleted_file_is_an_error_and_its_return_is_logged(
+    path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When the file goes its tokens are refused and the operator is told what that means; when it returns they work."""
+    digest, token = _issued()
+    _write(path, _content((digest, token)))
+    store.survey()
+    aside = path.with_name("aside")
+    for _ in range(2):
+        path.rename(aside)
+        assert _look(store, digest) is None
+        assert store.survey() == (True, 0, str(path))
+        aside.rename(path)
+        assert _id(_look(store, digest)) == token.id
+    gone = f"{path} is gone: its tokens are refused until it is back. To open this server, restart it without the file"
+    assert _said(caplog) == [("ERROR", gone), ("INFO", f"{path} was read again: 1 active token(s)")] * 2
+
+
+def test_a_file_replaced_behind_its_mount_is_refused_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A file mounted by itself shows its old tokens for ever after it was replaced: they are refused."""
+    digest, token = _issued()
+    with tempfile.TemporaryFile() as mounted:
+        mounted.write(_content((digest, token)))
+        mounted.flush()
+        store = FileTokenStore(f"/proc/self/fd/{mounted.fileno()}")
+        assert store.survey().configured
+        assert _look(store, digest) is None
+        with pytest.raises(FileError):  # and not a new file that would lose them
+            store.tokens()
+    ((level, message),) = _said(caplog)
+    assert (level, "mount its directory instead" in message) == ("ERROR", True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "warned", "left"),
+    [(0o640, False, 0o640), (0o604, True, 0o604), (0o620, True, 0o600), (0o602, True, 0o600)],
+)
+def test_a_file_open_to_others_is_loaded_with_a_warning(
+    path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture, mode: int, left: int, *, warned: bool
+) -> None:
+    """Digests that everybody may read, or tokens that others may add, are said once; they work all the same.
+
+    The next change takes from others what lets them write.
+    """
+    _write(path, _content(_issued()))
+    path.chmod(mode)
+    assert store.survey().active == 1
+    path.touch()
+    assert store.survey().active == 1
+    warnings = [message for level, message in _said(caplog) if level == "WARNING"]
+    assert warnings == [access.exposure(str(path), path.stat())] * warned
+    store.add(*_issued())
+    assert stat.S_IMODE(path.stat().st_mode) == left
+
+
+# --- writing
+
+
+def test_a_link_stays_a_link(path: Path, store: FileTokenStore) -> None:
+    """A token file that is a symbolic link stays one: what it points to is replaced, under the lock beside that."""
+    target = path.with_name("data") / "tokens.json"
+    target.parent.mkdir()
+    _write(target, EMPTY)
+    path.symlink_to("data/tokens.json")
+    store.add(*_issued())
+    assert path.is_symlink()
+    assert len(FileTokenStore(target).tokens()) == 1
+    assert sorted(each.name for each in path.parent.iterdir()) == [path.name, "data"]
+
+
+def test_a_change_gives_up_while_another_one_is_made(
+    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command fails while another one holds the lock; requests and lists never wait for it."""
+    monkeypatch.setattr(file_store, "LOCK_TIMEOUT", 0)
+    digest, token = _issued()
+    _write(path, _content((digest, token)))
+    with locked(str(path), 0), ThreadPoolExecutor() as pool:
+        for call in (store.delete, lambda token_id: store.revoke(token_id, NOW), lambda _: store.add(*_issued())):
+            with pytest.raises(StoreBusyError):
+                pool.submit(call, token.id).result(10)
+        assert _id(_look(store, digest)) == token.id
+        assert list(store.tokens()) == [digest]
+
+
+def test_what_could_not_be_read_again_is_not_written(path: Path, store: FileTokenStore) -> None:
+    """A record that would break the file for every server is refused, and the file stays as it was."""
+    digest, token = _issued()
+    store.add(digest, token)
+    before, no_offset = path.read_bytes(), NOW.replace(tzinfo=None)
+    for changes in ({}, {"id": ""}, {"created_at": no_offset}, {"name": "\ud800"}):
+        values: dict[str, Any] = {"id": "id", "name": "ci", "prefix": "sk-", "created_at": NOW, **changes}
+        with pytest.raises(StoreError):
+            store.add(UNKNOWN if changes else b"short", Token(**values))
+    with pytest.raises(StoreError):
+        store.revoke(token.id, no_offset)
+    assert path.read_bytes() == before
+
+
+def test_plain_tokens_work_and_are_converted_by_the_first_change(
+    path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file of plain tokens works as it is, with a warning; after one command no plain token is left in it."""
+    entry = {"name": "old", "created_at": "2024-01-01T00:00:00"}
+    one, two = digest_of("sk-plain-one"), digest_of("sk-plain-two")
+    _write(path, json.dumps({"sk-plain-one": entry, "sk-plain-two": {**entry, "active": False}}).encode())
+    assert store.survey() == (True, 1, str(path))
+    before = dict(store.tokens())
+    assert _said(caplog) == [("WARNING", f"{path} holds plain tokens; the next create, revoke or delete mends it")]
+    store.revoke(before[one].id, NOW)
+    assert b"sk-plain" not in path.read_bytes()
+    assert getattr(_look(store, one), "revoked_at", None) == NOW
+    assert _look(store, two) == before[two]
+    assert [level for level, _ in _said(caplog)] == ["INFO"]
+
+
+# --- any order of events
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """In whatever order tokens, faults and looks come, a server answers what the file says, or said last.
+
+    Commands, a server and an operator with an editor, against a dict from ids to what is known of the tokens.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "api_tokens.json"
+        self.writer, self.server = FileTokenStore(self.path), FileTokenStore(self.path)
+        self.state, self.saved, self.configured = "missing", b"", False
+        self.written: dict[bytes, Token] = {}
+        self.served: dict[bytes, Token] = {}
+        self.ever: list[bytes] = [UNKNOWN]
+
+    def teardown(self) -> None:
+        """Leave nothing behind."""
+        self.folder.cleanup()
+
+    @precondition(lambda self: self.state in ("missing", "good"))
+    @rule()
+    def add(self) -> None:
+        """Issue a token. Its name is longer than all before, so that no two files have one size."""
+        digest, token = _issued("x" * len(self.ever))
+        self.writer.add(digest, token)
+        self.ever.append(digest)
+        self.written[digest], self.state = token, "good"
+
+    @precondition(lambda self: self.state == "good" and self.written)
+    @rule(data=st.data(), delete=st.booleans())
+    def end(self, data: st.DataObject, *, delete: bool) -> None:
+        """Revoke a token, perhaps once more, or delete it."""
+        digest = data.draw(st.sampled_from(sorted(self.written)))
+        if delete:
+            self.writer.delete(self.written.pop(digest).id)
+        else:
+            self.written[digest] = self.writer.revoke(self.written[digest].id, NOW)
+
+    @precondition(lambda self: self.state == "good")
+    @rule(content=st.sampled_from([None, b"", b"[]", EMPTY[:-3]]))
+    def spoil(self, content: bytes | None) -> None:
+        """Take the file away, or break it."""
+        self.saved, self.state = self.path.read_bytes(), "missing" if content is None else "broken"
+        if content is None:
+            self.path.unlink()
+            self.written = {}
+        else:
+            _write(self.path, content)
+
+    @precondition(lambda self: self.state == "broken")
+    @rule()
+    def restore(self) -> None:
+        """Put back what was there."""
+        _write(self.path, self.saved)
+        self.state = "good"
+
+    @rule()
+    def look(self) -> None:
+        """Ask the server for every token that ever was, and whether it is configured."""
+        self.configured = self.configured or self.state != "missing"
+        self.served = self.served if self.state == "broken" else dict(self.written)
+        for digest in self.ever:
+            if self.state == "broken" and digest not in self.served:
+                with pytest.raises(StoreUnavailableError):
+                    _look(self.server, digest)
+            else:
+                token, expected = _look(self.server, digest), self.served.get(digest)
+                assert _id(token) == _id(expected)
+                assert getattr(token, "revoked_at", None) == getattr(expected, "revoked_at", None)
+        active = [token for token in self.served.values() if token.revoked_at is None]
+        assert self.server.survey() == (self.configured, len(active), str(self.path))
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)

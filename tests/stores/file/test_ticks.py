@@ -1,0 +1,55 @@
+"""Coarse clocks of file systems: how long a state is uncertain, and times that always rise."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from freegpt_auth.exceptions import FileError
+from freegpt_auth.stores.file import disk, ticks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECOND = 10**9
+FAR = 4_000_000_000 * SECOND  # so far ahead that the file system's clock does not move beyond it
+
+
+@pytest.mark.parametrize(("changed", "length"), [(100 * SECOND + 1, ticks.FINE), (100 * SECOND, ticks.COARSE)])
+def test_whole_second_is_of_a_coarse_clock(changed: int, length: float) -> None:
+    """Times with fractions of a second come from a fine clock; whole seconds may be those of a clock of 1 s or 2 s."""
+    assert ticks.length(changed) == length
+
+
+@pytest.mark.parametrize("granularity", [1, 100, SECOND, 2 * SECOND])
+def test_modification_time_rises_with_each_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: int
+) -> None:
+    """While the file system's clock stands still no later file has the signature of one before, at any granularity."""
+    path, real = tmp_path / "t.json", os.utime
+    path.touch()
+    real(path, ns=(FAR, FAR))
+
+    def coarse(fd: int, ns: tuple[int, int]) -> None:
+        real(fd, ns=(ns[0] // granularity * granularity, ns[1] // granularity * granularity))
+
+    monkeypatch.setattr(os, "utime", coarse)
+    times = [FAR]
+    for _ in range(3):
+        disk.replace_file(str(path), b"content")
+        times.append(path.stat().st_mtime_ns)
+    assert all(later > earlier for earlier, later in itertools.pairwise(times))
+
+
+def test_last_possible_time_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot get a later time is not replaced: servers might take the new one for the old."""
+    path = tmp_path / "t.json"
+    path.write_bytes(b"old")
+    os.utime(path, ns=(FAR, FAR))
+    monkeypatch.setattr(os, "utime", lambda *_, **__: None)
+    with pytest.raises(FileError, match="the last that the file system can hold; run touch on it"):
+        disk.replace_file(str(path), b"new")
+    assert path.read_bytes() == b"old"

@@ -1,0 +1,1 @@
+"""Tests of the PostgreSQL store and of its usage tables."""

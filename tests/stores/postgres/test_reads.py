@@ -1,0 +1,209 @@
+"""What is asked of the tables: each answer is of one moment, and a row says the same as the token it was."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from datetime import UTC, datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import psycopg
+import pytest
+
+from freegpt_auth.stores.postgres import reads, schema, writes
+from freegpt_auth.stores.postgres.pool import Address, Link
+from freegpt_auth.tokens import SECRET_LENGTH, Token, digest_of, find, issue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
+PLACE = "postgresql://db/tokens"
+
+
+@pytest.fixture
+def link(database: str) -> Iterator[Link]:
+    """Return a connection to an empty database."""
+    with contextlib.closing(Address(database).connect()) as link:
+        yield link
+
+
+@pytest.fixture
+def other(database: str) -> Iterator[Link]:
+    """Return the connection of another process."""
+    with contextlib.closing(Address(database).connect()) as link:
+        yield link
+
+
+def _add(link: Link, *tokens: Token) -> list[bytes]:
+    """Add tokens, whose digests are made of their ids."""
+    digests = [digest_of(token.id) for token in tokens]
+    for digest, token in zip(digests, tokens, strict=True):
+        writes.insert(link, digest, token)
+    return digests
+
+
+def _token(token_id: str, prefix: str = "sk-a1b2c3d4e5f", **others: Any) -> Token:
+    return Token(**{"id": token_id, "name": "ci", "prefix": prefix, "created_at": NOW, **others})
+
+
+FULL = _token("full", expires_at=NOW, revoked_at=NOW, scopes=("a", "b"), models=("gpt-4", ""), last_used_at=NOW)
+NONE = _token("none", scopes=(), models=())
+FAR = _token("far", created_at=datetime(1, 1, 1, tzinfo=UTC), expires_at=datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC))
+ODD = _token("ö", name="\N{GRINNING FACE}", prefix='{"', scopes=("{a,b}", 'c"', "NULL"), models=("\\", ""))
+
+
+@pytest.mark.parametrize("token", [FULL, NONE, FAR, ODD], ids=lambda token: token.id)
+def test_a_row_says_what_the_token_said(link: Link, token: Token) -> None:
+    """Each field comes back as it was put in, however it is read, and every instant in UTC."""
+    [digest] = _add(link, token)
+    with link.transaction():
+        every = dict(reads.in_order(link))
+    read = [reads.look_up(link, digest)[1], every[digest], reads.referred(link, token.id)[digest]]
+    read.append(next(reads.changes_since(link, 1))[0].token)
+    assert read == [token] * 4
+    assert all(instant.tzinfo is UTC for instant in (read[0].created_at, read[0].expires_at) if instant)  # type: ignore[union-attr]
+
+
+def test_instants_are_kept_whatever_their_zone_is(link: Link) -> None:
+    """An instant that was given with another offset is the same instant."""
+    [digest] = _add(link, _token("zoned", created_at=NOW.astimezone(timezone(timedelta(hours=-7)))))
+    link.run("SET timezone TO 'America/New_York'")
+    token = reads.look_up(link, digest)[1]
+    assert token is not None
+    assert (token.created_at, token.created_at.tzinfo) == (NOW, UTC)
+
+
+def test_a_look_up_is_of_one_moment(link: Link) -> None:
+    """What was read of a token belongs to the revision that is read with it, for one that is there or not."""
+    assert reads.look_up(link, bytes(32)) == (0, None)
+    [digest] = _add(link, _token("one"))
+    assert reads.look_up(link, digest) == (1, _token("one"))
+    writes.revoke(link, "one", NOW)
+    assert reads.look_up(link, digest) == (2, _token("one", revoked_at=NOW))
+    assert reads.look_up(link, bytes(32)) == (2, None)
+    assert reads.look_up(link, b"") == (2, None)
+
+
+def test_the_head_tells_one_state_from_every_other(link: Link) -> None:
+    """Each change has a number and a mark of its own; the time is the database's; without tables there is no version."""
+    heads = [reads.head(link)]
+    for number in range(3):
+        _add(link, _token(str(number)))
+        heads.append(reads.head(link))
+    assert [head.revision for head in heads] == [0, 1, 2, 3]
+    assert len({head.mark for head in heads}) == 4
+    assert {head.version for head in heads} == {schema.VERSION}
+    assert heads[0].now <= heads[-1].now == pytest.approx(heads[0].now, abs=60)
+    link.run("DROP SCHEMA freegpt_auth CASCADE")
+    assert reads.head(link).version == 0
+
+
+def test_the_log_tells_what_was_changed_and_how_it_is_now(link: Link) -> None:
+    """A change is told with the token's present state; the list begins with what made the revision that was known."""
+    one, two, three = _add(link, _token("one"), _token("two"), _token("three"))
+    writes.revoke(link, "one", NOW)
+    writes.delete(link, "two")
+    [noted] = reads.changes_since(link, 2)
+    assert [(each.revision, each.digest) for each in noted] == [(2, two), (3, three), (4, one), (5, two)]
+    assert [each.token for each in noted] == [None, _token("three"), _token("one", revoked_at=NOW), None]
+    assert noted[-1].mark == reads.head(link).mark
+    link.run("TRUNCATE freegpt_auth.tokens")
+    assert list(reads.changes_since(link, 6)) == [[(6, reads.head(link).mark, None, None)]]
+    assert list(reads.changes_since(link, 7)) == [[]]
+
+
+def test_many_changes_are_read_in_batches(link: Link) -> None:
+    """A statement that changed thousands of tokens is in the log in full, and of the known revision one row is read."""
+    many = {digest_of(str(number)): _token(str(number)) for number in range(4_100)}
+    for change in (lambda: writes.merge(link, many), lambda: link.run("UPDATE freegpt_auth.tokens SET name = 'x'")):
+        with link.transaction():
+            change()
+    batches = list(reads.changes_since(link, 1))
+    assert max(map(len, batches)) <= 2_000
+    assert {batch[0].revision for batch in batches} == {1}
+    assert [each.revision for batch in batches for each in batch[1:]] == [2] * 4_100
+    assert {each.digest for batch in batches for each in batch[1:]} == many.keys()
+    assert {each.token.name for each in batches[-1] if each.token} == {"x"}
+
+
+def test_a_large_table_is_read_in_batches(link: Link) -> None:
+    """Every token is read once, in the order in which they were made, or as many as are wanted."""
+    many = {digest_of(str(number)): _token(str(number)) for number in range(4_100)}
+    with link.transaction():
+        writes.merge(link, many)
+    with link.transaction():
+        batches = [len(batch) for batch in reads.every_token(link)]
+        assert sum(batches) == 4_100
+        assert max(batches) <= 2_000
+        assert sum(len(batch) for batch in reads.every_token(link, limit=2_001)) == 2_001
+        assert list(reads.every_token(link, limit=0)) == []
+        assert list(reads.in_order(link).items()) == list(many.items())
+
+
+def test_tokens_that_work_are_counted_by_the_databases_clock(link: Link) -> None:
+    """Those that were revoked or have expired are not counted, nor those whose end is this moment."""
+    now = datetime.fromtimestamp(reads.head(link).now, UTC)
+    _add(link, _token("for ever"), _token("revoked", revoked_at=NOW), _token("expired", expires_at=now))
+    _add(link, _token("lives", expires_at=now + timedelta(hours=1)))
+    assert reads.count_active(link) == 2
+
+
+def test_a_reference_means_the_same_as_in_a_file(link: Link) -> None:
+    """A secret, an id, a prefix, more than that, dots, or nonsense: the database is asked for neither more nor less."""
+    secrets, tokens = [], {}
+    for number in range(4):
+        token, secret = issue(f"token {number}", now=NOW)
+        secrets.append(secret)
+        tokens[digest_of(secret)] = token
+    short = _token("short", prefix="sk-ab")
+    named = _token(tokens[digest_of(secrets[0])].prefix, prefix=short.id)  # whose id is another's prefix
+    none = _token("blank", prefix="")
+    tokens |= {digest_of("sk-abcdefghijklmno"): short, digest_of("named"): named, digest_of("x"): none}
+    for digest, token in tokens.items():
+        writes.insert(link, digest, token)
+    references = ["", "...", "…", "s", "sk-", "sk-abc", "sk-ab", "sk-abcdefghijklmno", "nobody", "x", "%", "\\", "'"]
+    references += ["\0", "\udcff", "sk-\0", "a" * SECRET_LENGTH, "short…", "short...", "blank"]
+    for digest, token in tokens.items():
+        references += [
+            token.id,
+            token.prefix,
+            token.prefix + "...",
+            token.prefix + "x",
+            token.prefix[:-1],
+            digest.hex(),
+        ]
+    for secret in secrets:
+        references += [
+            secret,
+            secret[:-1],
+            secret[:20],
+            secret[:20] + "...",
+            secret[:14] + "9" * 38,
+            secret[:15] + "\0",
+        ]
+    for reference in references:
+        assert find(reference, reads.referred(link, reference)) == find(reference, tokens), reference
+    assert find(secrets[0][:20], reads.referred(link, secrets[0][:20])) == [tokens[digest_of(secrets[0])]]
+
+
+# --- a connection that is silent
+
+
+def test_a_connection_that_asks_nothing_is_ended(link: Link, other: Link) -> None:
+    """The database ends the connection of a process that it hears nothing of, after the time that was set."""
+    reads.end_if_idle(other, 0.05)
+    pid = other.one("SELECT pg_backend_pid()")[0]
+    deadline = time.monotonic() + 30
+    while link.one("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)) != (0,):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(psycopg.OperationalError, match="idle-session timeout"):
+        other.run("SELECT 1")
+
+
+def test_a_record_without_an_id_is_no_token() -> None:
+    """A row that was joined to nothing tells of nothing."""
+    assert reads.token_of((None,) * len(reads.COLUMNS)) is None
+    assert set(reads.COLUMNS) == {"digest", *msgspec.structs.asdict(FULL)}
