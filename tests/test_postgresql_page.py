@@ -28,7 +28,7 @@ def run(script: str, database: str) -> str:
     """Run shell code with *database* in the place of the URL that stands in it, and return its output."""
     pasted = script.replace(URL, database).replace(WITHOUT_PASSWORD, database.replace(f":{PASSWORD}", ""))
     shell = Shell(FREEGPT_AUTH_STORE=database, PGPASSWORD=PASSWORD)
-    shell.environment["PATH"] += f":{BINARIES}"
+    shell.environment["PATH"] = f"{BINARIES}:{shell.environment['PATH']}"
     done = shell.run(pasted)
     assert done.returncode == 0, done.stdout
     return done.stdout
