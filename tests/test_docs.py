@@ -124,7 +124,7 @@ async def test_python_block(
 
 @pytest.mark.parametrize("page", SHELL)
 def test_shell_session(page: str) -> None:
-    """A reader who pastes the blocks of a page in order sees the output that the page shows."""
+    """Pasted in order, the blocks of a page print the output that the page shows."""
     shell, output = Shell(), ""
     try:
         for block in blocks(page):

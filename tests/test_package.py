@@ -23,7 +23,7 @@ LOCKS = {path.stem: path.read_text() for path in (PROJECT / "requirements").iter
 TOX = configparser.ConfigParser(interpolation=None)
 TOX.read(PROJECT / "tox.ini")
 NEWEST = {"testenv:newest", "testenv:audit"}
-"""The environments that exist to meet versions that no lock has yet."""
+"""The environments for the newest versions, which no lock holds back."""
 
 
 def pinned(lock: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The pages on FastAPI and on CORS: their applications do what the pages promise."""
+"""The pages on FastAPI and on CORS: their applications keep the promises of the pages."""
 
 from __future__ import annotations
 
