@@ -106,7 +106,8 @@ def try_it(checkout: Path) -> Iterator[Callable[[], str]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COVERAGE"))}
-    log, running = checkout / "log", []
+    log = checkout / "log"
+    running: list[subprocess.Popen[bytes]] = []
 
     def run() -> str:
         while running:
