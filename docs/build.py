@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
+from unittest.mock import patch
 
 import freegpt_auth
 from freegpt_auth.cli import main as run_command
@@ -25,6 +27,9 @@ from freegpt_auth.cli import main as run_command
 DOCS = Path(__file__).parent
 PROJECT = DOCS.parent
 FROM_ROOT = {"SECURITY.md": "security.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+CONTRACTS = (freegpt_auth.TokenSource, freegpt_auth.TokenStore)
+SHORT = 4
+"""Parameters of a signature in several lines."""
 
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#:]+)(#[^)\s]+)?\)")
 _MARKER = re.compile(r"^::: (.+)$", re.MULTILINE)
@@ -65,17 +70,22 @@ def rendered(name: str) -> str:
     described = getattr(freegpt_auth, name.removeprefix("freegpt_auth."))
     parts = [_signature(described), _docstring(described)]
     for attribute, value in vars(described).items():
-        function = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
-        if not attribute.startswith("_") and (inspect.isfunction(function) or isinstance(value, property)):
+        if _is_shown(described, attribute, value):
             parts += [f"### {described.__name__}.{attribute}", _signature(value), _docstring(value)]
     return "\n\n".join(filter(None, parts))
 
 
+def _is_shown(owner: type, attribute: str, value: object) -> bool:
+    """Return whether a public method or property has a place of its own. The contracts have those of every store."""
+    if attribute.startswith(("_", "after_fork")) or not isinstance(value, (classmethod, property, FunctionType)):
+        return False
+    return owner in CONTRACTS or not any(hasattr(contract, attribute) for contract in CONTRACTS)
+
+
 def _help(arguments: list[str]) -> str:
     """Return the help text of a command, as a terminal of 80 columns shows it."""
-    os.environ["COLUMNS"] = "80"
     output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+    with patch.dict(os.environ, COLUMNS="80"), contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         run_command([*arguments, "--help"])
     if not output.getvalue():
         raise ValueError(f"there is no command {arguments}")
@@ -83,21 +93,23 @@ def _help(arguments: list[str]) -> str:
 
 
 def _signature(described: object) -> str:
-    if isinstance(described, (classmethod, staticmethod)):
+    if isinstance(described, classmethod):
         described = described.__func__
-    if isinstance(described, property) or not callable(described):
+    if described in CONTRACTS or isinstance(described, property) or not callable(described):
         return ""
-    try:
-        signature = inspect.signature(described)
-    except ValueError:  # an enum, or a class without a constructor of its own
-        return ""
+    signature = inspect.signature(described)
     parameters = [each for each in signature.parameters.values() if each.name not in {"self", "cls"}]
-    shown = [f"    {_parameter(each)}," for each in parameters]
+    shown = [_parameter(each) for each in parameters]
     keyword_only = [each.kind is inspect.Parameter.KEYWORD_ONLY for each in parameters]
     if True in keyword_only:
-        shown.insert(keyword_only.index(True), "    *,")
-    name = getattr(described, "__name__", "")
-    return "\n".join(["```python", f"{name}(", *shown, ")", "```"]) if shown else ""
+        shown.insert(keyword_only.index(True), "*")
+    inside = ", ".join(shown) if len(shown) < SHORT else "\n" + "".join(f"    {each},\n" for each in shown)
+    returned = (
+        ""
+        if signature.return_annotation in {None, "None", inspect.Signature.empty}
+        else f" -> {signature.return_annotation}"
+    )
+    return f"```python\n{getattr(described, '__name__', '')}({inside}){returned}\n```"
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
@@ -138,7 +150,8 @@ def _relinked(text: str, source: Path, place: str, places: dict[Path, str]) -> s
 def main() -> None:
     """Write the pages, and build the site from them."""
     folder = Path(sys.argv[1]).absolute()
-    shutil.rmtree(folder, ignore_errors=True)
+    for old in ("pages", "site"):
+        shutil.rmtree(folder / old, ignore_errors=True)
     write_pages(folder / "pages")
     shutil.copy(DOCS / "zensical.toml", folder)
     sys.exit(subprocess.run(["zensical", "build", "--strict"], cwd=folder, check=False).returncode)  # noqa: S607
