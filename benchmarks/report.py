@@ -26,7 +26,7 @@ INTRODUCTION = """# How fast it is
 
 Written by `tox -e bench`. All that is compared took turns in one run. A figure is the median, behind it the range in
 which the middle half lies; a count and a maximum stand alone. Ratios were taken round by round. *The floor* is the
-least code that does the same work, written by hand: [benchmarks/floor.py](../benchmarks/floor.py)."""
+least code that does the same work, written by hand: [benchmarks/floor.py](../../benchmarks/floor.py)."""
 
 PACKAGES = ("anyio", "fastapi", "freegpt-auth", "msgspec", "psycopg", "starlette", "uvicorn")
 """Whose versions are told."""

@@ -1,4 +1,4 @@
-"""Measures everything and writes ``docs/performance.md`` and its chart: ``tox -e bench``.
+"""Measures everything and writes ``docs/operations/performance.md`` and its chart: ``tox -e bench``.
 
 ``tox -e bench -- revocation`` measures only what it names, and writes nothing.
 """
@@ -23,7 +23,7 @@ import usage_flush
 
 from tests.helpers import fleet
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent / "docs" / "operations"
 SUITE = {
     "request_path": request_path,
     "servers": servers,

@@ -25,7 +25,7 @@ EACH = 4
 """Sessions of one worker at most: one that follows, two for look-ups, one for usage."""
 
 HELD = 20.0
-"""Seconds for which the lock is held, times ``--rounds``: 40 s in the figures of docs/postgresql.md."""
+"""Seconds for which the lock is held, times ``--rounds``: 40 s in the figures of docs/operations/faults.md."""
 
 needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
 
