@@ -18,7 +18,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Settings, Token
-from freegpt_auth.guard.authenticator import Reason
+from freegpt_auth.guard.refusal import Reason
 from freegpt_auth.tokens import digest_of
 from freegpt_auth.variables import VARIABLES
 from tests.helpers.pages import PROJECT, blocks
