@@ -4,7 +4,6 @@
 
     FreeGPTAuthError
     ├── ConfigurationError         the settings contradict each other or cannot be used
-    ├── MalformedCredentialsError  a request carries credentials that cannot be read one way only
     ├── StoreError                 the tokens cannot be read or changed
     │   ├── FileError              a file cannot be read, understood, locked or written
     │   ├── StoreBusyError         another process held the lock for too long
@@ -32,10 +31,6 @@ class FreeGPTAuthError(Exception):
 
 class ConfigurationError(FreeGPTAuthError):
     """The settings cannot be used; a server must not start on them."""
-
-
-class MalformedCredentialsError(FreeGPTAuthError):
-    """A request's credentials cannot be read one way only (RFC 6750, section 3.1: ``invalid_request``)."""
 
 
 class StoreError(FreeGPTAuthError):

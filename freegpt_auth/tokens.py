@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 import zlib
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -34,6 +34,8 @@ PREFIX_LENGTH = 14
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _RANDOM_LENGTH = 43  # 62 ** 43 > 2 ** 256
 _CHECKSUM_LENGTH = 6  # 62 ** 6 > 2 ** 32
+
+_NEVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
 """An instant with its offset from UTC."""
@@ -69,13 +71,17 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def status(self, now: float) -> Status:
         """Return the state at *now*, in seconds since the epoch. It is derived from the instants, never stored.
 
-        No other code decides whether a token is in force, except the same rule in SQL in ``stores.postgres.reads``.
+        No other code decides whether a token is in force, except the same rule in SQL in ``stores.postgres.reads``. Each
+        status takes the same time: refusals must not differ in time.
         """
+        is_expired = self.expiry() <= now
         if self.revoked_at is not None:
             return "revoked"
-        if self.expires_at is not None and self.expires_at.timestamp() <= now:
-            return "expired"
-        return "active"
+        return "expired" if is_expired else "active"
+
+    def expiry(self) -> float:
+        """Return the expiry in seconds since the epoch; without one, the end of the year 9999."""
+        return (self.expires_at or _NEVER).timestamp()
 
 
 def issue(name: str, *, now: datetime, expires_at: datetime | None = None) -> tuple[Token, str]:

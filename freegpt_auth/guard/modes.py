@@ -1,4 +1,4 @@
-"""The modes of a server, and the line of the log that states the mode at the start."""
+"""The modes of a server, and their line in the log at the start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _logger = logging.getLogger("freegpt_auth")
 
 
 class AuthMode(StrEnum):
-    """What a server accepts, found when it starts."""
+    """The credentials that a server accepts, decided when it starts."""
 
     OPEN = "open"
     """Nothing is configured: every request passes."""

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from ..names import printable
 
 if TYPE_CHECKING:
-    from .authenticator import Refusal
+    from .refusal import Refusal
 
 WINDOW = 60.0
 """Length of the period in which refusals are counted, in seconds."""
@@ -48,12 +48,12 @@ class RefusalLog:
         """Log the *refusal* of the request of *scope*, or count it for the next record."""
         if not _logger.isEnabledFor(logging.INFO):
             return
-        client = _quoted((scope.get("client") or ("unknown",))[0], _CLIENT_LENGTH)
+        client = str((scope.get("client") or ("unknown",))[0])[:_CLIENT_LENGTH]
         if not self._is_shown(client):
             self._left_out += 1
             return
         facts = {
-            "client": client,
+            "client": _quoted(client, _CLIENT_LENGTH),  # only here: quoting takes 0.6 µs
             "path": _quoted(scope["path"], _PATH_LENGTH),
             "reason": refusal.reason,
             "token_id": refusal.token_id and printable(refusal.token_id),

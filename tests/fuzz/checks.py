@@ -39,7 +39,8 @@ from freegpt_auth import (
 from freegpt_auth.cli import main
 from freegpt_auth.guard import refusal_log
 from freegpt_auth.guard.authenticator import Authenticator
-from freegpt_auth.guard.callers import Caller
+from freegpt_auth.guard.callers import ANONYMOUS, Caller
+from freegpt_auth.guard.credentials import Presented
 from freegpt_auth.stores.file import store as file_store
 
 if TYPE_CHECKING:
@@ -247,7 +248,11 @@ def check_file(content: bytes) -> set[str]:
         path.write_bytes(content)
         store = FileTokenStore(path)
         authenticator = Authenticator(store, None)
-        opened = [authenticator.mode is AuthMode.OPEN, authenticator.resolve_open(), not store.survey().configured]
+        opened = [
+            authenticator.mode is AuthMode.OPEN,
+            authenticator.resolve(Presented([])) is ANONYMOUS,
+            not store.survey().configured,
+        ]
         assert opened == [nothing] * 3, opened
         accepted = {secret for secret in SECRETS if is_accepted(authenticator, digest(secret))}
         assert not accepted or {digest(secret) for secret in accepted} <= active(content), accepted
@@ -262,8 +267,10 @@ def check_file(content: bytes) -> set[str]:
 
 def is_accepted(authenticator: Authenticator, digest: bytes) -> bool:
     """Return whether a request with this secret is accepted, in the steps of the middleware."""
-    decision = authenticator.recognise(digest) or authenticator.peek([digest])
-    return isinstance(authenticator.resolve([digest]) if decision is UNRESOLVED else decision, Caller)
+    decision = authenticator.recognise(digest) or authenticator.peek(Presented([digest]))
+    if decision is UNRESOLVED:
+        decision = authenticator.resolve(Presented([digest]))
+    return isinstance(decision, Caller) and decision is not ANONYMOUS
 
 
 # --- arguments

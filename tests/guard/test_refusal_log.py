@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth.guard import refusal_log
-from freegpt_auth.guard.authenticator import Refusal
+from freegpt_auth.guard.refusal import Refusal
 from freegpt_auth.guard.refusal_log import CLIENT_LIMIT, SHOWN, WINDOW, RefusalLog
 
 if TYPE_CHECKING:
