@@ -17,6 +17,7 @@ SECRET = "a-secret-key"
 def test_every_value_is_cleaned(name: str) -> None:
     """White space and a byte order mark around a value are removed; quotes and control characters are errors."""
     assert Variables({name: "\ufeff \tvalue \v\r\n"}).text(name) == "value"
+    assert Variables({name: "value's'"}).text(name) == "value's'"
     with pytest.raises(ConfigurationError, match=f"^{name} is set but empty; {re.escape(VARIABLES[name].advice)}$"):
         Variables({name: "\ufeff \r\n"}).text(name)
     for spoilt, message in (("'value'", "is wrapped in quotes"), ("val\x1fue", "holds a control character")):
