@@ -1,4 +1,4 @@
-"""Token files for the suite."""
+"""Token files with any number of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def write_tokens(path: Path, size: int) -> list[str]:
-    """Write a token file, and return the secrets."""
+    """Write a file of tokens named ``client 0``, ``client 1`` …, and return their secrets."""
     document, secrets = Document(None), []
     for number in range(size):
         token, secret = issue(f"client {number}", now=datetime.now(UTC))
