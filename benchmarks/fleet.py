@@ -96,4 +96,4 @@ def _looked_up(url: str, rounds: int) -> results.Row:
 
 
 if __name__ == "__main__":
-    results.main("fleet", measure, rounds=100)
+    results.main("fleet", measure, rounds=200)

@@ -87,4 +87,4 @@ def _rows(name: str, turns: Sequence[Turn], bare: Sequence[Turn]) -> Iterator[re
 
 
 if __name__ == "__main__":
-    results.main("throughput", measure, rounds=12)
+    results.main("throughput", measure, rounds=15)
