@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import results
-from measure import in_turns
 from revocation import revoke_under_load
 from served import application, expect_success, receive_nothing, scope_with
 
@@ -22,8 +21,6 @@ from freegpt_auth.stores.postgres import PostgresTokenStore
 from tests.helpers.postgresql import running
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.helpers.postgresql import Cluster
 
 TABLE = 1_000_000
@@ -91,8 +88,8 @@ def _looked_up(url: str, rounds: int) -> results.Row:
                 await guard(scope_with(next(secrets)), receive_nothing, expect_success)
             return (time.perf_counter() - began) / LOOK_UPS * 1e3
 
-        turn: Callable[[], float] = lambda: runner.run(ask())  # noqa: E731
-        return results.row("looked up", "ms", in_turns({"": turn}, rounds)[""])
+        runner.run(ask())  # the first requests connect to the database
+        return results.row("looked up", "ms", [runner.run(ask()) for _ in range(rounds)])
 
 
 if __name__ == "__main__":
