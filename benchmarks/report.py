@@ -38,6 +38,9 @@ def write(results: Path, page: Path) -> None:
     rows = {name: {row.name: row for row in read[name]["rows"]} for name in BENCHMARKS[1:]}
     text = TEMPLATE.read_text().format(
         valid=added["valid"],
+        wrong=added["wrong"][1_000].added.median,
+        logged=added["wrong, logged"][1_000].added.median,
+        open=added["open"][1_000].added.median,
         alternative=_in_words(bars),
         added_rows="\n".join(_added_row(size, added["valid"][size]) for size in SIZES),
         **{contender: _of(contender, rows["throughput"]) for contender in (BARE, FLOOR)},

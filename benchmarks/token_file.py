@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def write_tokens(path: Path, size: int) -> list[str]:
+def write_tokens(path: Path, size: int, expires_at: datetime | None = None) -> list[str]:
     """Write a file of tokens named ``client 0``, ``client 1`` …, and return their secrets."""
     document, secrets = Document(None), []
     for number in range(size):
-        token, secret = issue(f"client {number}", now=datetime.now(UTC))
+        token, secret = issue(f"client {number}", now=datetime.now(UTC), expires_at=expires_at)
         document.append(digest_of(secret), token)
         secrets.append(secret)
     path.write_bytes(document.encode())
