@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from freegpt_auth.stores.file.document import Document
+from freegpt_auth import FileTokenStore
 from freegpt_auth.tokens import digest_of, issue
 
 if TYPE_CHECKING:
@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
 
 def write_tokens(path: Path, size: int, expires_at: datetime | None = None) -> list[str]:
-    """Write a file of tokens named ``client 0``, ``client 1`` …, and return their secrets."""
-    document, secrets = Document(None), []
-    for number in range(size):
-        token, secret = issue(f"client {number}", now=datetime.now(UTC), expires_at=expires_at)
-        document.append(digest_of(secret), token)
-        secrets.append(secret)
-    path.write_bytes(document.encode())
-    path.chmod(0o600)
-    return secrets
+    """Write a file of tokens named ``client 0``, ``client 1`` …, and return their secrets in this order."""
+    issued = [issue(f"client {number}", now=datetime.now(UTC), expires_at=expires_at) for number in range(size)]
+    FileTokenStore(path).merge({digest_of(secret): token for token, secret in issued})
+    return [secret for _, secret in issued]
