@@ -25,8 +25,7 @@ WORKER = b"worker"
 """The response header with the number of the process that answered."""
 
 BODY = b'{"id":"chatcmpl-1","object":"chat.completion","choices":[{"index":0,"message":{"content":"Hello"}}]}'
-_LENGTH = (b"content-length", str(len(BODY)).encode())
-_TYPE = (b"content-type", b"application/json")
+_HEADERS = [(b"content-length", str(len(BODY)).encode()), (WORKER, str(os.getpid()).encode())]
 
 
 def app() -> ASGIApp:
@@ -49,8 +48,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
         return
     while (await receive()).get("more_body"):
         pass
-    headers = [_TYPE, _LENGTH, (WORKER, str(os.getpid()).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
     await send({"type": "http.response.body", "body": BODY})
 
 
