@@ -17,7 +17,7 @@ import pytest
 
 import freegpt_auth
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Settings, exceptions
-from freegpt_auth.guard.authenticator import Reason
+from freegpt_auth.guard.refusal import Reason
 from freegpt_auth.tokens import has_valid_checksum
 from freegpt_auth.variables import VARIABLES
 from tests.helpers.pages import PROJECT, Block, Shell, blocks, command_names, only

@@ -75,10 +75,10 @@ def test_usage_may_be_partitioned(cluster: Any, database: str, keep: Any) -> Non
     """After the statements of the page a server continues the counts, once for each batch."""
     token, _ = keep(PostgresTokenStore(database))
     usage = PostgresUsage(database)
-    usage.add(Batch("a process", 1, {token.id: (2, 0.0)}), 1.0)
+    usage.write(Batch("a process", 1, {token.id: (2, 0.0)}), 1.0)
     cluster.sql(only(DATABASE, "Partition the usage", "sql"), name_of(database))
     for sequence in (1, 2, 2):
-        usage.add(Batch("a process", sequence, {token.id: (2, 0.0)}), 1.0)
+        usage.write(Batch("a process", sequence, {token.id: (2, 0.0)}), 1.0)
     assert usage.read()[token.id].use_count == 4
     usage.close()
 

@@ -494,7 +494,7 @@ def test_the_admins_role_does_every_command(roles: Roles, command: Command, keep
     file = FileTokenStore("t.json")
     token, secret = keep(file)
     revoked, _ = keep(file)
-    UsageDatabase("t.usage.db").add(Batch("p", 1, {token.id: (3, 1764153923.0)}), 1.0)
+    UsageDatabase("t.usage.db").write(Batch("p", 1, {token.id: (3, 1764153923.0)}), 1.0)
     PostgresTokenStore(roles.admin).merge(file.tokens())
     file.revoke(revoked.id, NOW)
     made = command("--store", roles.admin, "create", "ci").stdout.strip()
