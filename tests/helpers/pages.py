@@ -1,4 +1,4 @@
-"""The code that stands in a page of the documentation."""
+"""The code blocks of a page of the documentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
-    """One fenced block."""
+    """One fenced block, with the heading above it."""
 
     heading: str
     language: str
@@ -20,7 +20,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> list[Block]:
-    """Return every block of a page with the heading it stands under."""
+    """Return every code block of a page."""
     text = (PROJECT / page).read_text()
     found = []
     for match in _FENCE.finditer(text):

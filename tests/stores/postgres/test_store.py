@@ -21,7 +21,8 @@ from freegpt_auth.guard.authenticator import Authenticator, Refusal
 from freegpt_auth.guard.callers import Caller
 from freegpt_auth.stores.postgres import PostgresTokenStore, follower, reads, schema
 from freegpt_auth.tokens import digest_of, issue
-from tests.helpers.postgresql import PASSWORD, free_port, running
+from tests.helpers.ports import free_port
+from tests.helpers.postgresql import PASSWORD, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
