@@ -53,7 +53,8 @@ def test_expiry_ignores_host_clocks(
     assert listed(other, token_id)["status"] == "expired"
     operator.revoke(ours.ids["valid"])
     watch.expect({"valid": 401})
-    ours.end()
+    watch.stop()
+    ours.check_usage()
     seen = listed(operator, ours.ids["valid"])
     used = max(watch.last("valid", number) for number in range(3)) + time.time() - time.monotonic()
     assert abs(datetime.fromisoformat(seen["last_used_at"]).timestamp() - used) < 1.5 + watch.delay()

@@ -114,8 +114,9 @@ def test_acknowledged_revocation_survives_failover(
     assert not any(map(reports_loss, ours.hosts))
     done = ours.operator.revoke(ours.ids["valid"])
     ours.watch.expect({"valid": 401})
+    ours.watch.stop()
     assert all(one.began <= done.ended for one in ours.watch.accepted("valid"))
-    ours.end()
+    ours.check_usage()
     record(acknowledged=len(acknowledged), before_the_kill=before, undone=0, back_after=back)
 
 

@@ -221,6 +221,10 @@ class Fleet:
     def end(self, bound: float = BOUND) -> None:
         """Stop the clients; check all answers, and that the database counted each accepted use once."""
         self.watch.end(bound)
+        self.check_usage()
+
+    def check_usage(self) -> None:
+        """Check that the database counts each accepted use of ``valid`` once."""
         wait_until(lambda: usage_of(self.url, self.ids["valid"]) == len(self.watch.accepted("valid")))
 
 
