@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +22,7 @@ from tests.helpers import asgi
 from tests.helpers.servers import Serve, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from starlette.types import ASGIApp
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 _ATTACKS = Path(__file__).parent / "attacks"
 _ON_POSTGRESQL = {"cluster", "durable", "fleet"}  # the fixtures that start a PostgreSQL
+
+
+Keep = Callable[..., "tuple[Token, str]"]
 
 
 class _Addable(Protocol):
@@ -103,7 +107,7 @@ def hello() -> ASGIApp:
 
 
 @pytest.fixture
-def keep() -> Callable[..., tuple[Token, str]]:
+def keep() -> Keep:
     """Return a function that adds a new token to a store and returns the token and its secret."""
 
     def add(store: _Addable, name: str = "a-token", expires_at: datetime | None = None) -> tuple[Token, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,12 +11,15 @@ import pytest
 from tests.helpers.watch import USUAL, Watch, in_parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from tests.helpers.fleet import Fleet, Host, Operator
+    from tests.helpers.fleet import Fleet, Host, Operator, StartFleet, StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
     from tests.helpers.servers import Serve
+
+
+Record = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,7 +34,7 @@ def rounds(pytestconfig: pytest.Config) -> int:
 
 
 @pytest.fixture
-def record(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+def record(record_property: Callable[[str, object], None]) -> Record:
     """Return a function that records figures of an attack: ``record(cuts=8, longest=0.3)``."""
 
     def record_all(**figures: object) -> None:
@@ -66,7 +70,7 @@ def tables(durable: Cluster) -> str:
 
 
 @pytest.fixture
-def operator_at() -> Iterator[Callable[..., Operator]]:
+def operator_at() -> Iterator[StartOperator]:
     """Return a function that starts an operator of the database at a URL."""
     from tests.helpers.fleet import Operator  # noqa: PLC0415
 
@@ -81,7 +85,7 @@ def operator_at() -> Iterator[Callable[..., Operator]]:
 
 
 @pytest.fixture
-def host(tmp_path: Path, serve: Serve) -> Iterator[Callable[..., Host]]:
+def host(tmp_path: Path, serve: Serve) -> Iterator[StartHost]:
     """Return a function that starts a server behind a proxy of its own, or at *url* without a proxy.
 
     With *away* the proxy refuses connections until the test accepts them; other keywords are environment variables.
@@ -117,9 +121,7 @@ def host(tmp_path: Path, serve: Serve) -> Iterator[Callable[..., Host]]:
 
 
 @pytest.fixture
-def fleet(
-    request: pytest.FixtureRequest, operator_at: Callable[..., Operator], host: Callable[..., Host]
-) -> Iterator[Callable[..., Fleet]]:
+def fleet(request: pytest.FixtureRequest, operator_at: StartOperator, host: StartHost) -> Iterator[StartFleet]:
     """Return a function that starts a fleet: one host for each mapping of options, in a database of its own.
 
     By default the database is in the cluster ``durable``, and every host is ready when the function returns.

@@ -32,6 +32,7 @@ from freegpt_auth.tokens import digest_of, issue
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from tests.attacks.conftest import Record
     from tests.helpers.servers import Serve
 
 APPLICATION = """
@@ -487,7 +488,7 @@ def is_dropped(received: bytes) -> bool:
 class Attack:
     """The distinct requests that were sent to one server, and the answered ones among them."""
 
-    record: Callable[..., None]
+    record: Record
     sent: set[object] = field(default_factory=set)
     answered: set[object] = field(default_factory=set)
 
@@ -504,7 +505,7 @@ class Attack:
 
 
 @pytest.fixture
-def attack(record: Callable[..., None]) -> Attack:
+def attack(record: Record) -> Attack:
     """Return an attack without requests so far."""
     return Attack(record)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.attacks.conftest import Record
     from tests.helpers.servers import Serve
 
 
@@ -222,11 +223,7 @@ def compare(tickets: list[Ticket], counted: Counter[str], listed: list[dict[str,
 
 
 def test_concurrent_commands_lose_nothing(
-    tmp_path: Path,
-    serve: Serve,
-    command: Callable[..., subprocess.CompletedProcess[str]],
-    rounds: int,
-    record: Callable[..., None],
+    tmp_path: Path, serve: Serve, command: Callable[..., subprocess.CompletedProcess[str]], rounds: int, record: Record
 ) -> None:
     """No command fails for contention, each is in force when it returns, and tokens and uses are exact at the end."""
     (tmp_path / "app.py").write_text(APPLICATION)

@@ -27,9 +27,10 @@ from freegpt_auth.stores.file.store import FRESHNESS, LOCK_TIMEOUT
 from freegpt_auth.tokens import digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.attacks.conftest import Record
     from tests.helpers.servers import Serve, Server
 
 # One batch a line. A warm command is a fork of this process, which has imported everything and has no threads; a cold one
@@ -291,11 +292,7 @@ def check_server(server: Server, live: list[str], dead: list[str]) -> None:
 
 
 def test_killed_writers_break_no_promise(
-    launcher: Launcher,
-    tmp_path: Path,
-    serve: Serve,
-    rounds: int,
-    record: Callable[..., None],
+    launcher: Launcher, tmp_path: Path, serve: Serve, rounds: int, record: Record
 ) -> None:
     """A killed command has done all or nothing, its output holds, and the next command works at once.
 

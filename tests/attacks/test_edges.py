@@ -46,7 +46,7 @@ from tests.helpers.watch import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from freegpt_auth import Token
+    from tests.conftest import Keep
     from tests.helpers.servers import Serve, Server
 
 APPLICATION = (
@@ -200,10 +200,7 @@ class Watch:
         while not self._stopping.is_set():
             for asked, request in self._requests.items():
                 began, answer = time.monotonic(), b""
-                with (
-                    contextlib.suppress(OSError),
-                    socket.create_connection(self.server.address, timeout=60) as client,
-                ):
+                with contextlib.suppress(OSError), socket.create_connection(self.server.address, timeout=60) as client:
                     client.sendall(request)
                     answer = b"".join(iter(partial(client.recv, 65536), b""))
                 status, worker = (ANSWER.findall(answer) or [(0, 0)])[0]
@@ -395,7 +392,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def secrets(keep: Callable[..., tuple[Token, str]]) -> dict[str, str]:
+def secrets(keep: Keep) -> dict[str, str]:
     """Make a token file with a valid and a revoked token, and return the secrets that clients present."""
     store = FileTokenStore(TOKENS)
     _, valid = keep(store, "valid")
@@ -726,13 +723,6 @@ def test_worker_forked_from_open_process_is_closed(tmp_path: Path, serve: Serve,
     wait_until(is_renewed_and_closed)
 
 
-@pytest.fixture
-def _folders_of_notes() -> None:
-    """Make the folders that stand for /dev/shm and the folder of temporary files."""
-    for folder in NOTES:
-        folder.parent.mkdir()
-
-
 def clear(folders: list[Path]) -> None:
     """Remove the notes of all servers, as systemd does at a logout."""
     for folder in folders:
@@ -740,10 +730,11 @@ def clear(folders: list[Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_folders_of_notes")
 @pytest.mark.parametrize(("program", "key"), [((NOTING, "--lifespan", "on"), {})], ids=[""])
 def test_cleared_notes_open_no_worker(start: Start) -> None:
     """Neither a cleaned /dev/shm, nor a container that shares it, nor the loss of all notes opens a worker."""
+    for folder in NOTES:
+        folder.parent.mkdir()
     watch = start(answers())
     notes = {note for folder in NOTES for note in folder.iterdir()}
     neighbour = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", *["--map-root-user"][: os.geteuid()]]
@@ -765,32 +756,6 @@ def test_cleared_notes_open_no_worker(start: Start) -> None:
     watch.change(move_and_kill, answers(401), gone(), new=1)
     watch.change(clear_and_kill, answers(401), gone(), new=1, each=False)
     watch.end()
-
-
-@pytest.mark.usefixtures("_folders_of_notes")
-def test_foreign_folder_of_notes_opens_no_worker(tmp_path: Path, serve: Serve, command: Command) -> None:
-    """If the folder of notes belongs to another user, no worker without a token file is open, and the log says why."""
-    (tmp_path / "app.py").write_text(APPLICATION)
-    (tmp_path / "launch.py").write_text(NOTING)
-    NOTES[0].mkdir()
-    NOTES[0].chmod(0o777)
-    server = serve(script=tmp_path / "launch.py")
-    assert {server.get("/") for _ in range(30)} == {401}
-    assert server.get("/", token=command("create", "first").stdout.strip()) == 200
-    assert (
-        f"(/dev/shm/{NOTES[0].name}: it is not a folder of this user alone), so none of them is open" in server.stop()
-    )
-
-
-def test_import_of_gunicorn_keeps_no_server_closed(tmp_path: Path, serve: Serve, secrets: dict[str, str]) -> None:
-    """A uvicorn whose application imports gunicorn opens after stop, mv and start, as documented."""
-    (tmp_path / "app.py").write_text(f"import gunicorn.arbiter\n{APPLICATION}")
-    server = serve("app:app")
-    assert server.get("/", token=secrets["valid"]) == 200
-    TOKENS.rename(ASIDE)
-    assert server.get("/") == 401
-    server.stop()
-    assert serve("app:app").get("/") == 200
 
 
 UPGRADABLE = """

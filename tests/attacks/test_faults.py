@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tests.attacks.conftest import Record
+
 STRACE = shutil.which("strace")
 AT_ONCE = 4
 CREATED = datetime(2025, 11, 26, 22, 30, tzinfo=UTC)
@@ -294,11 +296,7 @@ def plain(text: str) -> str:
     ],
 )
 def test_failing_call_leaves_nothing_half_done(
-    tmp_path: Path,
-    prepare: Callable[[Path], None],
-    arguments: list[str],
-    options: list[str],
-    record: Callable[..., None],
+    tmp_path: Path, prepare: Callable[[Path], None], arguments: list[str], options: list[str], record: Record
 ) -> None:
     """A command whose disk fails reports that in one line with status 1, and leaves the token file unchanged.
 

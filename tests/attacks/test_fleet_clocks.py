@@ -12,9 +12,8 @@ import pytest
 from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.helpers.fleet import Fleet, Operator
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import Operator, StartFleet, StartOperator
     from tests.helpers.postgresql import Cluster
 
 LIFE = 4
@@ -28,14 +27,9 @@ def listed(operator: Operator, token_id: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [300.0, -300.0])
 def test_expiry_ignores_host_clocks(
-    durable: Cluster,
-    tables: str,
-    operator_at: Callable[..., Operator],
-    fleet: Callable[..., Fleet],
-    ahead: float,
-    record: Callable[..., None],
+    durable: Cluster, tables: str, operator_at: StartOperator, fleet: StartFleet, ahead: float, record: Record
 ) -> None:
-    """A token expires at every host by the database's clock, whatever clock the hosts and the operator have."""
+    """A token expires at every host by the database's clock; the clocks of hosts and operators do not count."""
     operator, other = operator_at(durable.url(tables), ahead), operator_at(durable.url(tables), -ahead)
     ours = fleet(*({"AHEAD": str(each)} for each in (300.0, -300.0, 0.0)), tables=tables)
     watch = ours.watch

@@ -11,10 +11,10 @@ from tests.helpers.fleet import LEASE, POLL, usage_of
 from tests.helpers.watch import CLOSED, USUAL, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from tests.helpers.fleet import Fleet, Host
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import Host, StartFleet
     from tests.helpers.postgresql import Cluster
 
 GUNICORN = """
@@ -31,9 +31,7 @@ run()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["kill", "stop"])
-def test_restart_undoes_nothing(
-    durable: Cluster, fleet: Callable[..., Fleet], end: str, rounds: int, record: Callable[..., None]
-) -> None:
+def test_restart_undoes_nothing(durable: Cluster, fleet: StartFleet, end: str, rounds: int, record: Record) -> None:
     """A restarted database keeps every revocation and use; hosts close after the lease and reopen by themselves."""
     ours = fleet({}, {})
     watch, back, revoked = ours.watch, [], []
@@ -58,7 +56,7 @@ def test_restart_undoes_nothing(
     record(restarts=2 * rounds, back_after_at_most=max(back), slowest_answer=watch.slowest())
 
 
-def test_killed_server_invents_no_use(fleet: Callable[..., Fleet], record: Callable[..., None]) -> None:
+def test_killed_server_invents_no_use(fleet: StartFleet, record: Record) -> None:
     """A killed server loses at most the uses since its last write; a stopped one loses none."""
     ours = fleet({"INTERVAL": "1.0"}, may_break=True)
     watch, valid = ours.watch, ours.ids["valid"]
@@ -75,7 +73,7 @@ def test_killed_server_invents_no_use(fleet: Callable[..., Fleet], record: Calla
     record(uses=len(watch.accepted("valid")), in_the_last_interval=recent, lost=lost)
 
 
-def test_stopped_server_loses_no_use(fleet: Callable[..., Fleet]) -> None:
+def test_stopped_server_loses_no_use(fleet: StartFleet) -> None:
     """A server that is stopped writes all its uses before it ends."""
     ours = fleet({"INTERVAL": "100"})
     ours.watch.hold(USUAL, 0.5)
@@ -92,9 +90,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_server_starts_closed_without_database(
-    tmp_path: Path, fleet: Callable[..., Fleet], program: str, record: Callable[..., None]
-) -> None:
+def test_server_starts_closed_without_database(tmp_path: Path, fleet: StartFleet, program: str, record: Record) -> None:
     """The server answers 503, logs one line per process, and recovers when the database is reachable."""
     options: dict[str, Any] = {"away": True, "arguments": tuple(program.split())}
     if program == "gunicorn":

@@ -21,10 +21,11 @@ from tests.helpers.proxy import Proxy
 from tests.helpers.watch import USUAL, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.helpers.fleet import Fleet, Host
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import Host, StartFleet, StartHost, StartOperator
 
 pytestmark = pytest.mark.database
 
@@ -88,7 +89,7 @@ def refused_everywhere(hosts: list[Host], secrets: list[str]) -> bool:
 
 @pytest.mark.parametrize("pair", ["sync"], indirect=True)
 def test_acknowledged_revocation_survives_failover(
-    pair: Pair, operator_at: Callable[..., Operator], fleet: Callable[..., Fleet], record: Callable[..., None]
+    pair: Pair, operator_at: StartOperator, fleet: StartFleet, record: Record
 ) -> None:
     """Every revocation whose command succeeded stays, and servers follow the new primary without a restart."""
     ours = fleet({"url": pair.url}, {"url": pair.url}, cluster=pair.primary, tables=pair.tables, url=pair.url)
@@ -122,9 +123,7 @@ def test_acknowledged_revocation_survives_failover(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["async"], indirect=True)
-def test_lost_revocation_stays_refused(
-    pair: Pair, host: Callable[..., Host], fleet: Callable[..., Fleet], record: Callable[..., None]
-) -> None:
+def test_lost_revocation_stays_refused(pair: Pair, host: StartHost, fleet: StartFleet, record: Record) -> None:
     """After a failover that loses revocations, servers that have seen them keep refusing, and log the loss once."""
     options = {"url": pair.url, "FREEGPT_AUTH_LEASE": "20"}
     ours = fleet(options, options, cluster=pair.primary, tables=pair.tables, url=pair.url)
@@ -157,9 +156,7 @@ def test_lost_revocation_stays_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["sync"], indirect=True)
-def test_unreplicated_revocation_fails(
-    pair: Pair, operator_at: Callable[..., Operator], record: Callable[..., None]
-) -> None:
+def test_unreplicated_revocation_fails(pair: Pair, operator_at: StartOperator, record: Record) -> None:
     """A revocation whose commit was interrupted fails, and so does a repeated one, until the standby has it."""
     operators = [operator_at(pair.url) for _ in range(2)]
     token_id, _ = operators[0].create("once")

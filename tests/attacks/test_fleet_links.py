@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.helpers.fleet import Fleet
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import Fleet, StartFleet
     from tests.helpers.postgresql import Cluster
 
 SUFFERING, WELL = (0, 1), (2,)
@@ -43,7 +44,7 @@ FAULTS = {
 
 
 @pytest.fixture
-def three(fleet: Callable[..., Fleet]) -> Fleet:
+def three(fleet: StartFleet) -> Fleet:
     """Start three hosts, of which the second caches few tokens."""
     return fleet({}, FEW, {}, more=6)
 
@@ -55,7 +56,7 @@ def suffer(fleet: Fleet, act: Callable[[Proxy], None]) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refused", *(pytest.param(each, marks=pytest.mark.slow) for each in [*FAULTS][1:])])
-def test_isolated_host_closes_after_lease(three: Fleet, fault: str, rounds: int, record: Callable[..., None]) -> None:
+def test_isolated_host_closes_after_lease(three: Fleet, fault: str, rounds: int, record: Record) -> None:
     """Known tokens work for the lease and then get 503, never 401; after the fault the host recovers by itself."""
     begin, end = FAULTS[fault]
     times = [three.isolate(lambda: suffer(three, begin), lambda: suffer(three, end), SUFFERING) for _ in range(rounds)]
@@ -66,7 +67,7 @@ def test_isolated_host_closes_after_lease(three: Fleet, fault: str, rounds: int,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_isolated_host_serves_known_tokens(fleet: Callable[..., Fleet], fault: str) -> None:
+def test_isolated_host_serves_known_tokens(fleet: StartFleet, fault: str) -> None:
     """Within a long lease known tokens work; unknown ones soon get 503 instead of 401, because they may be new."""
     ours = fleet(LONG_LEASE)
     watch, alone = ours.watch, ours.hosts[0]
@@ -89,7 +90,7 @@ def test_isolated_host_serves_known_tokens(fleet: Callable[..., Fleet], fault: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lease", ["5", "30"])
-def test_resumed_server_trusts_no_old_cache(fleet: Callable[..., Fleet], lease: str) -> None:
+def test_resumed_server_trusts_no_old_cache(fleet: StartFleet, lease: str) -> None:
     """A process that was stopped for longer than its lease reads the database first, and knows new tokens."""
     # Such a process may close a connection that was idle for so long.
     ours = fleet({"FREEGPT_AUTH_LEASE": lease}, may_break=True)
@@ -117,7 +118,7 @@ def test_resumed_server_trusts_no_old_cache(fleet: Callable[..., Fleet], lease: 
 
 
 @pytest.mark.slow
-def test_lost_replies_count_uses_once(fleet: Callable[..., Fleet], rounds: int, record: Callable[..., None]) -> None:
+def test_lost_replies_count_uses_once(fleet: StartFleet, rounds: int, record: Record) -> None:
     """A connection that is cut before its reply disturbs no known token, and no use is lost or counted twice."""
     ours = fleet(LONG_LEASE, LONG_LEASE)
     proxies, back, began = [each.proxy for each in ours.hosts], [], time.monotonic()
@@ -142,7 +143,7 @@ def test_lost_replies_count_uses_once(fleet: Callable[..., Fleet], rounds: int, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.1, 0.5])
-def test_slow_link_exceeds_no_lease(three: Fleet, delay: float, record: Callable[..., None]) -> None:
+def test_slow_link_exceeds_no_lease(three: Fleet, delay: float, record: Record) -> None:
     """A command waits for a host behind a slow link or names the time; no host accepts the token beyond its lease."""
     watch, token_id = three.watch, three.issue_fading()
     for each in SUFFERING:
@@ -162,9 +163,7 @@ def test_slow_link_exceeds_no_lease(three: Fleet, delay: float, record: Callable
 
 
 @pytest.mark.slow
-def test_polling_replaces_notifications(
-    fleet: Callable[..., Fleet], durable: Cluster, rounds: int, record: Callable[..., None]
-) -> None:
+def test_polling_replaces_notifications(fleet: StartFleet, durable: Cluster, rounds: int, record: Record) -> None:
     """Hosts without notifications, from the start or later, see a revocation before its command returns."""
     ours = fleet({"away": True}, FEW, {}, more=6, expected={"key": 200})
     first, later, _ = [each.proxy for each in ours.hosts]
@@ -188,7 +187,7 @@ def test_polling_replaces_notifications(
 
 
 @pytest.mark.slow
-def test_hanging_look_ups_delay_no_known_token(three: Fleet, record: Callable[..., None]) -> None:
+def test_hanging_look_ups_delay_no_known_token(three: Fleet, record: Record) -> None:
     """While all connections for look-ups hang, unknown tokens soon get 503, and known ones 200."""
     watch, host = three.watch, three.hosts[1]
     host.proxy.hold(keep=1)  # the oldest connection follows the database
@@ -214,9 +213,7 @@ def test_hanging_look_ups_delay_no_known_token(three: Fleet, record: Callable[..
 
 
 @pytest.mark.slow
-def test_full_database_closes_only_cut_hosts(
-    tmp_path: Path, fleet: Callable[..., Fleet], record: Callable[..., None]
-) -> None:
+def test_full_database_closes_only_cut_hosts(tmp_path: Path, fleet: StartFleet, record: Record) -> None:
     """While other clients hold every connection, connected hosts serve on, and a disconnected one closes."""
     with running(tmp_path / "data", max_connections="30", superuser_reserved_connections="0") as cluster:
         ours = fleet({}, {}, cluster=cluster)

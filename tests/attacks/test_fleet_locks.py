@@ -18,9 +18,8 @@ from tests.helpers.proxy import PLAIN
 from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.helpers.fleet import Host, Operator
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
 
 WORKERS = 4
@@ -67,13 +66,7 @@ PGBOUNCER_ONLY = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["direct", pytest.param("PgBouncer", marks=PGBOUNCER_ONLY)])
 def test_sessions_do_not_pile_up(
-    durable: Cluster,
-    tables: str,
-    operator_at: Callable[..., Operator],
-    host: Callable[..., Host],
-    rounds: int,
-    record: Callable[..., None],
-    way: str,
+    durable: Cluster, tables: str, operator_at: StartOperator, host: StartHost, rounds: int, record: Record, way: str
 ) -> None:
     """While another session locks every table, each worker has at most its usual sessions."""
     secrets, _ = issue_tokens(operator_at(durable.url(tables)))

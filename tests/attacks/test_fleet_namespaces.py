@@ -14,10 +14,11 @@ from tests.helpers.fleet import create_database
 from tests.helpers.postgresql import PASSWORD, running
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.helpers.fleet import Fleet
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import StartFleet
 
 VANISH = "02:00:00:00:00:99"
 """A hardware address that no interface has: packets to it vanish."""
@@ -95,11 +96,7 @@ def namespaces() -> Iterator[list[Namespace]]:
 
 @pytest.mark.slow
 def test_host_without_packets_closes_after_lease(
-    tmp_path: Path,
-    namespaces: list[Namespace],
-    fleet: Callable[..., Fleet],
-    rounds: int,
-    record: Callable[..., None],
+    tmp_path: Path, namespaces: list[Namespace], fleet: StartFleet, rounds: int, record: Record
 ) -> None:
     """The host detects the loss, closes after its lease and recovers by itself; the other host does not notice."""
     (tmp_path / "launch.py").write_text(LAUNCH)

@@ -15,9 +15,8 @@ from tests.helpers.pooler import PGBOUNCER, pgbouncer, smallest
 from tests.helpers.proxy import PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.helpers.fleet import Fleet, Operator
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import StartFleet, StartOperator
     from tests.helpers.postgresql import Cluster
 
 PGBOUNCER_ONLY = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
@@ -26,12 +25,7 @@ PGBOUNCER_ONLY = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["minimal", pytest.param("PgBouncer", marks=PGBOUNCER_ONLY)])
 def test_pooled_servers_poll(
-    durable: Cluster,
-    tables: str,
-    operator_at: Callable[..., Operator],
-    fleet: Callable[..., Fleet],
-    kind: str,
-    record: Callable[..., None],
+    durable: Cluster, tables: str, operator_at: StartOperator, fleet: StartFleet, kind: str, record: Record
 ) -> None:
     """Servers behind a pooler log that once, and a revocation is in force when its command returns."""
     with pgbouncer(durable) if kind == "PgBouncer" else smallest(durable, tables) as port:
@@ -53,7 +47,7 @@ def test_pooled_servers_poll(
 
 
 @PGBOUNCER_ONLY
-def test_commands_hold_behind_a_pooler(durable: Cluster, tables: str, operator_at: Callable[..., Operator]) -> None:
+def test_commands_hold_behind_a_pooler(durable: Cluster, tables: str, operator_at: StartOperator) -> None:
     """Through PgBouncer, with hostile defaults of the database, times are exact, and a lock's holder is named."""
     for name, value in {"DateStyle": "German", "extra_float_digits": "-11", "search_path": "public"}.items():
         durable.sql(f"ALTER DATABASE {tables} SET {name} = '{value}'")

@@ -23,7 +23,8 @@ from tests.helpers.watch import Client, in_parallel, wait_until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.helpers.fleet import Done, Host, Operator
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import Done, Host, Operator, StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
 
 AT_ONCE = 10
@@ -107,7 +108,7 @@ class Setting:
         self.late.append(accepted - done.ended)
         self.took.append(done.seconds)
 
-    def check(self, record: Callable[..., None]) -> None:
+    def check(self, record: Record) -> None:
         """Check that no token was accepted longer than its command said."""
         spare = [said - late for said, late in zip(self.said, self.late, strict=True)]
         assert min(spare) >= 0, sorted(zip(self.late, self.said, strict=True))
@@ -116,13 +117,7 @@ class Setting:
 
 
 @pytest.fixture
-def setting(
-    durable: Cluster,
-    tables: str,
-    operator_at: Callable[..., Operator],
-    host: Callable[..., Host],
-    rounds: int,
-) -> Setting:
+def setting(durable: Cluster, tables: str, operator_at: StartOperator, host: StartHost, rounds: int) -> Setting:
     """Start two hosts and ten operators."""
     operators = [operator_at(durable.url(tables)) for _ in range(AT_ONCE)]
     hosts = in_parallel(lambda _: host(durable, tables, FREEGPT_AUTH_LEASE=f"{LEASE:g}"), range(2))
@@ -130,7 +125,7 @@ def setting(
 
 
 @pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.slow)])
-def test_restarted_database(durable: Cluster, setting: Setting, how: str, record: Callable[..., None]) -> None:
+def test_restarted_database(durable: Cluster, setting: Setting, how: str, record: Record) -> None:
     """The hosts have not reconnected yet: every command waits until they have."""
 
     def restart() -> None:
@@ -152,7 +147,7 @@ FAULTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], None]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("returns", [False, True], ids=["stays away", "returns"])
-def test_lost_links(setting: Setting, fault: str, returns: bool, record: Callable[..., None]) -> None:  # noqa: FBT001
+def test_lost_links(setting: Setting, fault: str, returns: bool, record: Record) -> None:  # noqa: FBT001
     """Hosts stay away: the command names the seconds. They return in a moment: the command waits for them."""
     begin, end = FAULTS[fault]
 

@@ -12,9 +12,8 @@ from tests.helpers.proxy import PLAIN
 from tests.helpers.watch import Client, in_parallel, percentile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.helpers.fleet import Host, Operator
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import Host, Operator, StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
 
 PROCESSES = 8
@@ -110,12 +109,7 @@ def committed(cluster: Cluster, tables: str, token_id: str) -> float:
 
 
 def test_eight_processes_refuse_at_once(
-    durable: Cluster,
-    tables: str,
-    operator_at: Callable[..., Operator],
-    host: Callable[..., Host],
-    rounds: int,
-    record: Callable[..., None],
+    durable: Cluster, tables: str, operator_at: StartOperator, host: StartHost, rounds: int, record: Record
 ) -> None:
     """99 of 100 revocations are in force within 50 ms of the commit, and all when the command returns."""
     operator = operator_at(durable.url(tables))

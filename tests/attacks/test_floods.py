@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from tests.attacks.conftest import Record
+    from tests.conftest import Keep
     from tests.helpers.servers import Serve, Server
 
 # The application logs the received bytes of each upload: some of the bytes that a client sent are in buffers.
@@ -271,7 +273,7 @@ def waits(target: Target) -> list[float]:
     return sorted(clients.waited)
 
 
-def test_refusal_waits_for_no_body(patient: Target, record: Callable[..., None]) -> None:
+def test_refusal_waits_for_no_body(patient: Target, record: Record) -> None:
     """Two hundred bodies stall at once: each request is refused at once, and good clients wait little longer."""
     crowd = [name for name, (_, _, rest) in BODIES.items() if not rest] * 67
     before = patient.resident()
@@ -287,7 +289,7 @@ def test_refusal_waits_for_no_body(patient: Target, record: Callable[..., None])
     assert grown < GROWTH + len(crowd) * 0x10000
 
 
-def test_endless_body_is_cut_off(target: Target, record: Callable[..., None]) -> None:
+def test_endless_body_is_cut_off(target: Target, record: Record) -> None:
     """A connection with a bad token is closed after 5 s or 64 MiB of its body, whichever comes first."""
     before = target.resident()
     uploads = dict(zip(BODIES, upload(target, [*BODIES], BODY_TIMEOUT + PATIENCE, "ended"), strict=True))
@@ -301,7 +303,7 @@ def test_endless_body_is_cut_off(target: Target, record: Callable[..., None]) ->
     assert target.server.get(token=target.secret) == 200
 
 
-def test_overlong_headers_leave_nothing(target: Target, rounds: int, record: Callable[..., None]) -> None:
+def test_overlong_headers_leave_nothing(target: Target, rounds: int, record: Record) -> None:
     """A header of any length is refused, by the middleware or by the server, and nothing of it is kept."""
     carriers = ("Authorization: Bearer %s", "X-Api-Key: %s", "Sec-WebSocket-Protocol: openai-insecure-api-key.%s")
     lengths = (VALUE_LIMIT, VALUE_LIMIT + 1, 8000, 15_000, 32_000, 60_000, 200_000, 2_000_000)
@@ -322,7 +324,7 @@ def test_overlong_headers_leave_nothing(target: Target, rounds: int, record: Cal
     assert target.server.get(token=target.secret) == 200
 
 
-def test_flood_of_wrong_tokens_leaves_nothing(target: Target, rounds: int, record: Callable[..., None]) -> None:
+def test_flood_of_wrong_tokens_leaves_nothing(target: Target, rounds: int, record: Record) -> None:
     """Distinct wrong tokens over real connections: no memory, few log lines, and good clients are served meanwhile."""
     _flood(target, 2000, "warm-up")
     before, lines = target.resident(), len(target.refusals())
@@ -417,9 +419,7 @@ def own_memory() -> int:
 
 
 @pytest.mark.parametrize("count", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-def test_wrong_tokens_leave_nothing(
-    lines: Lines, count: int, rounds: int, keep: Callable[..., object], record: Callable[..., None]
-) -> None:
+def test_wrong_tokens_leave_nothing(lines: Lines, count: int, rounds: int, keep: Keep, record: Record) -> None:
     """One client tries distinct tokens in process: no memory, no file, and a log line for each power of two."""
     keep(FileTokenStore("api_tokens.json"))
     app, last = BearerTokenMiddleware(unreached), 20_000 + count * rounds
@@ -433,7 +433,7 @@ def test_wrong_tokens_leave_nothing(
     assert 0 < logged <= (1 + took / WINDOW) * lines_for(last)
 
 
-def test_wrong_tokens_allocate_nothing(lines: Lines, keep: Callable[..., object], record: Callable[..., None]) -> None:
+def test_wrong_tokens_allocate_nothing(lines: Lines, keep: Keep, record: Record) -> None:
     """By tracemalloc too, nothing is kept of a wrong token or of its client, even if each comes from another client."""
     keep(FileTokenStore("api_tokens.json"))
     app = BearerTokenMiddleware(unreached)

@@ -1,4 +1,4 @@
-"""The time until a refusal is sent does not depend on what the server knows about the secret.
+"""The time until a refusal is sent reveals nothing about the secret.
 
 As in dudect (Reparaz, Balasch, Verbauwhede: "Dude, is my code constant time?", 2017), classes are measured in turn, in
 random order: other load affects all classes alike. Welch's t is taken over several croppings, because the slow tail is

@@ -17,9 +17,7 @@ from tests.helpers.asking import status
 from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from freegpt_auth import Token
+    from tests.conftest import Keep
     from tests.helpers.servers import Serve
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -46,7 +44,7 @@ class ChatServer:
 
 
 @pytest.fixture
-def chat_server(serve: Serve, keep: Callable[..., tuple[Token, str]], tmp_path: Path) -> ChatServer:
+def chat_server(serve: Serve, keep: Keep, tmp_path: Path) -> ChatServer:
     """Start the example server with a token file."""
     store = FileTokenStore(tmp_path / "api_tokens.json")
     _, good = keep(store, "good")

@@ -95,10 +95,7 @@ def test_good_token_models(chat_server: ChatServer) -> None:
 @pytest.mark.parametrize(("call", "path"), [(ask, CHAT), (ask_for_stream, CHAT), (ask_for_models, "/v1/models")])
 def test_refused(chat_server: ChatServer, reason: str, call: Callable[[openai.OpenAI, str], Any], path: str) -> None:
     """A refused token raises the client's AuthenticationError after a single request."""
-    with (
-        openai.OpenAI(**options(chat_server, reason)) as client,
-        pytest.raises(openai.AuthenticationError) as caught,
-    ):
+    with openai.OpenAI(**options(chat_server, reason)) as client, pytest.raises(openai.AuthenticationError) as caught:
         call(client, reason)
     assert_refused(caught.value)
     assert chat_server.refusals(path) == [reason]

@@ -1,4 +1,4 @@
-"""A fleet: an operator who runs commands, hosts over one database, and clients that watch every host."""
+"""A fleet: an operator that runs commands, hosts over one database, and clients that watch every host."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,8 +22,6 @@ from tests.helpers.applications import HELLO
 from tests.helpers.watch import BOUND, CLOSED, USUAL, Watch, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.helpers.postgresql import Cluster
     from tests.helpers.proxy import Proxy
     from tests.helpers.servers import Server
@@ -226,6 +225,11 @@ class Fleet:
     def check_usage(self) -> None:
         """Check that the database counts each accepted use of ``valid`` once."""
         wait_until(lambda: usage_of(self.url, self.ids["valid"]) == len(self.watch.accepted("valid")))
+
+
+StartHost = Callable[..., Host]
+StartOperator = Callable[..., Operator]
+StartFleet = Callable[..., Fleet]
 
 
 def create_database(cluster: Cluster) -> str:
