@@ -8,7 +8,7 @@ import pytest
 
 from freegpt_auth.exceptions import StoreUnavailableError
 from freegpt_auth.stores.postgres import PostgresTokenStore
-from tests.helpers.postgresql import free_port
+from tests.helpers.ports import free_port
 
 
 def test_the_time_is_the_databases_before_anything_else_was_asked(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.helpers.asking import status
-from tests.helpers.postgresql import free_port
+from tests.helpers.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

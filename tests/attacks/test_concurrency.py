@@ -1,8 +1,8 @@
-"""Sixteen commands at a time beside four busy workers: nothing is lost, nothing fails, every use is counted.
+"""Sixteen commands at a time beside four busy workers: nothing is lost, no command fails, every use is counted.
 
-Each story is about one token. A command creates it, and then nothing ends it, or one command does, or two that race. It is
-asked for after every step, and clients use the tokens of all stories meanwhile. Whoever asks knows whether the token's end
-had been ordered when the answer came, and whether it was done when the request went out: the answer must fit.
+Each story has one token. A command creates it; then it stays, or one command ends it, or two commands race for its end. The
+token is presented after every step, and clients use the tokens of all stories meanwhile. Each client knows whether an end was
+ordered before the answer, and whether it was done before the request: the answer must agree.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from tests.attacks.conftest import Record
+    from tests.helpers.servers import Serve
+
 
 AT_ONCE = 16
 WORKERS = 4
 CLIENTS = 4
 
-# Which worker answers is told to those it lets in. Counts are exact only where the server runs a lifespan.
+# The body names the worker. Counts are exact only with a lifespan.
 APPLICATION = """
 import os
 from freegpt_auth import BearerTokenMiddleware
@@ -53,11 +56,11 @@ ENDS: list[tuple[str, ...]] = [
     ("revoke", "delete"),
     ("delete", "revoke"),
 ]
-"""How a token may end: the commands that race for it."""
+"""The commands that race for the end of a token."""
 
 
 class Ended(NamedTuple):
-    """A command that has ended: how, and from when to when it ran."""
+    """A finished command, with its begin and end."""
 
     kind: str
     status: int
@@ -69,14 +72,14 @@ class Ended(NamedTuple):
 
 @dataclass
 class Ticket:
-    """A token, what becomes of it, and what is known of that by now.
+    """A token and its end.
 
     Attributes:
-        token_id: its id.
-        secret: its secret.
-        end: the commands that race for it.
-        ending: whether they have been started.
-        ended_at: when the first of them had said that it did its work.
+        token_id: the id.
+        secret: the secret.
+        end: the commands that race for the end of the token.
+        ending: whether they have started.
+        ended_at: the time at which the first of them had succeeded.
     """
 
     token_id: str
@@ -87,7 +90,7 @@ class Ticket:
 
     @property
     def state(self) -> str:
-        """What it is when all is over."""
+        """The state of the token after its story."""
         return "deleted" if "delete" in self.end else "revoked" if self.end else "active"
 
 
@@ -95,8 +98,8 @@ class Shell:
     """Runs commands, sixteen at a time.
 
     Attributes:
-        most: how many have run at one time.
-        ended: all that ran.
+        most: the largest number of simultaneous commands.
+        ended: all finished commands.
     """
 
     def __init__(self) -> None:
@@ -106,7 +109,7 @@ class Shell:
         self.ended: list[Ended] = []
 
     def start(self, *arguments: str) -> Future[Ended]:
-        """Run ``python -m freegpt_auth`` as soon as there is room."""
+        """Run ``python -m freegpt_auth`` once fewer than sixteen commands run."""
         return self._pool.submit(self._run, arguments)
 
     def _run(self, arguments: tuple[str, ...]) -> Ended:
@@ -127,23 +130,23 @@ class Shell:
 
 
 class Clients:
-    """Use tokens, and count what the server must have counted.
+    """Use tokens, and count their accepted requests.
 
     Attributes:
-        counted: the accepted requests of each token, by its id.
-        answers: how often each status code was answered.
-        workers: all that have let somebody in.
+        counted: the number of accepted requests of each token id.
+        answers: the number of answers of each status.
+        workers: the workers that accepted a request.
     """
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, address: tuple[str, int]) -> None:
+        self._address = address
         self._lock = threading.Lock()
         self.counted: Counter[str] = Counter()
         self.answers: Counter[int] = Counter()
         self.workers: set[bytes] = set()
 
     def use(self, ticket: Ticket) -> None:
-        """Ask for a token, on a connection of its own, and see that the answer is one that may be given."""
+        """Present a token on a new connection, and check the answer."""
         began = time.monotonic()
         status, body = self._get(ticket.secret)
         right = {401} if began > ticket.ended_at else {200, 401} if ticket.ending else {200}
@@ -155,22 +158,22 @@ class Clients:
                 self.workers.add(body)
 
     def _get(self, secret: str) -> tuple[int, bytes]:
-        with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)) as connection:
+        with closing(http.client.HTTPConnection(*self._address, timeout=60)) as connection:
             connection.request("GET", "/", headers={"Authorization": f"Bearer {secret}"})
             response = connection.getresponse()
             return response.status, response.read()
 
 
 def create(shell: Shell, end: tuple[str, ...]) -> Ticket:
-    """Create a token. All have one name: that hinders nobody."""
+    """Create a token; all tokens have the same name."""
     created = shell.start("create", "one of many", "--json").result()
     assert created.status == 0, created
     issued = json.loads(created.out)
     return Ticket(issued["id"], issued["token"], end)
 
 
-def tell(shell: Shell, clients: Clients, tickets: list[Ticket], end: tuple[str, ...]) -> None:
-    """Play the story of one token, and ask for it as soon as a command has returned."""
+def play(shell: Shell, clients: Clients, tickets: list[Ticket], end: tuple[str, ...]) -> None:
+    """Play the story of one token, and present it after each command."""
     ticket = create(shell, end)
     tickets.append(ticket)
     for _ in range(WORKERS):
@@ -187,7 +190,7 @@ def tell(shell: Shell, clients: Clients, tickets: list[Ticket], end: tuple[str, 
 
 
 def check(outcomes: list[Ended]) -> None:
-    """See that all commands of a race succeeded, but for those that came after a deletion and found no token."""
+    """Check that all commands of a race succeeded, except those that found no token after a deletion."""
     done = Counter(outcome.kind for outcome in outcomes if outcome.status == 0)
     deletions = [outcome for outcome in outcomes if outcome.kind == "delete"]
     assert done["delete"] == min(1, len(deletions)), outcomes
@@ -196,8 +199,8 @@ def check(outcomes: list[Ended]) -> None:
         assert outcome.status == 0 or (deletions and found_none), outcomes
 
 
-def pour(clients: Clients, stable: list[Ticket], tickets: list[Ticket], over: threading.Event) -> None:
-    """Use the stable tokens and those of the latest stories until all stories are told."""
+def use_all(clients: Clients, stable: list[Ticket], tickets: list[Ticket], over: threading.Event) -> None:
+    """Use the stable tokens and those of the latest stories until all stories are over."""
     while not over.is_set():
         clients.use(random.choice(stable))
         clients.use(random.choice([*stable, *tickets[-2 * AT_ONCE :]]))
@@ -205,7 +208,7 @@ def pour(clients: Clients, stable: list[Ticket], tickets: list[Ticket], over: th
 
 
 def compare(tickets: list[Ticket], counted: Counter[str], listed: list[dict[str, Any]]) -> None:
-    """See that the file, the list and the usage hold what the commands and the clients know, and nothing else."""
+    """Check the file, the list and the usage against the results of the commands and the clients."""
     kept = {ticket.token_id: ticket for ticket in tickets if ticket.state != "deleted"}
     assert {record["id"]: (record["status"], record["use_count"]) for record in listed} == {
         token_id: (ticket.state, counted[token_id]) for token_id, ticket in kept.items()
@@ -219,37 +222,32 @@ def compare(tickets: list[Ticket], counted: Counter[str], listed: list[dict[str,
     }
 
 
-def test_sixteen_writers_and_four_workers_lose_nothing(
-    tmp_path: Path,
-    serve: Callable[..., Any],
-    command: Callable[..., subprocess.CompletedProcess[str]],
-    rounds: int,
-    record_property: Callable[[str, object], None],
+def test_concurrent_commands_lose_nothing(
+    tmp_path: Path, serve: Serve, command: Callable[..., subprocess.CompletedProcess[str]], rounds: int, record: Record
 ) -> None:
-    """No command fails for contention, each is in force when it returns, and tokens and uses are exact in the end."""
+    """No command fails for contention, each is in force when it returns, and tokens and uses are exact at the end."""
     (tmp_path / "app.py").write_text(APPLICATION)
     shell, over = Shell(), threading.Event()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         stable = [*pool.map(lambda _: create(shell, ()), range(AT_ONCE))]
     server = serve("app:app", "--workers", str(WORKERS), "--log-level", "warning")
-    clients, tickets = Clients(int(server.url.rpartition(":")[2])), [*stable]
-    ends = [ENDS[number % len(ENDS)] for number in range(90 * rounds)]
+    clients, tickets = Clients(server.address), [*stable]
+    ends = [ENDS[number % len(ENDS)] for number in range(30 * rounds)]
     with ThreadPoolExecutor(CLIENTS) as crowd:
-        pouring = [crowd.submit(pour, clients, stable, tickets, over) for _ in range(CLIENTS)]
+        pouring = [crowd.submit(use_all, clients, stable, tickets, over) for _ in range(CLIENTS)]
         try:
-            with ThreadPoolExecutor(2 * AT_ONCE) as stories:  # so that there is always a command that waits for room
-                [*stories.map(lambda end: tell(shell, clients, tickets, end), ends)]
+            with ThreadPoolExecutor(2 * AT_ONCE) as stories:  # some commands always wait for room
+                [*stories.map(lambda end: play(shell, clients, tickets, end), ends)]
         finally:
             over.set()
     for one in pouring:
         one.result()
-    said = server.stop()
-    assert "cannot be used" not in said, said
-    assert "Traceback" not in said, said
+    log = server.stop()
+    assert "cannot be used" not in log, log
+    assert "Traceback" not in log, log
     compare(tickets, clients.counted, json.loads(command("list", "--json").stdout))
     assert len(clients.workers) == WORKERS
     assert shell.most == AT_ONCE
-    record_property("commands", len(shell.ended))
-    record_property("found no token", sum(ended.status == 1 for ended in shell.ended))
-    record_property("longest command", round(max(ended.ended - ended.began for ended in shell.ended), 3))
-    record_property("answers", dict(clients.answers))
+    longest = max(ended.ended - ended.began for ended in shell.ended)
+    found_none = sum(ended.status == 1 for ended in shell.ended)
+    record(commands=len(shell.ended), found_no_token=found_none, longest_command=longest, answers=dict(clients.answers))

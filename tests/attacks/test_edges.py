@@ -1,8 +1,8 @@
-"""Faults, edge by edge: while two workers are asked without a pause, nothing that happens to their files opens them.
+"""Faults of files, clocks and workers: no fault opens a server of two workers that gets requests without a pause.
 
-Each fault is brought about under a real server, with and without an environment key, with and without lifespan. Every
-single answer is looked at. One whose request began before the change may be the old one; one whose request began 20 ms
-after it must be the new one, in both workers. So a request that no credential covers is let through at no time.
+Each fault happens under a real server, with and without an environment key, with and without lifespan. The tests check every
+answer: a request that began before a change may get the old answer, one that began 20 ms after it must get the new one, in
+both workers. So at no time is a request without a credential accepted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -41,9 +41,13 @@ from freegpt_auth.tokens import digest_of, generate_secret
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import SHUTDOWN_TIMEOUT
 from tests.helpers.applications import HELLO
+from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    from tests.conftest import Keep
+    from tests.helpers.servers import Serve, Server
 
 APPLICATION = (
     HELLO
@@ -51,14 +55,14 @@ APPLICATION = (
 import glob, logging, os, time
 from freegpt_auth import BearerTokenMiddleware
 
-told = time.time
-time.time = lambda: told() + (os.stat("ahead").st_size if os.path.exists("ahead") else 0)
+right = time.time
+time.time = lambda: right() + (os.stat("ahead").st_size if os.path.exists("ahead") else 0)
 
 logging.basicConfig(level=logging.INFO, format="%(process)d %(levelname)s %(message)s")
 logging.getLogger("freegpt_auth").addFilter(lambda record: not record.msg.startswith("refused"))
 
 guarded = {"/": BearerTokenMiddleware(hello, usage_interval=0.1)}
-for folder in glob.glob("start-*"):  # servers within the server, each with a token file of its own
+for folder in glob.glob("start-*"):  # applications with token files of their own
     guarded[f"/{folder}"] = BearerTokenMiddleware(hello, store=f"{folder}/api_tokens.json", usage="off")
 
 async def app(scope, receive, send):
@@ -69,7 +73,7 @@ async def app(scope, receive, send):
     await guarded[scope.get("path", "/")](scope, receive, signed)
 """
 )
-# Root may read every file, so as root the server goes without that right. What it makes, it makes without a umask.
+# Under root the server gives up root's right to read every file. It creates files without a umask.
 UVICORN = """
 import os, sys
 fewer = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.geteuid() == 0 else []
@@ -77,7 +81,7 @@ command = [*fewer, sys.executable, "-m", "uvicorn", "app:app", "--workers", "2",
 os.umask(0)
 os.execvp(command[0], command)
 """
-# Where the token file alone is mounted, as docker does with -v ./api_tokens.json:/app/api_tokens.json.
+# The token file alone is mounted, as by docker with -v ./api_tokens.json:/app/api_tokens.json.
 MOUNTED = f"""
 import os, sys
 if "MOUNTED" not in os.environ:
@@ -88,7 +92,7 @@ import subprocess
 subprocess.run(["mount", "--bind", "api_tokens.json", "mounted.json"], check=True)
 {UVICORN}
 """
-# Where the folders of the workers' notes are the test's own.
+# The folders of the workers' notes belong to the test.
 NOTING = f"""
 import os, sys
 if "NOTING" not in os.environ:
@@ -102,7 +106,7 @@ subprocess.run(["mount", "--bind", "memory", "/dev/shm"], check=True)
 NOTES = [
     Path(folder, f"freegpt_auth-0-{Path('/proc/self/ns/pid').stat().st_ino}") for folder in ("memory", "temporary")
 ]
-# A container that shares /dev/shm with another and removes the notes of stopped servers.
+# A container that shares /dev/shm and removes the notes of stopped servers.
 NEIGHBOUR = """
 from freegpt_auth.stores.file import workers
 for folder in workers._folders():
@@ -122,24 +126,23 @@ run()
 KEY = {"FREEGPT_API_KEY": "a-key-from-the-environment"}
 TOKENS, USAGE, ASIDE = Path("api_tokens.json"), Path("usage/usage.db"), Path("api_tokens.json.backup")
 AHEAD = Path("ahead")
-"""As many bytes as the server's clock is seconds ahead."""
+"""Its size in bytes is the number of seconds by which the server's clock is ahead."""
 ANSWER = re.compile(rb"HTTP/1.1 (\d+) .*\r\nworker: (\d+)\r\n", re.DOTALL)
 NO_FILE = {True: (200, 200, 200, 200), False: (401, 401, 401, 401)}  # without a key, and with one
 OPENED = ["WARNING open mode: every request is let through"]
 CLOSED = ["WARNING authentication is now on: 1 active token"]
 LINE = re.compile(r"^(\d+) ((?:INFO|WARNING|ERROR) .*)\n", re.MULTILINE)
 
-# A worker that ends, killed or renewed, takes with it the connections on which nothing was asked yet.
+# A worker that ends closes the connections on which no request has begun.
 BROKEN_OFF = frozenset({0})
 
-Start = "Callable[..., Watch]"
-Asked = tuple[str, str]  # a path, and what was presented
+Asked = tuple[str, str]  # a path, and the name of the presented secret
 
 
 def answers(
     valid: int = 200, wrong: int = 401, revoked: int = 401, nothing: int = 401, at: str = ""
 ) -> dict[Asked, int]:
-    """Return what a server answers; by default one that has nothing to complain of. The key works always."""
+    """Return the expected statuses; by default those without a fault. The environment key always works."""
     presented = {"valid": valid, "wrong": wrong, "revoked": revoked, "nothing": nothing, "key": 200}
     return {(f"/{at}", name): status for name, status in presented.items()}
 
@@ -150,7 +153,7 @@ def broken(reason: str, kept: int = 2, at: str = "") -> str:
 
 
 def gone(at: str = "") -> str:
-    """Return the line about a token file that is not there any more."""
+    """Return the line about a token file that is gone."""
     return rf"ERROR \S*{at}/{TOKENS} is gone: its tokens are refused until it is back\. To open this server, restart it"
 
 
@@ -160,7 +163,7 @@ def read_again(active: int = 1, at: str = "") -> str:
 
 
 class Answer(NamedTuple):
-    """When a request began, what it asked, and who answered what; 0 if its connection broke off."""
+    """The begin of a request, its path and secret, and its status and worker; 0 if the connection broke."""
 
     began: float
     asked: Asked
@@ -170,9 +173,9 @@ class Answer(NamedTuple):
 
 @dataclass
 class Watch:
-    """Clients that ask a server without a pause, on a new connection each time."""
+    """Clients that send requests without a pause, on a new connection each time."""
 
-    server: Any
+    server: Server
     secrets: dict[str, str]
     expected: dict[Asked, int]
     may: frozenset[int] = frozenset()
@@ -187,21 +190,17 @@ class Watch:
             for path, name in self.expected
             if name in headers
         }
-        self._seen = self._heard = 0
+        self._seen = self._read = 0
         self._stopping = threading.Event()
         self._clients = [threading.Thread(target=self._ask) for _ in range(6)]
         for client in self._clients:
             client.start()
 
     def _ask(self) -> None:
-        address = urlsplit(self.server.url)
         while not self._stopping.is_set():
             for asked, request in self._requests.items():
                 began, answer = time.monotonic(), b""
-                with (
-                    contextlib.suppress(OSError),
-                    socket.create_connection((address.hostname or "", address.port or 0), timeout=60) as client,
-                ):
+                with contextlib.suppress(OSError), socket.create_connection(self.server.address, timeout=60) as client:
                     client.sendall(request)
                     answer = b"".join(iter(partial(client.recv, 65536), b""))
                 status, worker = (ANSWER.findall(answer) or [(0, 0)])[0]
@@ -216,19 +215,19 @@ class Watch:
         each: bool = True,
         hold: float = 0.0,
     ) -> None:
-        """Do something, and see that the server answers as *expected* from then on and logs *lines*.
+        """Do something, and check that the server answers as *expected* from then on and logs *lines*.
 
         Args:
-            act: what to do.
-            expected: who gets which status.
-            lines: what each worker logs once; it logs nothing else above the level INFO.
-            new: how many workers must have answered that never did before.
-            each: false if *lines* are logged by one of the workers.
-            hold: seconds for which to look on.
+            act: the change.
+            expected: the status of each path and secret.
+            lines: the lines that each worker logs once; it logs no other warnings or errors.
+            new: the number of new workers that must answer.
+            each: false if only one worker logs *lines*.
+            hold: seconds for which the answers are checked.
         """
         act()
         in_force = time.monotonic() + 2 * FRESHNESS
-        until(lambda: self._is_done(in_force + hold, lines, new, each=each), lambda: (lines, self._state()))
+        wait_until(lambda: self._is_done(in_force + hold, lines, new, each=each), lambda: (lines, self._state()))
         self.workers = self._thorough(in_force + hold)
         fresh = self.given[self._seen :]
         self._seen += len(fresh)
@@ -236,21 +235,21 @@ class Watch:
             old = {self.expected[answer.asked]} if answer.began < in_force else set()
             assert answer.status in {expected[answer.asked]} | old | self.may, (answer, in_force, lines)
         self.expected = expected
-        for said in self._said(self.workers, each=each):
-            loud = [line for line in said if not line.startswith("INFO")]
-            assert len(loud) == sum(not line.startswith("INFO") for line in lines), loud
-        self._heard = self.server.log.read_text().rfind("\n") + 1
+        for logged in self._logged(self.workers, each=each):
+            warnings = [line for line in logged if not line.startswith("INFO")]
+            assert len(warnings) == sum(not line.startswith("INFO") for line in lines), warnings
+        self._read = self.server.log.read_text().rfind("\n") + 1
 
     def end(self) -> str:
-        """Stop asking, and then the server; return what it logged."""
-        self.leave()
+        """Stop the clients and the server; return its log."""
+        self.stop()
         assert all(answer.status in {self.expected[answer.asked]} | self.may for answer in self.given[self._seen :])
-        log: str = self.server.stop()
+        log = self.server.stop()
         assert "Traceback" not in log
         return log
 
-    def leave(self) -> None:
-        """Stop asking."""
+    def stop(self) -> None:
+        """Stop the clients."""
         self._stopping.set()
         for client in self._clients:
             client.join()
@@ -261,19 +260,21 @@ class Watch:
             len(workers) >= 2
             and len(workers - self.workers) >= new
             and all(
-                any(re.search(one, line) for line in said) for said in self._said(workers, each=each) for one in lines
+                any(re.search(one, line) for line in logged)
+                for logged in self._logged(workers, each=each)
+                for one in lines
             )
         )
 
     def _thorough(self, since: float) -> set[int]:
-        """Return the workers that have answered everything since then."""
+        """Return the workers that have answered every kind of request since then."""
         pairs = {(answer.worker, answer.asked) for answer in self.given[self._seen :] if answer.began >= since}
         counts = Counter(worker for worker, _ in pairs)
         return {worker for worker, count in counts.items() if worker and count == len(self._requests)}
 
-    def _said(self, workers: set[int], *, each: bool) -> list[list[str]]:
-        """Return what was logged of late: by each of the workers, or by all together."""
-        lines = LINE.findall(self.server.log.read_text()[self._heard :])
+    def _logged(self, workers: set[int], *, each: bool) -> list[list[str]]:
+        """Return the new lines in the log: of each worker, or of all together."""
+        lines = LINE.findall(self.server.log.read_text()[self._read :])
         groups = [{worker} for worker in workers] if each else [workers]
         return [[line for worker, line in lines if int(worker) in group] for group in groups]
 
@@ -281,19 +282,11 @@ class Watch:
         return self.workers, self.given[-20:], self.server.log.read_text()[-2000:]
 
 
-def until(reached: Callable[[], object], state: Callable[[], object] = tuple) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline, state()
-        time.sleep(0.01)
-
-
-# --- what can happen to a file, in one step
+# --- changes of a file, in one step
 
 
 def put(path: Path, content: bytes, modified: int | None = None) -> None:
-    """Put a file in the place of what is there."""
+    """Replace a file."""
     new = path.with_name("new")
     new.write_bytes(content)
     new.chmod(0o600)
@@ -302,14 +295,14 @@ def put(path: Path, content: bytes, modified: int | None = None) -> None:
 
 
 def link(path: Path, target: str) -> None:
-    """Put a symbolic link in the place of what is there."""
+    """Replace a file by a symbolic link."""
     new = path.with_name("new")
     new.symlink_to(target)
     new.replace(path)
 
 
 def link_into_a_locked_folder(path: Path) -> None:
-    """Put a link to a file that nobody may reach in the place of what is there."""
+    """Replace a file by a link to a file in a folder without permissions."""
     folder = path.with_name("locked")
     folder.mkdir(exist_ok=True)
     (folder / path.name).touch()
@@ -318,13 +311,13 @@ def link_into_a_locked_folder(path: Path) -> None:
 
 
 def pipe(path: Path) -> None:
-    """Put a FIFO in the place of what is there."""
+    """Replace a file by a FIFO."""
     os.mkfifo(path.with_name("new"))
     path.with_name("new").replace(path)
 
 
 def grow(path: Path) -> None:
-    """Put a file of more than 512 MiB in the place of what is there."""
+    """Replace a file by one of more than 512 MiB."""
     new = path.with_name("new")
     new.touch()
     os.truncate(new, SIZE_LIMIT + 1)
@@ -332,12 +325,12 @@ def grow(path: Path) -> None:
 
 
 def edit(pattern: bytes, replacement: bytes) -> Callable[[Path], None]:
-    """Return what puts in the place of a file the same with a difference."""
+    """Return a function that replaces a pattern in a file."""
     return lambda path: put(path, re.sub(pattern, replacement, path.read_bytes(), flags=re.DOTALL))
 
 
 def same_size_and_time(path: Path) -> None:
-    """Put another file of the same size, and modified at the same time, in the place of what is there."""
+    """Replace a file by another one of the same size and modification time."""
     content = re.sub(rb"\$[0-9a-f]{64}", b"$" + b"0" * 64, path.read_bytes(), count=1)
     put(path, content, path.stat().st_mtime_ns)
 
@@ -370,7 +363,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "out of reach": (link_into_a_locked_folder, "permission denied; .*"),
     "a link to itself": (lambda path: link(path, path.name), "too many levels of symbolic links"),
 }
-"""Token files that cannot be used, and what is logged about them."""
+"""Unusable token files, and the reason that is logged."""
 
 LOADED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "deleted": (Path.unlink, 401, (gone(),)),
@@ -391,12 +384,16 @@ LOADED: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
         (read_again(), "WARNING .* can be written by others; run chmod go-w on it"),
     ),
 }
-"""Other token files, what a token of the one before gets, and what is logged."""
+"""Other token files, the status of a token of the former file, and the logged lines."""
+
+
+Start = Callable[..., Watch]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def secrets(keep: Callable[..., Any]) -> dict[str, str]:
-    """Make a token file of two tokens, one of them revoked, and return what clients present."""
+def secrets(keep: Keep) -> dict[str, str]:
+    """Make a token file with a valid and a revoked token, and return the secrets that clients present."""
     store = FileTokenStore(TOKENS)
     _, valid = keep(store, "valid")
     token, revoked = keep(store, "revoked")
@@ -404,23 +401,23 @@ def secrets(keep: Callable[..., Any]) -> dict[str, str]:
     return {"valid": valid, "revoked": revoked, "wrong": generate_secret()}
 
 
-@pytest.fixture(params=["on", "off"], ids=["lifespan", "no lifespan"])
+@pytest.fixture(params=["on", pytest.param("off", marks=pytest.mark.slow)], ids=["lifespan", "no lifespan"])
 def program(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """Return what starts a server of two workers, and its options."""
+    """Return the script that starts a server of two workers, and its options."""
     return UVICORN, "--lifespan", request.param
 
 
-@pytest.fixture(params=[{}, KEY], ids=["no key", "key"])
+@pytest.fixture(params=[{}, pytest.param(KEY, marks=pytest.mark.slow)], ids=["no key", "key"])
 def key(request: pytest.FixtureRequest) -> dict[str, str]:
-    """Return the environment key."""
+    """Return the variable of the environment key, if there is one."""
     return dict(request.param)
 
 
 @pytest.fixture
 def start(
-    tmp_path: Path, serve: Callable[..., Any], secrets: dict[str, str], program: tuple[str, ...], key: dict[str, str]
+    tmp_path: Path, serve: Serve, secrets: dict[str, str], program: tuple[str, ...], key: dict[str, str]
 ) -> Iterator[Start]:
-    """Return a function that starts a server and the clients that watch it."""
+    """Return a function that starts a server and its clients."""
     (tmp_path / "app.py").write_text(APPLICATION)
     (tmp_path / "launch.py").write_text(program[0])
 
@@ -429,7 +426,7 @@ def start(
     ) -> Watch:
         server = serve(*program[1:], script=tmp_path / "launch.py", **key, **environment)
         watch = Watch(server, {**secrets, "key": key["FREEGPT_API_KEY"]} if key else secrets, expected, may)
-        running.callback(watch.leave)
+        running.callback(watch.stop)
         watch.change(tuple, expected, *lines, new=2)
         return watch
 
@@ -437,8 +434,8 @@ def start(
         yield start_one
 
 
-def test_a_fault_of_the_token_file_lets_nobody_in(start: Start, command: Callable[..., Any]) -> None:
-    """Whatever becomes of the token file and its lock, tokens work on or are refused as documented, and it is logged."""
+def test_faulty_token_file_opens_nothing(start: Start, command: Command) -> None:
+    """After each fault of the token file and its lock, tokens are accepted or refused as documented, and a line is logged."""
     watch, good = start(answers()), TOKENS.read_bytes()
     with TOKENS.with_name(f"{TOKENS}.lock").open("r+") as lock, ThreadPoolExecutor(1) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -458,8 +455,8 @@ def test_a_fault_of_the_token_file_lets_nobody_in(start: Start, command: Callabl
     watch.end()
 
 
-def test_a_token_file_moves_in_its_ways(start: Start, command: Callable[..., Any]) -> None:
-    """A file moved back, a folder swapped as Kubernetes does it, and a file that a command writes are seen at once."""
+def test_moved_token_file_is_seen(start: Start, command: Command) -> None:
+    """A file that moves back, a folder that Kubernetes swaps, and a file that a command writes are read at once."""
     watch, good = start(answers()), TOKENS.read_bytes()
     watch.change(partial(TOKENS.rename, ASIDE), answers(valid=401), gone())
     watch.change(partial(ASIDE.rename, TOKENS), answers(), read_again())
@@ -482,8 +479,8 @@ def test_a_token_file_moves_in_its_ways(start: Start, command: Callable[..., Any
     watch.end()
 
 
-def test_a_clock_that_jumps_moves_expiry_and_nothing_else(start: Start, command: Callable[..., Any]) -> None:
-    """Expiry follows the clock, whatever the file is like by then; a revocation is in force at once under any clock."""
+def test_clock_jump_moves_only_expiry(start: Start, command: Command) -> None:
+    """Expiry follows the clock, also while the file is unusable; a revocation is in force at once under any clock."""
     soon = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     edit(b'"expires_at":null', f'"expires_at":"{soon}"'.encode())(TOKENS)
     watch, good = start(answers()), TOKENS.read_bytes()
@@ -505,8 +502,8 @@ def test_a_clock_that_jumps_moves_expiry_and_nothing_else(start: Start, command:
 
 
 @pytest.mark.parametrize("program", [(MOUNTED, "--lifespan", "on")], ids=[""])
-def test_a_file_replaced_behind_its_mount_is_refused(start: Start) -> None:
-    """A file that is mounted by itself goes on showing its old tokens when it was replaced: they are refused, and why is said."""
+def test_file_replaced_behind_mount_is_refused(start: Start) -> None:
+    """A mounted file that was replaced still shows its old tokens: they are refused, and the log gives the reason."""
     Path("mounted.json").touch()
     watch = start(answers(), FREEGPT_AUTH_STORE="mounted.json")
     reason = (
@@ -516,8 +513,8 @@ def test_a_file_replaced_behind_its_mount_is_refused(start: Start) -> None:
     watch.end()
 
 
-def test_a_server_starts_closed_on_a_broken_file(start: Start, key: dict[str, str]) -> None:
-    """It recovers with the file. Where there was none it is open until there is one, and nothing opens it after that."""
+def test_server_starts_closed_on_broken_file(start: Start, key: dict[str, str]) -> None:
+    """It recovers with the file. Without a file it is open until one appears, and no event opens it after that."""
     good = TOKENS.read_bytes()
     TOKENS.unlink()
     files = {f"start-{number}": Path(f"start-{number}") / TOKENS for number, _ in enumerate(BROKEN)}
@@ -548,18 +545,17 @@ def test_a_server_starts_closed_on_a_broken_file(start: Start, key: dict[str, st
     watch.end()
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_no_descriptor_left_hides_no_revocation(
-    tmp_path: Path, serve: Callable[..., Any], command: Callable[..., Any], secrets: dict[str, str], loop: str
+@pytest.mark.parametrize("loop", ["asyncio", pytest.param("uvloop", marks=pytest.mark.slow)])
+def test_revocation_needs_no_free_descriptor(
+    tmp_path: Path, serve: Serve, command: Command, secrets: dict[str, str], loop: str
 ) -> None:
-    """Idle connections take every descriptor of the server, and a revoked token is refused once revoke has returned."""
+    """While idle connections take every descriptor of the server, a token is refused once ``revoke`` has returned."""
     (tmp_path / "app.py").write_text(APPLICATION)
     few = "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
     (tmp_path / "launch.py").write_text(f"{few}; runpy.run_module('uvicorn', run_name='__main__')")
-    # With its default of 2048 asyncio logs as many tracebacks in a row.
+    # A longer backlog makes asyncio log as many tracebacks.
     patient = ("--backlog", "64", "--timeout-keep-alive", "120")
     server = serve("app:app", "--loop", loop, *patient, "--no-access-log", script=tmp_path / "launch.py")
-    address = urlsplit(server.url)
     headers = {"Authorization": f"Bearer {secrets['valid']}"}
 
     def ask(client: HTTPConnection) -> int:
@@ -569,13 +565,13 @@ def test_no_descriptor_left_hides_no_revocation(
         return answer.status
 
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(contextlib.closing(HTTPConnection(address.netloc, timeout=30)))
+        client = stack.enter_context(contextlib.closing(HTTPConnection(*server.address, timeout=30)))
         assert ask(client) == 200
         with contextlib.suppress(TimeoutError):  # no descriptor is left, and the backlog is full
             for _ in range(400):
-                stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=5))
+                stack.enter_context(socket.create_connection(server.address, timeout=5))
         descriptors = Path(f"/proc/{server.process.pid}/fd")
-        until(lambda: len(list(descriptors.iterdir())) == 256 and ask(client))
+        wait_until(lambda: len(list(descriptors.iterdir())) == 256 and ask(client))
         for _ in range(10):
             assert ask(client) == 200
         assert command("revoke", secrets["valid"]).returncode == 0
@@ -583,13 +579,13 @@ def test_no_descriptor_left_hides_no_revocation(
 
 
 def limit(workers: set[int], size: int) -> None:
-    """Let processes write nothing beyond this size of a file, as on a full disk."""
+    """Limit the size of the files that processes write, as a full disk does."""
     for worker in workers:
         resource.prlimit(worker, resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def ruin(token_id: str) -> int:
-    """Damage the usage database behind its header between two writes, and return what it counted."""
+    """Damage the usage database behind its header between two writes, and return its count for a token."""
     with contextlib.closing(sqlite3.connect(USAGE, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         ((count,),) = database.execute("SELECT use_count FROM usage WHERE token_id = ?", [token_id])
@@ -599,8 +595,8 @@ def ruin(token_id: str) -> int:
     return int(count)
 
 
-def test_a_fault_of_the_usage_database_fails_no_request(start: Start, secrets: dict[str, str]) -> None:
-    """Usage that cannot be written waits in memory, and when it can be, no request was lost and none invented."""
+def test_faulty_usage_database_fails_no_request(start: Start, secrets: dict[str, str]) -> None:
+    """Usage stays in memory until it can be written; then every request is counted once."""
     token_id = FileTokenStore(TOKENS).tokens()[digest_of(secrets["valid"])].id
     (Path("blocked") / USAGE.name).mkdir(parents=True)
     Path("disk").mkdir()
@@ -633,29 +629,29 @@ def test_a_fault_of_the_usage_database_fails_no_request(start: Start, secrets: d
     lost: list[int] = []
     corrupt = r"WARNING .* was corrupt and is now .*\.corrupt-\d+; usage is counted afresh"
     watch.change(lambda: lost.append(ruin(token_id)), answers(), corrupt, each=False)
-    watch.leave()
+    watch.stop()
     accepted = sum(answer.status == 200 and answer.asked == ("/", "valid") for answer in watch.given)
-    until(lambda: lost[0] + UsageDatabase(str(USAGE)).read()[token_id].use_count == accepted)
+    wait_until(lambda: lost[0] + UsageDatabase(str(USAGE)).read()[token_id].use_count == accepted)
     assert stat.S_IMODE(USAGE.stat().st_mode) == 0o600
     watch.end()
 
 
 @pytest.mark.parametrize(("program", "key"), [((UVICORN, "--lifespan", "on"), {})], ids=[""])
-def test_a_server_stops_though_its_usage_database_is_locked_for_ever(start: Start) -> None:
-    """It waits 5 seconds for whoever holds the lock, serving all the while, and then it stops and says so."""
+def test_locked_usage_database_delays_no_stop(start: Start) -> None:
+    """The server answers meanwhile, waits 5 seconds for the lock at its end, logs that and stops."""
     watch = start(answers(), FREEGPT_AUTH_USAGE="usage.db")
-    until(Path("usage.db").exists)
+    wait_until(Path("usage.db").exists)
     with contextlib.closing(sqlite3.connect("usage.db", isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         watch.change(tuple, answers(), hold=0.5)
-        watch.leave()
+        watch.stop()
         began = time.monotonic()
         assert "usage cannot be written" in watch.end()
         assert time.monotonic() - began < SHUTDOWN_TIMEOUT + 30
 
 
-def test_a_killed_worker_is_succeeded_by_one_as_closed(start: Start, key: dict[str, str]) -> None:
-    """A worker that is started after the token file was moved away is closed; a server that is, as documented, is open."""
+def test_successor_of_killed_worker_is_closed(start: Start, key: dict[str, str]) -> None:
+    """After the token file was moved away, a new worker is closed; a new server is open, as documented."""
     watch = start(answers())
 
     def move_and_kill() -> None:
@@ -673,10 +669,12 @@ def test_a_killed_worker_is_succeeded_by_one_as_closed(start: Start, key: dict[s
 
 @pytest.mark.parametrize("key", [{}], ids=[""])
 @pytest.mark.parametrize(
-    ("program", "opened"), [((*GUNICORN, "--preload"), []), (GUNICORN, OPENED)], ids=["preload", "no preload"]
+    ("program", "opened"),
+    [((*GUNICORN, "--preload"), []), pytest.param(GUNICORN, OPENED, marks=pytest.mark.slow)],
+    ids=["preload", "no preload"],
 )
-def test_gunicorn_renews_its_workers_and_stays_closed(start: Start, opened: list[str]) -> None:
-    """Under gunicorn too no worker that is renewed is open, and a server that is started without a token file is."""
+def test_renewed_gunicorn_workers_stay_closed(start: Start, opened: list[str]) -> None:
+    """A renewed worker of gunicorn is closed; a server that starts without a token file is open."""
     watch = start(answers(), may=BROKEN_OFF)
     watch.change(partial(TOKENS.rename, ASIDE), answers(401), gone(), new=4)
     watch.end()
@@ -684,7 +682,7 @@ def test_gunicorn_renews_its_workers_and_stays_closed(start: Start, opened: list
 
 
 def test_gunicorn_ends_on_unusable_settings(tmp_path: Path) -> None:
-    """It shows the reason and ends with all its workers."""
+    """Gunicorn shows the reason and ends with all its workers."""
     (tmp_path / "app.py").write_text(
         "from fastapi import FastAPI\n"
         "from freegpt_auth import BearerTokenMiddleware\n"
@@ -699,10 +697,8 @@ def test_gunicorn_ends_on_unusable_settings(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_gunicorn_that_was_open_when_it_forked_stays_closed(
-    tmp_path: Path, serve: Callable[..., Any], command: Callable[..., Any]
-) -> None:
-    """A worker that is forked from an open process is closed, if authentication was turned on in a worker before it."""
+def test_worker_forked_from_open_process_is_closed(tmp_path: Path, serve: Serve, command: Command) -> None:
+    """A worker that is forked from an open process is closed if authentication was on in an earlier worker."""
     program, *arguments = GUNICORN
     (tmp_path / "app.py").write_text(APPLICATION)
     (tmp_path / "launch.py").write_text(program)
@@ -724,14 +720,7 @@ def test_gunicorn_that_was_open_when_it_forked_stays_closed(
         assert ask(20) == {401: 20}
         return server.log.read_text().count("Booting worker") >= 8
 
-    until(is_renewed_and_closed)
-
-
-@pytest.fixture
-def _folders_of_notes() -> None:
-    """Make the folders in which a server finds /dev/shm and its temporary files."""
-    for folder in NOTES:
-        folder.parent.mkdir()
+    wait_until(is_renewed_and_closed)
 
 
 def clear(folders: list[Path]) -> None:
@@ -740,10 +729,12 @@ def clear(folders: list[Path]) -> None:
         shutil.rmtree(folder)
 
 
-@pytest.mark.usefixtures("_folders_of_notes")
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "key"), [((NOTING, "--lifespan", "on"), {})], ids=[""])
 def test_cleared_notes_open_no_worker(start: Start) -> None:
     """Neither a cleaned /dev/shm, nor a container that shares it, nor the loss of all notes opens a worker."""
+    for folder in NOTES:
+        folder.parent.mkdir()
     watch = start(answers())
     notes = {note for folder in NOTES for note in folder.iterdir()}
     neighbour = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", *["--map-root-user"][: os.geteuid()]]
@@ -758,41 +749,13 @@ def test_cleared_notes_open_no_worker(start: Start) -> None:
 
     def clear_and_kill() -> None:
         clear(NOTES)
-        until(lambda: all(note.exists() for note in notes))
+        wait_until(lambda: all(note.exists() for note in notes))
         os.kill(min(watch.workers), signal.SIGKILL)
 
     watch.may = BROKEN_OFF
     watch.change(move_and_kill, answers(401), gone(), new=1)
     watch.change(clear_and_kill, answers(401), gone(), new=1, each=False)
     watch.end()
-
-
-@pytest.mark.usefixtures("_folders_of_notes")
-def test_foreign_folder_of_notes_opens_no_worker(
-    tmp_path: Path, serve: Callable[..., Any], command: Callable[..., Any]
-) -> None:
-    """Where another user made the folder first, no worker without a token file is open, and the log says why."""
-    (tmp_path / "app.py").write_text(APPLICATION)
-    (tmp_path / "launch.py").write_text(NOTING)
-    NOTES[0].mkdir()
-    NOTES[0].chmod(0o777)
-    server = serve(script=tmp_path / "launch.py")
-    assert {server.get("/") for _ in range(30)} == {401}
-    assert server.get("/", token=command("create", "first").stdout.strip()) == 200
-    assert (
-        f"(/dev/shm/{NOTES[0].name}: it is not a folder of this user alone), so none of them is open" in server.stop()
-    )
-
-
-def test_import_of_gunicorn_keeps_no_server_closed(tmp_path: Path, serve: Callable[..., Any], secrets: Any) -> None:
-    """A uvicorn whose application imports gunicorn opens after stop, mv and start, as documented."""
-    (tmp_path / "app.py").write_text(f"import gunicorn.arbiter\n{APPLICATION}")
-    server = serve("app:app")
-    assert server.get("/", token=secrets["valid"]) == 200
-    TOKENS.rename(ASIDE)
-    assert server.get("/") == 401
-    server.stop()
-    assert serve("app:app").get("/") == 200
 
 
 UPGRADABLE = """
@@ -806,9 +769,10 @@ os.execv(sys.executable, command)
 
 
 @pytest.mark.usefixtures("secrets")
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--preload"]], ids=["no preload", "preload"])
-def test_gunicorn_upgrade_opens_no_worker(tmp_path: Path, serve: Callable[..., Any], arguments: list[str]) -> None:
-    """After SIGUSR2 the workers of the new arbiter are as closed as those of the old one, and so are their successors."""
+def test_gunicorn_upgrade_opens_no_worker(tmp_path: Path, serve: Serve, arguments: list[str]) -> None:
+    """After SIGUSR2 the workers of the new arbiter and their successors are closed."""
     (tmp_path / "app.py").write_text(APPLICATION)
     (tmp_path / "launch.py").write_text(UPGRADABLE)
     server = serve(*arguments, script=tmp_path / "launch.py")
@@ -817,7 +781,7 @@ def test_gunicorn_upgrade_opens_no_worker(tmp_path: Path, serve: Callable[..., A
         return [int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", server.log.read_text())]
 
     def assert_closed(workers: int) -> None:
-        until(lambda: len(booted()) >= workers and server.log.read_text().count("startup complete") >= workers)
+        wait_until(lambda: len(booted()) >= workers and server.log.read_text().count("startup complete") >= workers)
         for _ in range(30):
             with contextlib.suppress(OSError):  # see BROKEN_OFF
                 assert server.get("/") == 401
@@ -835,28 +799,4 @@ def test_gunicorn_upgrade_opens_no_worker(tmp_path: Path, serve: Callable[..., A
     finally:
         for arbiter in tmp_path.glob("pid*"):
             os.kill(int(arbiter.read_text()), signal.SIGTERM)
-        until(lambda: not list(tmp_path.glob("pid*")))
-
-
-def test_names_show_no_escapes(command: Callable[..., Any], secrets: dict[str, str]) -> None:
-    """A name that would steer a terminal is not taken, and one that somebody wrote into the file is shown harmless."""
-    done = command("create", "\x1b[2J")
-    assert (done.returncode, done.stdout) == (2, "")
-    edit(b'"name":"valid"', rb'"name":"\\u001b[2J\\u202e"')(TOKENS)
-    listed, revoked = command("list").stdout, command("revoke", secrets["valid"]).stderr
-    for shown, output in (("U+001B", done.stderr), ("\\x1b[2J", listed), ("\\x1b[2J", revoked)):
-        assert shown in output
-        assert output.replace("\n", "").isprintable()
-
-
-@pytest.mark.parametrize("arguments", [("create", "more"), ("delete", "valid")], ids=["create", "delete"])
-def test_a_full_disk_leaves_the_old_file(
-    command: Callable[..., Any], secrets: dict[str, str], arguments: tuple[str, str]
-) -> None:
-    """A command that cannot write says so in one line and has changed nothing."""
-    before = {path: path.read_bytes() for path in Path().iterdir()}
-    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-    done = command(arguments[0], secrets.get(arguments[1], arguments[1]), preexec_fn=full)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(rf"freegpt-auth: \S+/{TOKENS}: file too large\n", done.stderr)
-    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+        wait_until(lambda: not list(tmp_path.glob("pid*")))

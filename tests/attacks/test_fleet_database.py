@@ -1,23 +1,21 @@
-"""What becomes of a database under servers that are asked without a pause: killed, stopped, away when they start."""
+"""A database that is killed, stopped, or absent when servers start."""
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.helpers.fleet import CLOSED, USUAL, people, together, until, usage_of
+from tests.helpers.fleet import LEASE, POLL, usage_of
+from tests.helpers.watch import CLOSED, USUAL, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.helpers.fleet import Record
-
-LEASE = 5.0
-POLL = 1.0
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import Host, StartFleet
+    from tests.helpers.postgresql import Cluster
 
 GUNICORN = """
 import os, sys
@@ -31,101 +29,81 @@ run()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["kill", "stop"])
-def test_a_database_that_goes_and_comes_undoes_nothing(
-    durable: Any, tables: str, office: Any, host: Any, watched: Any, end: str, rounds: int, record_property: Record
-) -> None:
-    """Killed or stopped, for less or more than the lease, it keeps every revocation and use; hosts follow by themselves."""
-    operator = office(durable.url(tables))
-    secrets, ids = people(operator)
-    hosts = together(lambda _: host(durable, tables), range(2))
-    watch = watched(hosts, secrets)
-    watch.expect(USUAL)
-    back, revoked = [], {}
+def test_restart_undoes_nothing(durable: Cluster, fleet: StartFleet, end: str, rounds: int, record: Record) -> None:
+    """A restarted database keeps every revocation and use; hosts close after the lease and reopen by themselves."""
+    ours = fleet({}, {})
+    watch, back, revoked = ours.watch, [], []
     for number in range(2 * rounds):
-        token_id, fading = operator.create(f"fading-{number}")
-        watch.forget("fading")
-        watch.add("fading", fading)
-        watch.expect({"fading": 200})
-        done = operator.revoke(token_id)
-        revoked[token_id] = fading
+        token_id = ours.issue_fading()
+        revoked.append(watch.secrets["fading"])
+        done = ours.operator.revoke(token_id)
         getattr(durable, end)()
         gone = time.monotonic()
         try:
             if number % 2:
                 watch.expect({**CLOSED, "fading": 503})
-                watch.see({"valid": 503, "fading": 503}, gone + LEASE + 0.05, range(2))
+                watch.check({"valid": 503, "fading": 503}, gone + LEASE + 0.05, range(2))
                 watch.hold({**CLOSED, "fading": 503}, POLL)
         finally:
             durable.start()
         back.append(watch.expect({**USUAL, "fading": 401}))
-        assert not [one for one in watch.given if one.who == "fading" and one.status == 200 and one.began > done.ended]
-    for secret in revoked.values():
-        assert {each.server.get("/", secret) for each in hosts} == {401}
-    watch.end()
-    until(lambda: usage_of(durable.url(tables), ids["valid"]) == watch.accepted("valid"))
-    record_property("times", 2 * rounds)
-    record_property("back after at most", round(max(back), 2))
-    record_property("slowest answer", round(watch.slowest(), 2))
-    record_property("uses, all counted once", watch.accepted("valid"))
+        assert not [one for one in watch.accepted("fading") if one.began > done.ended]
+    for secret in revoked:
+        assert {each.server.get("/", secret) for each in ours.hosts} == {401}
+    ours.end()
+    record(restarts=2 * rounds, back_after_at_most=max(back), slowest_answer=watch.slowest())
 
 
-def test_a_killed_server_loses_what_it_had_not_written(
-    durable: Any, tables: str, office: Any, host: Any, watched: Any, record_property: Record
-) -> None:
-    """What a server that is killed has counted since it last wrote is lost, and nothing is invented; a stopped one loses none."""
-    operator = office(durable.url(tables))
-    secrets, ids = people(operator)
-    killed = host(durable, tables, INTERVAL="1.0")
-    watch = watched([killed], secrets, may_break=True)
-    watch.expect(USUAL)
-    until(lambda: usage_of(durable.url(tables), ids["valid"]) > 0)
+def test_killed_server_invents_no_use(fleet: StartFleet, record: Record) -> None:
+    """A killed server loses at most the uses since its last write; a stopped one loses none."""
+    ours = fleet({"INTERVAL": "1.0"}, may_break=True)
+    watch, valid = ours.watch, ours.ids["valid"]
+    wait_until(lambda: usage_of(ours.url, valid) > 0)
     watch.hold({"valid": 200}, 1.5)
-    os.kill(killed.server.process.pid, signal.SIGKILL)
-    killed.server.process.wait()
+    process = ours.hosts[0].server.process
+    process.kill()
+    process.wait()
     died = time.monotonic()
     watch.end()
-    accepted, known = watch.accepted("valid"), usage_of(durable.url(tables), ids["valid"])
-    of_late = sum(one.who == "valid" and one.status == 200 and one.began > died - 1.5 for one in watch.given)
-    assert 0 <= accepted - known <= of_late
-    stopped = host(durable, tables, INTERVAL="100")
-    again = watched([stopped], secrets)
-    again.expect(USUAL)
-    again.end()
-    stopped.server.stop()
-    assert usage_of(durable.url(tables), ids["valid"]) == known + again.accepted("valid")
-    record_property("uses accepted", accepted)
-    record_property("of them in the last interval and the write after it", of_late)
-    record_property("lost", accepted - known)
+    lost = len(watch.accepted("valid")) - usage_of(ours.url, valid)
+    recent = sum(one.began > died - 1.5 for one in watch.accepted("valid"))
+    assert 0 <= lost <= recent
+    record(uses=len(watch.accepted("valid")), in_the_last_interval=recent, lost=lost)
 
 
-@pytest.mark.parametrize("program", ["uvicorn", "uvicorn --workers", "gunicorn --preload"])
-def test_a_server_that_starts_without_its_database_is_closed(
-    tmp_path: Path,
-    durable: Any,
-    tables: str,
-    office: Any,
-    host: Any,
-    watched: Any,
-    program: str,
-    record_property: Record,
-) -> None:
-    """It answers 503 and says so once in each process, and recovers by itself as soon as the database is there."""
-    operator = office(durable.url(tables))
-    secrets, ids = people(operator)
-    (tmp_path / "launch.py").write_text(GUNICORN)
-    script = tmp_path / "launch.py" if program.startswith("gunicorn") else None
-    alone = host(durable, tables, *(("--workers", "2")[: 2 * program.endswith("--workers")]), script=script, away=True)
-    watch = watched([alone], secrets, may_break=script is not None)
-    watch.expect(CLOSED)
-    watch.hold(CLOSED, 1.5)
-    for process, lines in alone.told().items():
+def test_stopped_server_loses_no_use(fleet: StartFleet) -> None:
+    """A server that is stopped writes all its uses before it ends."""
+    ours = fleet({"INTERVAL": "100"})
+    ours.watch.hold(USUAL, 0.5)
+    ours.watch.end()
+    ours.hosts[0].server.stop()
+    ours.end()
+
+
+PROGRAMS = {
+    "uvicorn": "",
+    "uvicorn --workers": pytest.param("--workers 2", marks=pytest.mark.slow),
+    "gunicorn --preload": pytest.param("gunicorn", marks=pytest.mark.slow),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_server_starts_closed_without_database(tmp_path: Path, fleet: StartFleet, program: str, record: Record) -> None:
+    """The server answers 503, logs one line per process, and recovers when the database is reachable."""
+    options: dict[str, Any] = {"away": True, "arguments": tuple(program.split())}
+    if program == "gunicorn":
+        options = {"away": True, "script": tmp_path / "launch.py"}
+        options["script"].write_text(GUNICORN)
+    ours = fleet(options, may_break=program == "gunicorn", expected=CLOSED)
+    alone: Host = ours.hosts[0]
+    ours.watch.hold(CLOSED, 1.5)
+    for process, lines in alone.warnings_by_process().items():
         assert len(lines) == 1, (process, lines)
         assert "Its tokens are answered 503 until this is mended" in lines[0]
     alone.proxy.accept()
-    back = watch.expect(USUAL)
-    watch.hold(USUAL, 0.5)
-    watch.end()
-    until(lambda: usage_of(durable.url(tables), ids["valid"]) == watch.accepted("valid"))
-    record_property("processes", len(alone.told()))
-    record_property("back after", round(back, 2))
+    back = ours.watch.expect(USUAL)
+    ours.watch.hold(USUAL, 0.5)
+    ours.end()
+    record(processes=len(alone.warnings_by_process()), back_after=back)

@@ -1,100 +1,94 @@
-"""Locks on the tables: sessions of the servers do not pile up behind one, and service returns when it goes."""
+"""Locks on the tables: sessions of the servers do not pile up, and service returns with the release of the lock."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
 
 from freegpt_auth.tokens import generate_secret
 from tests.helpers.asking import status
-from tests.helpers.fleet import people, until
+from tests.helpers.fleet import issue_tokens
 from tests.helpers.pooler import PGBOUNCER, pgbouncer
 from tests.helpers.proxy import PLAIN
+from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
-    from tests.helpers.fleet import Record
-
-pytestmark = pytest.mark.slow
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import StartHost, StartOperator
+    from tests.helpers.postgresql import Cluster
 
 WORKERS = 4
 EACH = 4
-"""Sessions of one worker at most: one that follows, two for look-ups, one for usage."""
+"""Most sessions of one worker: one that follows the database, two for look-ups, one for usage."""
 
 HELD = 20.0
-"""Seconds for which the lock is held, times ``--rounds``: 40 s in the figures of docs/operations/faults.md."""
-
-needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
+"""Duration of the lock in seconds, times ``--rounds``: 40 s in the figures of docs/operations/faults.md."""
 
 
 class Crowd:
-    """Threads that ask one server for valid and for unknown tokens, over a new connection each time.
+    """Threads that send valid and unknown tokens to one server, over a new connection each time.
 
     Attributes:
-        given: how often each status was answered; 0 for none.
+        answers: the number of answers of each status; 0 for a timeout.
     """
 
     def __init__(self, url: str, valid: str) -> None:
-        self.given: dict[int, int] = {}
-        self._gone = threading.Event()
+        self.answers: dict[int, int] = {}
+        self._over = threading.Event()
         secrets = [valid, *(generate_secret() for _ in range(15))]
         self._threads = [threading.Thread(target=self._ask, args=(url, secret)) for secret in secrets]
         for thread in self._threads:
             thread.start()
 
     def _ask(self, url: str, secret: str) -> None:
-        while not self._gone.wait(0.02):
+        while not self._over.wait(0.02):
             try:
                 answer = status(url, secret)
-            except OSError:  # the client's own limit, on a machine with too much to do
+            except OSError:  # the client's own time limit, on a loaded machine
                 answer = 0
-            self.given[answer] = self.given.get(answer, 0) + 1
+            self.answers[answer] = self.answers.get(answer, 0) + 1
 
-    def leave(self) -> None:
-        """Stop asking."""
-        self._gone.set()
+    def close(self) -> None:
+        """Stop all threads."""
+        self._over.set()
         for thread in self._threads:
             thread.join()
 
 
-@pytest.mark.parametrize("way", ["direct", pytest.param("PgBouncer", marks=needs_pgbouncer)])
+PGBOUNCER_ONLY = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["direct", pytest.param("PgBouncer", marks=PGBOUNCER_ONLY)])
 def test_sessions_do_not_pile_up(
-    durable: Any, tables: str, office: Any, host: Any, rounds: int, record_property: Record, way: str
+    durable: Cluster, tables: str, operator_at: StartOperator, host: StartHost, rounds: int, record: Record, way: str
 ) -> None:
-    """While a lock is held on every table, each worker has at most the sessions it has in peace."""
-    secrets, _ = people(office(durable.url(tables)))
+    """While another session locks every table, each worker has at most its usual sessions."""
+    secrets, _ = issue_tokens(operator_at(durable.url(tables)))
+    valid = str(secrets["valid"])
     sessions = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{tables}' AND application_name <> 'psql'"
-
-    def attack(port: int) -> None:
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(pgbouncer(durable)) if way == "PgBouncer" else durable.port
         url = durable.url(tables, port=port) + PLAIN
-        server = host(durable, tables, "--workers", str(WORKERS), url=url, FREEGPT_AUTH_CACHE="1").server
-        valid = secrets["valid"]
-        crowd = Crowd(server.url, valid)
-        try:
-            until(lambda: crowd.given.get(401, 0) > 20, within=60)
-            peace, most = durable.sql(sessions, "postgres")[0][0], 0
-            with psycopg.connect(durable.url(tables), application_name="psql") as operator:
-                operator.execute("LOCK TABLE freegpt_auth.tokens, freegpt_auth.state, freegpt_auth.usage")
-                end = time.monotonic() + HELD * rounds
-                while time.monotonic() < end:
-                    most = max(most, durable.sql(sessions, "postgres")[0][0])
-                    time.sleep(0.25)
-            released = time.monotonic()
-            until(lambda: {server.get("/", valid) for _ in range(4 * WORKERS)} == {200}, within=60)
-            record_property("sessions before", peace)
-            record_property("most sessions during the lock", most)
-            record_property("served again after", round(time.monotonic() - released, 1))
-        finally:
-            crowd.leave()
-        record_property("answers", crowd.given)
-        assert most <= EACH * WORKERS
-        assert set(crowd.given) <= {0, 200, 401, 503}
-
-    if way == "direct":
-        attack(durable.port)
-    else:
-        with pgbouncer(durable) as port:
-            attack(port)
+        arguments = ("--workers", str(WORKERS))
+        server = host(durable, tables, arguments=arguments, url=url, FREEGPT_AUTH_CACHE="1").server
+        crowd = stack.enter_context(contextlib.closing(Crowd(server.url, valid)))
+        wait_until(lambda: crowd.answers.get(401, 0) > 20)
+        usual = most = durable.sql(sessions)[0][0]
+        with psycopg.connect(durable.url(tables), application_name="psql") as operator:
+            operator.execute("LOCK TABLE freegpt_auth.tokens, freegpt_auth.state, freegpt_auth.usage")
+            end = time.monotonic() + HELD * rounds
+            while time.monotonic() < end:
+                most = max(most, durable.sql(sessions)[0][0])
+                time.sleep(0.25)
+        released = time.monotonic()
+        wait_until(lambda: {server.get("/", valid) for _ in range(4 * WORKERS)} == {200})
+        record(usual_sessions=usual, most_sessions=most, served_again_after=time.monotonic() - released)
+    record(answers=crowd.answers)
+    assert most <= EACH * WORKERS
+    assert set(crowd.answers) <= {0, 200, 401, 503}

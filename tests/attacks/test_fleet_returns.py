@@ -1,7 +1,7 @@
-"""Revocations typed when servers have just lost the database: none is accepted after the command says so, to the second.
+"""Revocations just after servers lost the database: no token is accepted longer than the command says.
 
-A server that lost its connection relies on its memory until its lease is over, and no command can reach it. The command
-waits for it, or names the seconds; both must hold for every token at every host.
+A server without its connection relies on its cache until its lease is over, and no command can reach it. The command waits
+for that server, or names the seconds. Both must hold for every token at every host.
 """
 
 from __future__ import annotations
@@ -12,161 +12,130 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from freegpt_auth.stores.postgres.confirmation import CONFIRMATION
-from tests.helpers.fleet import Client, Host, together, until
-from tests.helpers.pooler import PGBOUNCER, pgbouncer, smallest
-from tests.helpers.proxy import PLAIN, Proxy
+from tests.helpers.proxy import Proxy
+from tests.helpers.watch import Client, in_parallel, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from tests.helpers.fleet import Done, Operator, Record
+    from tests.attacks.conftest import Record
+    from tests.helpers.fleet import Done, Host, Operator, StartHost, StartOperator
+    from tests.helpers.postgresql import Cluster
 
 AT_ONCE = 10
-"""Revocations after each disturbance, by as many operators. ``--rounds 30`` makes 300 of each kind."""
+"""Simultaneous revocations after each disturbance. ``--rounds 30`` makes 300 of each kind."""
 
 LEASE = 8.0
-"""Longer than a command waits: a host that stays away is named."""
+"""Longer than a command waits: the command names a host that stays away."""
 
 _WITHIN = re.compile(r" In force everywhere within (\d+) s: ([12]) server process\(es\) have not confirmed it\.\n$")
-
-needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
 
 
 @dataclass
 class Witness:
-    """Asks one host for one token after the other, again and again, until none is accepted.
+    """Sends tokens to one host in turn.
 
     Attributes:
         host: the host.
         secrets: the tokens.
-        accepted: when the last request began that was accepted, by token.
-        seen: every token was accepted at least once.
+        accepted: the begin of the last accepted request of each token.
+        ready: set once every token was accepted.
+        over: set to end the requests.
     """
 
     host: Host
     secrets: list[str]
     accepted: dict[str, float] = field(default_factory=dict)
-    seen: threading.Event = field(default_factory=threading.Event)
+    ready: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
 
     def follow(self) -> None:
-        """Ask until it is over."""
+        """Send requests until it is over."""
         clients = {secret: Client(self.host.server.url, secret) for secret in self.secrets}
-        while not self.over.is_set():
+        while not self.over.wait(0.005):
             for secret, client in clients.items():
                 began = time.monotonic()
                 if client.ask() == 200:
                     self.accepted[secret] = began
             if len(self.accepted) == len(self.secrets):
-                self.seen.set()
-            time.sleep(0.005)
+                self.ready.set()
         for client in clients.values():
             client.close()
 
 
 @dataclass
-class Tally:
-    """The commands of all rounds.
+class Setting:
+    """Two hosts, ten operators with intact links, and the figures of all revocations.
 
     Attributes:
-        said: seconds that each command named; 0 for "from now on".
-        late: seconds for which each token was accepted after its command returned; negative if none was.
-        took: seconds that each command took.
+        said: the seconds that each command named; 0 for "from now on".
+        late: the seconds for which each token was accepted after its command returned.
+        took: the seconds that each command took.
     """
 
+    hosts: list[Host]
+    operators: list[Operator]
+    rounds: int
     said: list[int] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
 
-    def enter(self, done: Done, accepted: float) -> None:
-        """Enter a command and the begin of the last request for its token that was accepted."""
+    def revoke_after(self, disturb: Callable[[], None]) -> None:
+        """Create a token for each operator, disturb the hosts once they know it, and revoke all tokens at once."""
+        issued = [operator.create("one") for operator in self.operators]
+        witnesses = [Witness(each, [secret for _, secret in issued]) for each in self.hosts]
+        with ThreadPoolExecutor(len(self.hosts) + AT_ONCE) as pool, contextlib.ExitStack() as stack:
+            for one in witnesses:
+                stack.callback(one.over.set)
+                pool.submit(one.follow)
+            wait_until(lambda: all(one.ready.is_set() for one in witnesses))
+            disturb()
+            # A command that gets no reply in time fails and promises nothing: it is repeated.
+            done = [*pool.map(lambda operator, token: operator.revoke(token[0], attempts=5), self.operators, issued)]
+            time.sleep(LEASE)  # a host that was cut off may accept tokens for so long
+        for each, (_, secret) in zip(done, issued, strict=True):
+            self._enter(each, max(one.accepted[secret] for one in witnesses))
+
+    def _enter(self, done: Done, accepted: float) -> None:
         named = _WITHIN.search(done.err)
         assert named or done.err.endswith("It is refused from now on.\n"), done
         self.said.append(int(named[1]) if named else 0)
         self.late.append(accepted - done.ended)
-        self.took.append(done.ended - done.began)
+        self.took.append(done.seconds)
 
-    def check(self) -> None:
-        """No token was accepted longer than its command said."""
-        wrong = [pair for pair in zip(self.late, self.said, strict=True) if pair[0] > pair[1]]
-        assert not wrong, (len(wrong), wrong[:5])
-
-    def record(self, record: Record) -> None:
-        """Tell the figures."""
-        record("revocations", len(self.said))
-        record("accepted after the return, against the command", 0)
-        record("named with a number", sum(each > 0 for each in self.said))
-        record("highest number, s", max(self.said))
+    def check(self, record: Record) -> None:
+        """Check that no token was accepted longer than its command said."""
         spare = [said - late for said, late in zip(self.said, self.late, strict=True)]
-        record("accepted last before that instant by at least, s", round(min(spare), 3))
-        record("commands took at most, s", round(max(self.took), 2))
+        assert min(spare) >= 0, sorted(zip(self.late, self.said, strict=True))
+        record(revocations=len(self.said), named_with_a_number=sum(each > 0 for each in self.said))
+        record(highest_number_s=max(self.said), least_spare_s=min(spare), commands_took_at_most_s=max(self.took))
 
 
 @pytest.fixture
-def operators(durable: Any, tables: str, office: Any) -> list[Operator]:
-    """Seat operators whose link to the database is whole."""
-    return [office(durable.url(tables)) for _ in range(AT_ONCE)]
+def setting(durable: Cluster, tables: str, operator_at: StartOperator, host: StartHost, rounds: int) -> Setting:
+    """Start two hosts and ten operators."""
+    operators = [operator_at(durable.url(tables)) for _ in range(AT_ONCE)]
+    hosts = in_parallel(lambda _: host(durable, tables, FREEGPT_AUTH_LEASE=f"{LEASE:g}"), range(2))
+    return Setting(hosts, operators, rounds)
 
 
-def revoke(operator: Operator, token_id: str) -> Done:
-    """Revoke a token; try again where the database did not answer in time, in which case the command promised nothing."""
-    for _ in range(5):
-        done = operator.run("revoke", token_id)
-        if done.status == 0:
-            break
-    assert done.status == 0, done
-    return done
-
-
-def revoke_all(operators: list[Operator], hosts: list[Host], disturb: Callable[[], None], tally: Tally) -> None:
-    """Create a token for each operator, disturb the hosts when each knows it, and revoke all at once."""
-    issued = [operator.create("one") for operator in operators]
-    witnesses = [Witness(each, [secret for _, secret in issued]) for each in hosts]
-    with ThreadPoolExecutor(len(hosts) + AT_ONCE) as pool, contextlib.ExitStack() as stack:
-        for one in witnesses:
-            stack.callback(one.over.set)
-            pool.submit(one.follow)
-        until(lambda: all(one.seen.is_set() for one in witnesses))
-        disturb()
-        done = list(pool.map(lambda one, token: revoke(one, token[0]), operators, issued))
-        time.sleep(LEASE)  # longer than any that was cut off may go on
-    for each, (_, secret) in zip(done, issued, strict=True):
-        tally.enter(each, max(one.accepted[secret] for one in witnesses))
-
-
-@pytest.fixture
-def pair(durable: Any, tables: str, host: Any) -> list[Host]:
-    """Start two hosts."""
-    return together(lambda _: host(durable, tables, FREEGPT_AUTH_LEASE=f"{LEASE:g}"), range(2))
-
-
-def both(hosts: list[Host], act: Callable[[Any], None]) -> None:
-    """Do something to both links."""
-    for each in hosts:
-        act(each.proxy)
-
-
-@pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_as_soon_as_a_restarted_database_answers(
-    durable: Any, operators: list[Operator], pair: list[Host], how: str, rounds: int, record_property: Record
-) -> None:
-    """The hosts were connected to the database before and are not yet again: the command waits until they are."""
-    tally = Tally()
+@pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.slow)])
+def test_restarted_database(durable: Cluster, setting: Setting, how: str, record: Record) -> None:
+    """The hosts have not reconnected yet: every command waits until they have."""
 
     def restart() -> None:
-        (durable.stop if how == "stopped" else durable.kill)()
+        getattr(durable, how)()
         durable.start()
 
-    for _ in range(rounds):
-        revoke_all(operators, pair, restart, tally)
-    tally.check()
-    assert set(tally.said) == {0}
-    tally.record(record_property)
+    for _ in range(setting.rounds):
+        setting.revoke_after(restart)
+    setting.check(record)
+    assert set(setting.said) == {0}
 
 
 FAULTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], None]]] = {
@@ -175,53 +144,22 @@ FAULTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_link_that_is_lost_a_moment_before(
-    operators: list[Operator], pair: list[Host], fault: str, rounds: int, record_property: Record
-) -> None:
-    """The hosts stay away: the command names the seconds, which hold."""
-    tally = Tally()
-    begin, end = FAULTS[fault]
-    for _ in range(rounds):
-        revoke_all(operators, pair, lambda: both(pair, begin), tally)
-        both(pair, end)
-        time.sleep(2.0)
-    tally.check()
-    assert 0 < max(tally.said) <= LEASE - CONFIRMATION + 1
-    tally.record(record_property)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_link_that_comes_back(
-    operators: list[Operator], pair: list[Host], fault: str, rounds: int, record_property: Record
-) -> None:
-    """The hosts are away for a moment: the command waits until they have confirmed it."""
-    tally = Tally()
+@pytest.mark.parametrize("returns", [False, True], ids=["stays away", "returns"])
+def test_lost_links(setting: Setting, fault: str, returns: bool, record: Record) -> None:  # noqa: FBT001
+    """Hosts stay away: the command names the seconds. They return in a moment: the command waits for them."""
     begin, end = FAULTS[fault]
 
-    def blink() -> None:
-        both(pair, begin)
-        both(pair, end)
+    def disturb() -> None:
+        for act in (begin, end)[: 1 + returns]:
+            for each in setting.hosts:
+                act(each.proxy)
 
-    for _ in range(rounds):
-        revoke_all(operators, pair, blink, tally)
-    tally.check()
-    tally.record(record_property)
-
-
-@pytest.fixture(params=["the smallest", pytest.param("PgBouncer", marks=needs_pgbouncer)])
-def pooled(durable: Any, tables: str, host: Any, request: pytest.FixtureRequest) -> Iterator[list[Host]]:
-    """Start two hosts behind a pooler in transaction mode."""
-    with pgbouncer(durable) if request.param == "PgBouncer" else smallest(durable, tables) as port:
-        url = durable.url(tables, port=port) + PLAIN
-        yield together(lambda _: host(durable, tables, url=url, FREEGPT_AUTH_LEASE=f"{LEASE:g}"), range(2))
-
-
-def test_behind_a_pooler(operators: list[Operator], pooled: list[Host], rounds: int, record_property: Record) -> None:
-    """No notification arrives: the command waits until each host has looked."""
-    tally = Tally()
-    for _ in range(rounds):
-        revoke_all(operators, pooled, lambda: None, tally)
-    tally.check()
-    assert set(tally.said) == {0}
-    tally.record(record_property)
+    for _ in range(setting.rounds):
+        setting.revoke_after(disturb)
+        for each in setting.hosts:
+            end(each.proxy)
+        time.sleep(2.0)  # the hosts reconnect
+    setting.check(record)
+    assert returns or 0 < max(setting.said) <= LEASE - CONFIRMATION + 1

@@ -1,9 +1,9 @@
-"""The time until a refusal is sent tells nothing of what the server knows about the secret that was presented.
+"""The time until a refusal is sent reveals nothing about the secret.
 
-As in dudect (Reparaz, Balasch, Verbauwhede: "Dude, is my code constant time?", 2017): classes are measured in turn, in
-random order, so that whatever else the machine does meets them all alike; Welch's t is taken over several croppings, since
-the slow tail is noise. With enough samples t finds any difference, also one of no use to anybody. So what is bounded is the
-effect, the difference of medians; t only says that a difference is there at all.
+As in dudect (Reparaz, Balasch, Verbauwhede: "Dude, is my code constant time?", 2017), classes are measured in turn, in
+random order: other load affects all classes alike. Welch's t is taken over several croppings, because the slow tail is
+noise. With enough samples t finds any difference, however useless. The tests therefore bound the effect, the difference of
+the medians; t only shows that a difference exists.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import random
 import socket
 import time
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, median, stdev, variance
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -29,15 +28,21 @@ from freegpt_auth.tokens import digest_of, generate_secret
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BOUND = 0.03
-"""Of the time that a refusal takes in process, some 180 ns: what two classes may differ by.
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Loopback is the quietest network, and the same request scatters by 10 us and more on it. At dudect's threshold of 4.5 a
-difference of 0.18 us takes 2 * (4.5 * 10 / 0.18) ** 2 = 125,000 requests of each class to be seen there, more elsewhere.
+    from freegpt_auth import Token
+    from freegpt_auth.stores.base import Unresolved
+    from tests.helpers.servers import Serve
+
+BOUND = 0.03
+"""Largest difference of two classes, as a share of the time of a refusal in process: some 180 ns.
+
+On loopback, the quietest network, the same request scatters by 10 us and more. At dudect's threshold of 4.5 an attacker
+needs 2 * (4.5 * 10 / 0.18) ** 2 = 125,000 requests of each class to see a difference of 0.18 us there.
 """
 
 PROOF = 10.0
-"""The value of t from which dudect says "definitely"."""
+"""The value of t from which dudect reports a definite difference."""
 
 CROPPINGS = (0.5, 0.75, 0.9, 0.99, 1.0)
 ROUNDS, VISITS = 12_000, 2_500
@@ -47,16 +52,17 @@ KEY = "key-" + "0" * 48
 
 APPLICATION = """
 from freegpt_auth import BearerTokenMiddleware
-app = BearerTokenMiddleware(None)
+app = BearerTokenMiddleware(None)  # no request reaches an application
 """
 
 Samples = dict[str, list[int]]
+"""The durations of each class, in nanoseconds."""
 
 _logger = logging.getLogger("figures")  # --log-cli-level=INFO shows them
 
 
 def keep_tokens(near: bytes = b"", count: int = 8) -> dict[str, list[str]]:
-    """Write a token file, and return secrets of each class: two that are unknown, to see how much chance does."""
+    """Write a token file and return secrets of each class; two classes are unknown, which shows the effect of chance."""
     records = [_record(near)] if near else []
     secrets: dict[str, list[str]] = {name: [] for name in ("unknown", "also unknown", "revoked", "expired")}
     for secret, name in ((generate_secret(), name) for _ in range(count) for name in secrets):
@@ -78,9 +84,9 @@ def _record(digest: bytes) -> dict[str, str]:
     }
 
 
-def as_scopes(secrets: dict[str, list[str]], kind: str = "http") -> dict[str, list[Any]]:
-    """Return the requests that present them."""
-    common = {"type": kind, "method": "GET", "path": "/v1/models", "client": ("127.0.0.1", 50000)}
+def as_scopes(secrets: dict[str, list[str]], kind: str = "http") -> dict[str, list[Scope]]:
+    """Return requests with these secrets."""
+    common: Scope = {"type": kind, "method": "GET", "path": "/v1/models", "client": ("127.0.0.1", 50000)}
     common["extensions"] = {"websocket.http.response": {}}
     return {
         name: [{**common, "headers": [(b"host", b"x"), (b"authorization", b"Bearer " + s.encode())]} for s in group]
@@ -88,19 +94,19 @@ def as_scopes(secrets: dict[str, list[str]], kind: str = "http") -> dict[str, li
     }
 
 
-def measure(app: Any, classes: dict[str, list[Any]], rounds: int) -> Samples:
-    """Return how many nanoseconds each of *rounds* refusals of each class took until its body was sent."""
+def measure(app: ASGIApp, classes: dict[str, list[Scope]], rounds: int) -> Samples:
+    """Return the time of *rounds* refusals of each class until the body is sent."""
     return asyncio.run(_measure(app, classes, rounds))
 
 
-async def _measure(app: Any, classes: dict[str, list[Any]], rounds: int) -> Samples:
+async def _measure(app: ASGIApp, classes: dict[str, list[Scope]], rounds: int) -> Samples:
     clock, sent = time.perf_counter_ns, 0
     samples: Samples = {name: [] for name in classes}
 
-    async def receive() -> Any:
+    async def receive() -> Message:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    async def send(message: Any) -> None:
+    async def send(message: Message) -> None:
         nonlocal sent
         if message.get("body"):
             sent = clock()
@@ -113,14 +119,14 @@ async def _measure(app: Any, classes: dict[str, list[Any]], rounds: int) -> Samp
             scope = dict(random.choice(classes[name]))
             began = clock()
             await app(scope, receive, send)
-            if number >= 0:  # those before warm up
+            if number >= 0:  # the first ones warm up
                 samples[name].append(sent - began)
     gc.enable()
     return samples
 
 
 def strongest_t(first: list[int], second: list[int]) -> float:
-    """Return Welch's t of the cropping in which it is largest."""
+    """Return the largest of Welch's t over the croppings."""
     together = sorted(first + second)
     found = 0.0
     for share in CROPPINGS:
@@ -132,7 +138,7 @@ def strongest_t(first: list[int], second: list[int]) -> float:
 
 
 def differences(samples: Samples, base: str = "unknown") -> dict[str, float]:
-    """Return by which part of the base's time each other class takes longer."""
+    """Return the difference of each class to the base, as a share of the base's time."""
     usual = median(samples[base])
     _logger.info("%s: %.0f ns", base, usual)
     found = {}
@@ -145,62 +151,75 @@ def differences(samples: Samples, base: str = "unknown") -> dict[str, float]:
 
 
 def assert_alike(samples: Samples, base: str = "unknown") -> None:
-    """Fail if one class differs from the base by more than the bound."""
+    """Check that no class differs from the base by more than the bound."""
     found = differences(samples, base)
     assert {name: f"{share:+.1%}" for name, share in found.items() if abs(share) > BOUND} == {}
 
 
+async def unreached(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """Stand for the application, which no request reaches."""
+    raise AssertionError
+
+
 @pytest.fixture
 def times(rounds: int) -> int:
-    """Return how often each class is measured."""
+    """Return the number of measurements of each class."""
     return ROUNDS * rounds
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_unknown_revoked_and_expired_take_the_same_time(times: int, kind: str) -> None:
-    """Whoever finds an old secret cannot tell by a stop-watch whether it was once good here."""
+def test_refusals_take_the_same_time(times: int, kind: str) -> None:
+    """Unknown, revoked and expired secrets take the same time: the time does not reveal a former token."""
     secrets = keep_tokens()
-    assert_alike(measure(BearerTokenMiddleware(None, usage="off"), as_scopes(secrets, kind), times))
+    assert_alike(measure(BearerTokenMiddleware(unreached, usage="off"), as_scopes(secrets, kind), times))
 
 
-def test_what_a_secret_shares_with_the_key_does_not_show(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """A guess at the environment key takes as long if it is nearly right; nobody finds the key piece by piece."""
+def near_key(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a guess that differs from the environment key in its last character."""
     monkeypatch.setenv("FREEGPT_API_KEY", KEY)
-    keep_tokens()
-    secrets = {"far": ["xyz-" + "9" * 48], "also far": ["zyx-" + "8" * 48], "near": [KEY[:-1] + "1"]}
-    samples = measure(BearerTokenMiddleware(None, usage="off"), as_scopes(secrets), times)
-    assert_alike(samples, "far")
+    return [KEY[:-1] + "1"]
 
 
-def test_what_a_digest_shares_with_the_keys_does_not_show(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """A guess whose digest begins as the key's does takes as long as any: 31 of 32 bytes alike show nothing."""
-    keep_tokens()
-    secrets = {name: [generate_secret()] for name in ("far", "also far", "near")}
-    digest = sha256(secrets["near"][0].encode()).digest()
+def near_digest_of_key(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a guess whose digest shares 31 of 32 bytes with the digest of the environment key."""
+    guess = generate_secret()
     monkeypatch.setenv("FREEGPT_API_KEY", KEY)
     settings = Settings.from_env()
     assert settings.key
-    near = replace(settings, key=replace(settings.key, digest=digest[:-1] + bytes([digest[-1] ^ 1])))
-    monkeypatch.setattr(Settings, "from_env", lambda **_: replace(near, usage=None))
-    assert_alike(measure(BearerTokenMiddleware(None), as_scopes(secrets), times), "far")
+    near = replace(settings, key=replace(settings.key, digest=nearly(digest_of(guess))), usage=None)
+    monkeypatch.setattr(Settings, "from_env", lambda **_: near)
+    return [guess]
 
 
-def test_what_a_digest_shares_with_a_tokens_does_not_show(times: int) -> None:
-    """A guess whose digest begins as a stored one does takes as long as any: the look-up is no comparison, byte by byte."""
-    near = generate_secret()
-    digest = sha256(near.encode()).digest()
-    unknown = keep_tokens(digest[:-1] + bytes([digest[-1] ^ 1]))
-    secrets = {"far": unknown["unknown"], "also far": unknown["also unknown"], "near": [near] * 8}
-    assert_alike(measure(BearerTokenMiddleware(None, usage="off"), as_scopes(secrets), times), "far")
+def near_digest_of_token(_: pytest.MonkeyPatch) -> list[str]:
+    """Return a guess whose digest shares 31 of 32 bytes with the digest of a token."""
+    guess = generate_secret()
+    keep_tokens(nearly(digest_of(guess)))
+    return [guess]
+
+
+def nearly(digest: bytes) -> bytes:
+    """Return the digest with its last bit changed."""
+    return digest[:-1] + bytes([digest[-1] ^ 1])
+
+
+@pytest.mark.parametrize("make", [near_key, near_digest_of_key, near_digest_of_token])
+def test_near_guess_takes_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, times: int, make: Callable[[pytest.MonkeyPatch], list[str]]
+) -> None:
+    """A guess that is nearly right takes as long as any other: no key or token is found piece by piece."""
+    keep_tokens()
+    secrets = {"near": make(monkeypatch), "far": ["xyz-" + "9" * 48], "also far": ["zyx-" + "8" * 48]}
+    assert_alike(measure(BearerTokenMiddleware(unreached, usage="off"), as_scopes(secrets), times), "far")
 
 
 class Slower(FileTokenStore):
-    """A store that takes longer to find a token than to miss one, by a known time."""
+    """A store that takes longer for a known token than for an unknown one, by *delay* nanoseconds."""
 
     delay = 0
 
-    def peek(self, digest: bytes) -> Any:
-        """Look up, and wait if there is something."""
+    def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
+        """Look up, and wait if the token is known."""
         token = super().peek(digest)
         if self.delay and self._snapshot.tokens.find(digest):
             until = time.perf_counter_ns() + self.delay
@@ -209,12 +228,12 @@ class Slower(FileTokenStore):
         return token
 
 
-def test_a_difference_would_be_seen(times: int) -> None:
-    """The control: twice the bound, planted in a store, is found, by effect and by t, and nothing is found without."""
+def test_planted_difference_is_found(times: int) -> None:
+    """The control: a planted difference of twice the bound is found, by effect and by t; without it none is found."""
     secrets = keep_tokens()
     del secrets["expired"]
     store = Slower("api_tokens.json")
-    app = BearerTokenMiddleware(None, store=store)
+    app = BearerTokenMiddleware(unreached, store=store)
     before = measure(app, as_scopes(secrets), times)
     store.delay = round(2 * BOUND * median(before["unknown"]))
     after = measure(app, as_scopes(secrets), times)
@@ -226,7 +245,7 @@ def test_a_difference_would_be_seen(times: int) -> None:
 
 
 def visit(address: tuple[str, int], classes: dict[str, list[bytes]], rounds: int) -> Samples:
-    """Return how many nanoseconds each answer of a real server took, from the request to its last byte."""
+    """Return the time of each answer of a real server, from the request to its last byte."""
     samples: Samples = {name: [] for name in classes}
     with socket.create_connection(address, timeout=30) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -246,8 +265,8 @@ def visit(address: tuple[str, int], classes: dict[str, list[bytes]], rounds: int
     return samples
 
 
-def test_nothing_is_seen_through_a_network(serve: Callable[..., Any], rounds: int) -> None:
-    """Thousands of requests on the quietest network there is show no difference, and what scatters hides the bound."""
+def test_network_shows_no_difference(serve: Serve, rounds: int) -> None:
+    """Thousands of requests over loopback show no difference between the classes."""
     secrets = keep_tokens()
     Path("app.py").write_text(APPLICATION)
     server = serve("app:app", "--no-access-log", "--log-level", "warning", "--lifespan", "off")
@@ -255,8 +274,7 @@ def test_nothing_is_seen_through_a_network(serve: Callable[..., Any], rounds: in
         name: [f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {s}\r\n\r\n".encode() for s in group]
         for name, group in secrets.items()
     }
-    port = int(server.url.rpartition(":")[2])
-    samples = visit(("127.0.0.1", port), requests, VISITS * rounds)
+    samples = visit(server.address, requests, VISITS * rounds)
     differences(samples)
     quick = sorted(samples["unknown"])[: int(0.9 * len(samples["unknown"]))]
     _logger.info("scatter of the quickest nine tenths: %.0f ns", stdev(quick))

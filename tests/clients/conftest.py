@@ -1,57 +1,51 @@
-"""What the tests of real clients share: the example server, one token that works, and four that do not."""
+"""Fixtures for real clients: the example server, a valid token, and four refused credentials."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from freegpt_auth import FileTokenStore
 from freegpt_auth.tokens import generate_secret
+from tests.helpers.asking import status
+from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from tests.conftest import Keep
+    from tests.helpers.servers import Serve
 
 PROJECT = Path(__file__).parent.parent.parent
 
 
 @dataclass
 class ChatServer:
-    """The example server, and what to present to it."""
+    """The example server, and secrets to present to it."""
 
     url: str
     log: Path
     secrets: dict[str, str]
-    """By why the server refuses them; the good one is ``good``, and what is not sent at all is empty."""
+    """By the reason for the refusal; ``good`` is valid, and ``missing`` is empty."""
 
     def refusals(self, path: str) -> list[str]:
-        """Return the reasons for which requests to *path* were refused: one for each that came, retries included.
+        """Return the reason of each refused request to *path*, retries included.
 
-        A refusal is logged after it was sent, so another one is sent, and waited for in the log.
+        A refusal is logged after it is sent. The method therefore waits until the log has the refusal of one more request.
         """
         last = f"/{time.monotonic_ns()}"
-        with contextlib.suppress(urllib.error.HTTPError):
-            urllib.request.urlopen(self.url + last, timeout=60)
-        deadline = time.monotonic() + 60
-        told = False
-        while not told:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-            told = f" {last}: " in self.log.read_text()
+        status(self.url + last)
+        wait_until(lambda: f" {last}: " in self.log.read_text())
         return re.findall(rf"refused 127\.0\.0\.1 {re.escape(path)}: (\w+)", self.log.read_text())
 
 
 @pytest.fixture
-def chat_server(serve: Callable[..., Any], keep: Callable[..., Any], tmp_path: Path) -> ChatServer:
-    """Start the example server beside a token file."""
+def chat_server(serve: Serve, keep: Keep, tmp_path: Path) -> ChatServer:
+    """Start the example server with a token file."""
     store = FileTokenStore(tmp_path / "api_tokens.json")
     _, good = keep(store, "good")
     token, revoked = keep(store, "revoked")
@@ -64,5 +58,5 @@ def chat_server(serve: Callable[..., Any], keep: Callable[..., Any], tmp_path: P
 
 @pytest.fixture(params=["unknown", "revoked", "expired", "missing"])
 def reason(request: pytest.FixtureRequest) -> str:
-    """Each reason for which a token is refused."""
+    """Return each reason for a refusal."""
     return str(request.param)

@@ -10,9 +10,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.clients.conftest import ChatServer
 
 MODEL = """
 - model_id: freegpt
@@ -23,8 +26,8 @@ MODEL = """
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_answer_with_usage(chat_server: Any, *, stream: bool) -> None:
-    """The command prints the answer, streamed or not, and the tokens that it used."""
+def test_answer_with_usage(chat_server: ChatServer, *, stream: bool) -> None:
+    """The command prints the answer, streamed or not, and its token counts."""
     home = Path("llm")
     home.mkdir()
     (home / "extra-openai-models.yaml").write_text(MODEL.format(chat_server.url))

@@ -13,23 +13,25 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.clients.conftest import ChatServer
+
 CHAT = "/v1/chat/completions"
 QUESTION: dict[str, Any] = {"model": "freegpt-4", "messages": [{"role": "user", "content": "Hello!"}]}
 
 
-def options(server: Any, reason: str = "good") -> dict[str, Any]:
-    """Return what a client is made from; how often it tries again is left as it is by default."""
-    # The client itself refuses an empty key. Its header has to be taken out of each call instead: see headers().
+def options(server: ChatServer, reason: str = "good") -> dict[str, Any]:
+    """Return the arguments of a client; its number of retries is the default."""
+    # The client refuses an empty key. headers() removes the header from each call instead.
     return {"base_url": f"{server.url}/v1", "api_key": server.secrets[reason] or "not-sent"}
 
 
 def headers(reason: str) -> dict[str, Any]:
-    """Return the headers to add to a call, or to take out of it."""
+    """Return the headers to add to a call, or to remove from it."""
     return {"Authorization": openai.Omit()} if reason == "missing" else {}
 
 
 def assert_refused(error: openai.AuthenticationError) -> None:
-    """Check that the client's own error says what the guide's section on troubleshooting is headed with."""
+    """Check that the client's own error has the heading of the guide's section on troubleshooting."""
     assert "Invalid API key provided" in error.message
     assert error.status_code == 401
     assert error.code == "invalid_api_key"
@@ -53,11 +55,11 @@ def ask_for_models(client: openai.OpenAI, reason: str = "good") -> Any:
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """The client's stream leaves its generators to asyncio, which ends them; on trio they end in warnings."""
+    """Run on asyncio only: the client leaves open generators, which asyncio closes and trio warns about."""
     return "asyncio"
 
 
-def test_good_token(chat_server: Any) -> None:
+def test_good_token(chat_server: ChatServer) -> None:
     """With a good token a chat completion is answered."""
     with openai.OpenAI(**options(chat_server)) as client:
         completion = ask(client)
@@ -65,7 +67,7 @@ def test_good_token(chat_server: Any) -> None:
     assert completion.choices[0].finish_reason == "stop"
 
 
-def test_good_token_streamed(chat_server: Any) -> None:
+def test_good_token_streamed(chat_server: ChatServer) -> None:
     """With a good token a streamed chat completion arrives piece by piece and whole."""
     with openai.OpenAI(**options(chat_server)) as client:
         chunks = list(ask_for_stream(client))
@@ -74,8 +76,8 @@ def test_good_token_streamed(chat_server: Any) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, None, None, None, "stop"]
 
 
-def test_usage(chat_server: Any) -> None:
-    """An answer says how many tokens it used, and so does a stream whose caller asks for that."""
+def test_usage(chat_server: ChatServer) -> None:
+    """An answer has token counts, and so does a stream that requests them."""
     with openai.OpenAI(**options(chat_server)) as client:
         completion = ask(client)
         stream = client.chat.completions.create(**QUESTION, stream=True, stream_options={"include_usage": True})
@@ -84,26 +86,23 @@ def test_usage(chat_server: Any) -> None:
     assert last.usage == completion.usage
 
 
-def test_good_token_models(chat_server: Any) -> None:
+def test_good_token_models(chat_server: ChatServer) -> None:
     """With a good token the list of models is answered."""
     with openai.OpenAI(**options(chat_server)) as client:
         assert [model.id for model in ask_for_models(client)] == ["freegpt-4"]
 
 
 @pytest.mark.parametrize(("call", "path"), [(ask, CHAT), (ask_for_stream, CHAT), (ask_for_models, "/v1/models")])
-def test_refused(chat_server: Any, reason: str, call: Callable[[openai.OpenAI, str], Any], path: str) -> None:
-    """A token that does not work raises the client's AuthenticationError, after a single request."""
-    with (
-        openai.OpenAI(**options(chat_server, reason)) as client,
-        pytest.raises(openai.AuthenticationError) as caught,
-    ):
+def test_refused(chat_server: ChatServer, reason: str, call: Callable[[openai.OpenAI, str], Any], path: str) -> None:
+    """A refused token raises the client's AuthenticationError after a single request."""
+    with openai.OpenAI(**options(chat_server, reason)) as client, pytest.raises(openai.AuthenticationError) as caught:
         call(client, reason)
     assert_refused(caught.value)
     assert chat_server.refusals(path) == [reason]
 
 
 @pytest.mark.anyio
-async def test_async_good_token(chat_server: Any) -> None:
+async def test_async_good_token(chat_server: ChatServer) -> None:
     """The asynchronous client is answered, plainly and streamed."""
     async with openai.AsyncOpenAI(**options(chat_server)) as client:
         completion = await client.chat.completions.create(**QUESTION)
@@ -116,8 +115,8 @@ async def test_async_good_token(chat_server: Any) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("stream", [False, True])
-async def test_async_refused(chat_server: Any, reason: str, stream: bool) -> None:  # noqa: FBT001
-    """The asynchronous client raises AuthenticationError, after a single request."""
+async def test_async_refused(chat_server: ChatServer, reason: str, stream: bool) -> None:  # noqa: FBT001
+    """The asynchronous client raises AuthenticationError after a single request."""
     async with openai.AsyncOpenAI(**options(chat_server, reason)) as client:
         with pytest.raises(openai.AuthenticationError) as caught:
             await client.chat.completions.create(**QUESTION, stream=stream, extra_headers=headers(reason))

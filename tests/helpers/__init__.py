@@ -1,1 +1,1 @@
-"""Servers, databases, proxies and clients that the tests share."""
+"""Servers, databases, proxies and clients that several tests use."""

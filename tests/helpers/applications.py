@@ -1,4 +1,4 @@
-"""What the servers of the tests serve, as source text: each runs in a process of its own."""
+"""Source text of the ASGI applications that test servers run in processes of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ async def lifespan(receive, send):
         await receive()
         await send({"type": f"lifespan.{event}.complete"})
 """
-"""Goes through the lifespan."""
+"""Completes the lifespan protocol."""
 
 HELLO = f"""
 {LIFESPAN}
@@ -19,4 +19,4 @@ async def hello(scope, receive, send):
     await send({{"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}})
     await send({{"type": "http.response.body", "body": b"ok"}})
 """
-"""Lets everybody in."""
+"""Answers every request with 200 and ``ok``."""

@@ -1,4 +1,4 @@
-"""Asks a server, as any client does."""
+"""One HTTP request, as any client sends it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import urllib.request
 
 
 def status(url: str, token: str | None = None) -> int:
-    """Return the status code that a GET answers.
+    """Send a GET, with *token* as bearer token if given, and return the status code.
 
     Raises:
-        OSError: there is no answer.
+        OSError: the server did not answer.
     """
-    request = urllib.request.Request(url)
-    if token is not None:
-        request.add_header("Authorization", f"Bearer {token}")
+    headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         error.close()

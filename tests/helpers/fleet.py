@@ -1,45 +1,45 @@
-"""Hosts of a fleet, an operator who types commands, and clients that ask every host without a pause."""
+"""A fleet: an operator that runs commands, hosts over one database, and clients that watch every host."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 
 from freegpt_auth.stores.postgres import PostgresTokenStore
 from freegpt_auth.tokens import generate_secret
 from tests.helpers.applications import HELLO
+from tests.helpers.watch import BOUND, CLOSED, USUAL, Watch, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from tests.helpers.postgresql import Cluster
     from tests.helpers.proxy import Proxy
+    from tests.helpers.servers import Server
 
-Record = Callable[[str, object], None]
-"""How a test tells a figure."""
+LEASE = 5.0
+"""Lease of the hosts, in seconds, unless a test sets another."""
 
-# The clock of its host is wrong by AHEAD seconds.
+POLL = 1.0
+"""Longest time in seconds until a host without notifications sees a change."""
+
+SLACK = 1.5
+"""Seconds by which a loaded machine may delay an immediate action."""
+
+# The clock of this host is wrong by AHEAD seconds.
 _CLOCK = """
 import os, time
-told = time.time
-time.time = lambda: told() + float(os.environ.get("AHEAD", "0"))
+right = time.time
+time.time = lambda: right() + float(os.environ.get("AHEAD", "0"))
 """
 APPLICATION = f"""
 {_CLOCK}
@@ -69,33 +69,11 @@ for line in sys.stdin:
     print(json.dumps([status, out.getvalue(), err.getvalue(), began, ended]), flush=True)
 """
 KEY = "a-key-from-the-environment"
-LAW = {
-    "key": {200},
-    "nothing": {401},
-    "wrong": {401, 503},
-    "revoked": {401, 503},
-    "valid": {200, 503},
-    "fading": {200, 401, 503},
-}
-"""What may be answered at any time, whatever happens. Who is fading is still to be revoked, and looked at by each test."""
-
-USUAL = {"key": 200, "nothing": 401, "wrong": 401, "revoked": 401, "valid": 200}
-"""What is answered while nothing happens."""
-
-CLOSED = {"key": 200, "nothing": 401, "wrong": 503, "revoked": 503, "valid": 503}
-"""What is answered when the database could not be asked for longer than the lease."""
-
-BOUND = 10.0
-"""Seconds in which every request is answered while no more ask than there are threads: one wait for a connection of the
-process, one question over a connection that is dead, and one new connection and question take 2 seconds each at most, and
-cancelling a question half a second."""
-
 _LINE = re.compile(r"^(\d+) (WARNING|ERROR) (.*)$", re.MULTILINE)
-_HEAD = re.compile(rb"HTTP/1.1 (\d+) .*?\r\ncontent-length: (\d+).*?\r\n\r\n", re.DOTALL | re.IGNORECASE)
 
 
 class Done(NamedTuple):
-    """What a command did: its exit status and output, and from when to when it ran."""
+    """One command: its exit status, its output, and its begin and end."""
 
     status: int
     out: str
@@ -103,13 +81,18 @@ class Done(NamedTuple):
     began: float
     ended: float
 
+    @property
+    def seconds(self) -> float:
+        """The duration of the command."""
+        return self.ended - self.began
+
 
 class Operator:
-    """Types commands at a host, one after the other, without waiting for an interpreter to start each time.
+    """Runs commands one after the other, in one process: no interpreter starts for each.
 
     Args:
         store: the URL of the database.
-        ahead: seconds by which the clock of the host is wrong.
+        ahead: seconds by which the clock of the operator's host is wrong.
     """
 
     def __init__(self, store: str, ahead: float = 0.0) -> None:
@@ -138,238 +121,129 @@ class Operator:
         issued = json.loads(done.out)
         return issued["id"], issued["token"]
 
-    def revoke(self, reference: str) -> Done:
-        """Revoke a token, which must succeed."""
-        done = self.run("revoke", reference)
-        assert done.status == 0, done
-        return done
+    def revoke(self, reference: str, attempts: int = 1) -> Done:
+        """Revoke a token; repeat a command that fails, at most *attempts* times in all."""
+        for _ in range(attempts):
+            done = self.run("revoke", reference)
+            if done.status == 0:
+                return done
+        raise AssertionError(done)
 
     def close(self) -> None:
-        """Let the operator go home."""
+        """End the operator's process."""
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate(timeout=30)
 
 
 @dataclass
 class Host:
-    """A server, and the link by which it reaches the database."""
+    """A server, and the proxy between it and the database if it has one."""
 
-    server: Any
-    proxy: Proxy | None = None
+    server: Server
+    link: Proxy | None = None
 
-    def loud(self) -> list[str]:
-        """Return the warnings and errors that it logged."""
-        return [line for lines in self.told().values() for line in lines]
+    @property
+    def proxy(self) -> Proxy:
+        """The proxy between the server and the database."""
+        assert self.link is not None
+        return self.link
 
-    def told(self) -> dict[str, list[str]]:
-        """Return the warnings and errors that each of its processes logged."""
-        told: dict[str, list[str]] = {}
+    def warnings(self) -> list[str]:
+        """Return the warnings and errors that the server logged."""
+        return [line for lines in self.warnings_by_process().values() for line in lines]
+
+    def warnings_by_process(self) -> dict[str, list[str]]:
+        """Return the warnings and errors that each process of the server logged."""
+        found: dict[str, list[str]] = {}
         for process, level, message in _LINE.findall(self.server.log.read_text()):
-            told.setdefault(process, []).append(f"{level} {message}")
-        return told
-
-
-class Answer(NamedTuple):
-    """From when to when a request went, at which host, what it presented, and its status; 0 if its connection broke."""
-
-    began: float
-    ended: float
-    host: int
-    who: str
-    status: int
-
-
-class Client:
-    """Asks one server over one connection, which is opened again when it breaks."""
-
-    def __init__(self, url: str, secret: str | None) -> None:
-        address = urlsplit(url)
-        self._address = (address.hostname or "", address.port or 0)
-        header = "" if secret is None else f"Authorization: Bearer {secret}\r\n"
-        self._request = f"GET / HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode()
-        self._socket: socket.socket | None = None
-
-    def ask(self) -> int:
-        """Return the status that is answered; 0 if the connection broke."""
-        try:
-            if self._socket is None:
-                self._socket = socket.create_connection(self._address, timeout=60)
-            self._socket.sendall(self._request)
-            return self._receive(self._socket)
-        except OSError:
-            self.close()
-            return 0
-
-    def _receive(self, connection: socket.socket) -> int:
-        data = b""
-        while (head := _HEAD.match(data)) is None or len(data) < head.end() + int(head[2]):
-            if not (more := connection.recv(65536)):
-                raise ConnectionResetError
-            data += more
-        if b"connection: close" in data.lower():
-            self.close()
-        return int(head[1])
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+            found.setdefault(process, []).append(f"{level} {message}")
+        return found
 
 
 @dataclass
-class Watch:
-    """Clients that ask every host for everything without a pause: each of them for one thing at one host.
+class Fleet:
+    """Hosts over one database, an operator, and clients that watch every host.
 
     Attributes:
-        hosts: whom they ask.
-        secrets: what they present, by a name that ``LAW`` knows.
-        may_break: whether a connection to a server may break.
-        given: all answers.
+        url: the URL of the database.
+        operator: the operator, whose link to the database is intact.
+        hosts: the hosts.
+        watch: the clients.
+        ids: the ids of the tokens ``valid`` and ``revoked``.
     """
 
+    url: str
+    operator: Operator
     hosts: list[Host]
-    secrets: dict[str, str | None]
-    may_break: bool = False
-    given: list[Answer] = field(default_factory=list)
+    watch: Watch
+    ids: dict[str, str]
 
-    def __post_init__(self) -> None:
-        self._latest: dict[tuple[int, str], Answer] = {}
-        self._wrong: list[Answer] = []
-        self._clients: dict[str, tuple[threading.Event, list[threading.Thread]]] = {}
-        for name, secret in self.secrets.items():
-            self._send(name, secret)
+    def issue_fading(self) -> str:
+        """Replace the token ``fading`` by a new one, wait until every host accepts it, and return its id."""
+        token_id, secret = self.operator.create("fading")
+        self.watch.remove("fading")
+        self.watch.add("fading", secret)
+        self.watch.expect({"fading": 200})
+        return token_id
 
-    def add(self, name: str, secret: str) -> None:
-        """Ask for one more token from now on."""
-        self.secrets[name] = secret
-        self._send(name, secret)
+    def isolate(self, cut: Callable[[], None], mend: Callable[[], None], isolated: tuple[int, ...]) -> list[float]:
+        """Cut hosts off from the database for longer than the lease, and check every answer.
 
-    def forget(self, name: str) -> None:
-        """Ask for a token no longer, if it was asked for."""
-        gone, clients = self._clients.pop(name, (threading.Event(), []))
-        gone.set()
-        for client in clients:
-            client.join()
+        Known tokens work until the lease is over, then every token is answered 503. A token that is revoked meanwhile is
+        refused by the other hosts at once, and by all hosts after *mend*; a token that is created meanwhile works then.
 
-    def _send(self, name: str, secret: str | None) -> None:
-        gone, threads = self._clients[name] = (threading.Event(), [])
-        for number, host in enumerate(self.hosts):
-            client = Client(host.server.url, secret)
-            threads.append(threading.Thread(target=partial(self._ask, client, number, name, gone)))
-            threads[-1].start()
+        Args:
+            cut: cuts the hosts off.
+            mend: ends that.
+            isolated: the numbers of these hosts.
 
-    def _ask(self, client: Client, number: int, name: str, gone: threading.Event) -> None:
-        allowed = LAW[name] | ({0} if self.may_break else set())
-        while not gone.is_set():
-            began = time.monotonic()
-            status = client.ask()
-            answer = Answer(began, time.monotonic(), number, name, status)
-            self.given.append(answer)
-            self._latest[number, name] = answer
-            if status not in allowed:
-                self._wrong.append(answer)
-            gone.wait(0.001 if status else 0.02)  # leave the servers some of the machine
-        client.close()
-
-    def expect(self, expected: Mapping[str, int], at: Iterable[int] | None = None, within: float = 60.0) -> float:
-        """Wait until requests that begin after now are answered so, and return how many seconds that took."""
-        since = time.monotonic()
-        places = [(number, name) for number in (range(len(self.hosts)) if at is None else at) for name in expected]
-
-        def differ() -> list[Any]:
-            latest = [(place, self._latest.get(place)) for place in places]
-            return [
-                (place, answer)
-                for place, answer in latest
-                if answer is None or answer.began < since or answer.status != expected[place[1]]
-            ]
-
-        until(lambda: not differ(), lambda: (expected, differ(), self._state()), within)
-        return time.monotonic() - since
-
-    def hold(self, expected: Mapping[str, int], seconds: float, at: Iterable[int] | None = None) -> None:
-        """See that for so many seconds every request is answered so."""
-        since = time.monotonic()
-        numbers = set(range(len(self.hosts)) if at is None else at)
-        time.sleep(seconds)
-        self.see(expected, since, numbers)
-
-    def see(self, expected: Mapping[str, int], since: float, at: Iterable[int], until: float = float("inf")) -> None:
-        """See that every request that began in a time was answered so."""
-        numbers = set(at)
-        other = [
-            answer
-            for answer in list(self.given)
-            if since <= answer.began < until
-            and answer.host in numbers
-            and answer.status != expected.get(answer.who, answer.status)
-            and answer.status
-        ]
-        assert not other, (len(other), other[0], other[-1], since, until, self._state())
-
-    def last(self, name: str, number: int) -> float:
-        """Return when the last request for a token began that a host has accepted."""
-        return max(one.began for one in list(self.given) if (one.who, one.host, one.status) == (name, number, 200))
-
-    def counts(self) -> dict[str, int]:
-        """Return how often each status was answered."""
-        return {str(status): count for status, count in sorted(Counter(one.status for one in self.given).items())}
-
-    def accepted(self, name: str) -> int:
-        """Return how many requests of one token were accepted."""
-        return sum(answer.status == 200 and answer.who == name for answer in self.given)
-
-    def slowest(self, since: float = 0.0) -> float:
-        """Return how long the slowest request took that began after then."""
-        return max((answer.ended - answer.began for answer in self.given if answer.began >= since), default=0.0)
-
-    def delay(self) -> float:
-        """Return how long the machine alone made a request wait: the slowest one whose answer needs no database."""
-        return max((one.ended - one.began for one in self.given if one.who in {"key", "nothing"}), default=0.0)
-
-    def leave(self) -> None:
-        """Stop asking."""
-        for gone, _ in self._clients.values():
-            gone.set()
-        for name in list(self._clients):
-            self.forget(name)
+        Returns:
+            the seconds until the hosts were closed, and from *mend* until they were as usual.
+        """
+        closed, others = {**CLOSED, "fading": 503}, set(range(len(self.hosts))) - set(isolated)
+        token_id = self.issue_fading()
+        cut()
+        began = time.monotonic()
+        done = self.operator.revoke(token_id)
+        self.watch.expect(closed, isolated)
+        closed_after = time.monotonic() - began
+        self.watch.check({"valid": 503, "fading": 503, "revoked": 503}, began + LEASE + 0.05, isolated)
+        self.watch.check({**USUAL, "fading": 401}, done.ended, others)
+        self.watch.hold(closed, POLL, isolated)
+        _, new = self.operator.create("new")
+        assert {self.hosts[each].server.get("/", new) for each in isolated} == {503}
+        mend()
+        back_after = self.watch.expect({**USUAL, "fading": 401})
+        assert {each.server.get("/", new) for each in self.hosts} == {200}
+        return [closed_after, back_after]
 
     def end(self, bound: float = BOUND) -> None:
-        """Stop asking, and see that no answer was against the law or late."""
-        self.leave()
-        assert not self._wrong, (len(self._wrong), self._wrong[:5], self._state())
-        assert self.slowest() <= bound + self.delay(), max(self.given, key=lambda one: one.ended - one.began)
+        """Stop the clients; check all answers, and that the database counted each accepted use once."""
+        self.watch.end(bound)
+        self.check_usage()
 
-    def _state(self) -> object:
-        return self._wrong[:5], [host.server.log.read_text()[-1500:] for host in self.hosts]
-
-
-def until(reached: Callable[[], object], state: Callable[[], object] = tuple, within: float = 60.0) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + within
-    while not reached():
-        assert time.monotonic() < deadline, state()
-        time.sleep(0.01)
+    def check_usage(self) -> None:
+        """Check that the database counts each accepted use of ``valid`` once."""
+        wait_until(lambda: usage_of(self.url, self.ids["valid"]) == len(self.watch.accepted("valid")))
 
 
-def together(act: Callable[[Any], Any], each: Iterable[Any]) -> list[Any]:
-    """Do something with each at the same time, and return what comes of it."""
-    with ThreadPoolExecutor() as pool:
-        return [*pool.map(act, each)]
+StartHost = Callable[..., Host]
+StartOperator = Callable[..., Operator]
+StartFleet = Callable[..., Fleet]
 
 
-def make_tables(cluster: Cluster) -> str:
-    """Make a database with the schema in it, and return its name."""
+def create_database(cluster: Cluster) -> str:
+    """Create a database with the schema, and return its name."""
     name = f"fleet_{time.monotonic_ns()}"
     cluster.sql(f"CREATE DATABASE {name}")
     PostgresTokenStore(cluster.url(name)).migrate()
     return name
 
 
-def people(operator: Operator, more: int = 0) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Make one token of each kind and *more* that nobody uses; return what clients present, and the ids."""
-    ids, secrets = {}, {"key": KEY, "nothing": None, "wrong": generate_secret()}
+def issue_tokens(operator: Operator, more: int = 0) -> tuple[dict[str, str | None], dict[str, str]]:
+    """Create a token of each kind, and *more* unused ones; return the secrets that clients present, and the ids."""
+    ids: dict[str, str] = {}
+    secrets: dict[str, str | None] = {"key": KEY, "nothing": None, "wrong": generate_secret()}
     for name in ("valid", "revoked"):
         ids[name], secrets[name] = operator.create(name)
     for number in range(more):
@@ -379,12 +253,7 @@ def people(operator: Operator, more: int = 0) -> tuple[dict[str, str | None], di
 
 
 def usage_of(url: str, token_id: str) -> int:
-    """Return how many uses of a token the database knows."""
+    """Return the number of uses of a token in the database."""
     with psycopg.connect(url, autocommit=True, target_session_attrs="read-write") as connection:
         row = connection.execute("SELECT use_count FROM freegpt_auth.usage WHERE token_id = %s", [token_id]).fetchone()
         return int(row[0]) if row else 0
-
-
-def middle(values: list[float], part: float) -> float:
-    """Return the value that this part of the values does not exceed, in milliseconds."""
-    return round(1000 * sorted(values)[math.ceil(part * len(values)) - 1], 1)

@@ -1,6 +1,6 @@
-"""Poolers in transaction mode, which give each transaction of a client whichever connection is free.
+"""Poolers in transaction mode: each transaction of a client gets any free connection.
 
-One is the smallest that does so. The other is PgBouncer, where it is installed.
+One is minimal and always available. The other is PgBouncer, where it is installed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from tests.helpers.postgresql import NOBODY, PASSWORD, free_port
+from tests.helpers.ports import free_port
+from tests.helpers.postgresql import NOBODY, PASSWORD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.helpers.postgresql import Cluster
 
-_REPORTED = ("server_version", "server_encoding", "client_encoding", "DateStyle", "TimeZone", "integer_datetimes")
-_REPORTED_TOO = ("standard_conforming_strings", "in_hot_standby", "default_transaction_read_only")
+_REPORTED = (
+    *("server_version", "server_encoding", "client_encoding", "DateStyle", "TimeZone", "integer_datetimes"),
+    *("standard_conforming_strings", "in_hot_standby", "default_transaction_read_only"),
+)
 
 PGBOUNCER = shutil.which("pgbouncer")
 
@@ -36,14 +39,14 @@ PGBOUNCER = shutil.which("pgbouncer")
 def pgbouncer(cluster: Cluster) -> Iterator[int]:
     """Run PgBouncer in front of a cluster, and yield its port."""
     assert PGBOUNCER is not None
-    port, user = free_port(), {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+    port, user = free_port(), NOBODY if os.geteuid() == 0 else None  # PgBouncer refuses to run as root
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         _configure(folder, cluster.port, port)
         for path in (folder, *folder.iterdir()):
-            os.chown(path, user.get("user", -1), user.get("group", -1))
+            os.chown(path, os.geteuid() if user is None else user, -1)
         log = stack.enter_context((folder / "pgbouncer.log").open("wb"))
-        process = subprocess.Popen([PGBOUNCER, str(folder / "pgbouncer.ini")], stdout=log, stderr=log, **user)
+        process = subprocess.Popen([PGBOUNCER, str(folder / "pgbouncer.ini")], stdout=log, stderr=log, user=user)
         stack.callback(process.wait, 20)
         stack.callback(process.kill)
         cluster.wait(cluster.url("postgres", port=port))
@@ -66,14 +69,14 @@ pool_mode = transaction
 
 
 class Pooler:
-    """Passes on each transaction of any client over the connection that was free last.
+    """Forwards each transaction of a client over the connection that became free last.
 
     Args:
-        url: the database.
-        size: how many connections to it there are.
+        url: the URL of the database.
+        size: the number of connections to the database.
 
     Attributes:
-        port: where it listens.
+        port: the loopback port that it listens at.
     """
 
     def __init__(self, url: str, size: int) -> None:
@@ -88,11 +91,13 @@ class Pooler:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """End it."""
+        """Close the listener and all connections."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for each in (*self._servers, *self._connections):
-            each.close()
+        for server in self._servers:
+            server.close()
+        for connection in self._connections:
+            connection.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -108,11 +113,11 @@ class Pooler:
                 self._transaction(client)
 
     def _welcome(self) -> bytes:
-        said = b"R" + struct.pack("!II", 8, 0)
-        for name in (*_REPORTED, *_REPORTED_TOO):
+        welcome = b"R" + struct.pack("!II", 8, 0)
+        for name in _REPORTED:
             value = self._connections[0].info.parameter_status(name) or ""
-            said += _message(b"S", f"{name}\0{value}\0".encode())
-        return said + _message(b"K", bytes(8)) + _message(b"Z", b"I")
+            welcome += _message(b"S", f"{name}\0{value}\0".encode())
+        return welcome + _message(b"K", bytes(8)) + _message(b"Z", b"I")
 
     def _transaction(self, client: socket.socket) -> None:
         first = _read(client)
@@ -131,7 +136,7 @@ class Pooler:
                 self._free.append(server)
 
     def _answer(self, client: socket.socket, server: socket.socket) -> bytes:
-        """Pass on what a server says, with whatever came while nobody listened to it, until it is ready."""
+        """Forward the server's messages, including those that arrived earlier, until it is ready."""
         while True:
             message = _read(server)
             client.sendall(message)
@@ -159,7 +164,7 @@ def _message(kind: bytes, content: bytes) -> bytes:
 
 @contextlib.contextmanager
 def smallest(cluster: Cluster, tables: str, user: str = "postgres") -> Iterator[int]:
-    """Run the smallest pooler in front of a database, and yield its port."""
+    """Run the minimal pooler in front of a database, and yield its port."""
     pooler = Pooler(cluster.url(tables, user), 4)
     try:
         yield pooler.port

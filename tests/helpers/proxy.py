@@ -1,6 +1,6 @@
-"""A link between one host and its database, that can be cut, hung, slowed and robbed, as networks do it.
+"""A proxy between a host and its database that cuts, stalls, delays and drops traffic as networks do.
 
-The proxy lives on an event loop in a thread of its own. The two ends must not speak TLS: what passes is read.
+The proxy runs on an event loop in a thread of its own. It reads the protocol, so both ends must not use TLS.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import contextlib
 import struct
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.helpers.postgresql import free_port
+from tests.helpers.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
 PLAIN = "?sslmode=disable&gssencmode=disable"
-"""What a URL that leads through a proxy ends with."""
+"""The end of a URL that leads through a proxy."""
 
-_ANNOUNCEMENT = ord("A")  # NotificationResponse
+_NOTIFICATION = ord("A")  # the message type NotificationResponse
 
 
 @dataclass(eq=False)
@@ -29,19 +30,19 @@ class _Link:
     """One connection of a client.
 
     Attributes:
-        client: to whom the answers go.
-        server: to whom the questions go.
-        is_lost: nothing that is sent arrives any more, not even the end.
-        is_held: what is sent arrives when it is over.
-        is_robbed: the next answer is not delivered.
-        rest: the beginning of a message of which the end has not come yet.
+        client: the end that receives replies.
+        server: the end that receives queries.
+        is_lost: everything sent is dropped, the end of the connection too.
+        is_held: everything sent is delivered later.
+        loses_reply: the next reply is not delivered.
+        rest: the beginning of an incomplete message.
     """
 
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter
     is_lost: bool = False
     is_held: bool = False
-    is_robbed: bool = False
+    loses_reply: bool = False
     rest: bytes = field(default=b"", repr=False)
 
     def abort(self) -> None:
@@ -51,43 +52,46 @@ class _Link:
         self.server.transport.abort()
 
 
+_Edit = Callable[[_Link, bytes], bytes]
+
+
 class Proxy:
-    """Listens at a loopback port and passes on to a server at another.
+    """Forwards connections from one loopback port to another.
 
     Args:
         target: the port of the server.
 
     Attributes:
-        port: where it listens.
-        delay: seconds that each direction takes.
-        is_deaf: notifications are not delivered.
-        robbed: a client that sends these bytes does not get the answer, and its connection is then cut.
-        robberies: how many answers were not delivered because of that.
+        port: the port that it listens at.
+        delay: the delay of each direction, in seconds.
+        drops_notifications: notifications are not delivered.
+        lose_reply_to: the reply to a query with these bytes is not delivered, and its connection is cut.
+        lost_replies: the number of replies that were lost in that way.
     """
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.port = free_port()
         self.delay = 0.0
-        self.is_deaf = False
-        self.robbed: bytes | None = None
-        self.robberies = 0
+        self.drops_notifications = False
+        self.lose_reply_to: bytes | None = None
+        self.lost_replies = 0
         self._is_lost = self._is_held = False
-        self._links: dict[_Link, None] = {}  # in the order of their beginning
+        self._links: dict[_Link, None] = {}  # oldest first
         self._loop = asyncio.new_event_loop()
-        self._moved = asyncio.Event()
+        self._released = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.accept()
 
     def refuse(self) -> None:
-        """Take no new connections, and cut those that there are."""
+        """Refuse new connections, and cut the existing ones."""
         self._do(self._close_server())
         self.cut()
 
     def accept(self) -> None:
-        """Take connections again."""
+        """Accept connections again."""
         self._do(self._open_server())
 
     def cut(self) -> None:
@@ -95,24 +99,20 @@ class Proxy:
         self._do(self._abort())
 
     def lose(self) -> None:
-        """Let whatever is sent vanish without a word: in these connections for good, in new ones until :meth:`mend`."""
+        """Drop everything sent: in existing connections for good, in new ones until :meth:`mend`."""
         self._do(self._mark(lost=True))
 
     def hold(self, keep: int = 0) -> None:
-        """Take whatever is sent and deliver nothing, until :meth:`mend`; except in the *keep* oldest connections."""
+        """Deliver nothing until :meth:`mend`, except in the *keep* oldest connections."""
         self._do(self._mark(held=True, keep=keep))
 
     def mend(self) -> None:
-        """Let everything pass again; what was lost is lost."""
-        self.delay, self.is_deaf, self.robbed = 0.0, False, None
+        """Deliver everything again; dropped traffic stays lost."""
+        self.delay, self.drops_notifications, self.lose_reply_to = 0.0, False, None
         self._do(self._mark())
 
-    def links(self) -> int:
-        """Return how many connections there are."""
-        return len(self._links)
-
     def close(self) -> None:
-        """End it."""
+        """Cut all connections and end the event loop."""
         self.refuse()
         self._do(self._finish())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -139,8 +139,8 @@ class Proxy:
         for number, link in enumerate(self._links):
             link.is_lost |= lost
             link.is_held = held and number >= keep
-        self._moved.set()
-        self._moved = asyncio.Event()
+        self._released.set()
+        self._released = asyncio.Event()
 
     async def _finish(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -148,9 +148,9 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self, asked: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+    async def _serve(self, queries: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         try:
-            answered, server = await asyncio.open_connection("127.0.0.1", self.target)
+            replies, server = await asyncio.open_connection("127.0.0.1", self.target)
         except (OSError, asyncio.CancelledError):  # refused, or this proxy is being closed
             client.transport.abort()
             return
@@ -158,15 +158,15 @@ class Proxy:
         self._links[link] = None
         try:
             await asyncio.gather(
-                self._pass(link, asked, server, self._question),
-                self._pass(link, answered, client, self._answer),
+                self._pass(link, queries, server, self._query),
+                self._pass(link, replies, client, self._reply),
                 return_exceptions=True,
             )
         finally:
             self._links.pop(link)
             link.abort()
 
-    async def _pass(self, link: _Link, source: asyncio.StreamReader, sink: asyncio.StreamWriter, edit: Any) -> None:
+    async def _pass(self, link: _Link, source: asyncio.StreamReader, sink: asyncio.StreamWriter, edit: _Edit) -> None:
         under_way: asyncio.Queue[tuple[float, bytes | None]] = asyncio.Queue()
         delivery = self._loop.create_task(self._deliver(link, under_way, sink))
         with contextlib.suppress(OSError):
@@ -182,9 +182,9 @@ class Proxy:
             due, data = await under_way.get()
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             while link.is_held:
-                await self._moved.wait()
+                await self._released.wait()
             if link.is_lost and not sink.transport.is_closing():
-                if data is None:  # one end has gone, and the other never learns of it
+                if data is None:  # one end closed; the other never receives the end
                     await asyncio.sleep(3600)
                 continue
             if data is None:
@@ -192,22 +192,24 @@ class Proxy:
                 return
             sink.write(data)
 
-    def _question(self, link: _Link, data: bytes) -> bytes:
-        if self.robbed is not None and self.robbed in data:
-            link.is_robbed = True
+    def _query(self, link: _Link, data: bytes) -> bytes:
+        if self.lose_reply_to is not None and self.lose_reply_to in data:
+            link.loses_reply = True
         return data
 
-    def _answer(self, link: _Link, data: bytes) -> bytes:
-        if link.is_robbed:
-            self.robberies += 1
+    def _reply(self, link: _Link, data: bytes) -> bytes:
+        if link.loses_reply:
+            self.lost_replies += 1
             link.abort()
             return b""
         messages, link.rest = _split(link.rest + data)
-        return b"".join(message for message in messages if not (self.is_deaf and message[0] == _ANNOUNCEMENT))
+        return b"".join(
+            message for message in messages if not (self.drops_notifications and message[0] == _NOTIFICATION)
+        )
 
 
 def _split(data: bytes) -> tuple[list[bytes], bytes]:
-    """Return the whole messages of a server, and the beginning of one more."""
+    """Return the complete messages of a server, and the incomplete rest."""
     messages, start = [], 0
     while len(data) >= start + 5:
         (size,) = struct.unpack_from("!I", data, start + 1)

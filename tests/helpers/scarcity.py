@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def no_descriptors() -> Iterator[list[int]]:
-    """Take every file descriptor that this process may open; yield them."""
+    """Open every file descriptor that this process may have, and yield them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     highest = max(int(each.name) for each in Path("/proc/self/fd").iterdir())

@@ -23,7 +23,8 @@ from freegpt_auth.stores.postgres.cache import TokenCache
 from freegpt_auth.stores.postgres.follower import CERTAINTY, HEARTBEAT, Follower
 from freegpt_auth.stores.postgres.pool import Address, Link
 from tests.helpers.pooler import smallest
-from tests.helpers.postgresql import free_port, running
+from tests.helpers.ports import free_port
+from tests.helpers.postgresql import running
 from tests.helpers.proxy import PLAIN
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from freegpt_auth.exceptions import ConfigurationError, StoreUnavailableError
 from freegpt_auth.stores.postgres import pool as pools
 from freegpt_auth.stores.postgres.faults import reason_of
 from freegpt_auth.stores.postgres.pool import Address, Link, Pool
-from tests.helpers.postgresql import PASSWORD, Cluster, free_port, running
+from tests.helpers.ports import free_port
+from tests.helpers.postgresql import PASSWORD, Cluster, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

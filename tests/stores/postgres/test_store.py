@@ -23,7 +23,8 @@ from freegpt_auth.guard.credentials import Presented
 from freegpt_auth.guard.refusal import Refusal
 from freegpt_auth.stores.postgres import PostgresTokenStore, follower, reads, schema
 from freegpt_auth.tokens import digest_of, issue
-from tests.helpers.postgresql import PASSWORD, free_port, running
+from tests.helpers.ports import free_port
+from tests.helpers.postgresql import PASSWORD, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
