@@ -28,11 +28,13 @@ def websocket(*subprotocols: str, headers: tuple[tuple[bytes, bytes], ...] = ())
 
 def read(scope: dict[str, Any]) -> list[bytes]:
     """Return the digests of what is presented; the quick look at a request's headers says the same, or nothing."""
-    found, fault = presented(scope)
-    assert fault != "malformed"
-    digest, place = plain(scope) if scope["type"] == "http" else NOT_PLAIN
-    assert not digest or ([digest] == found and scope["headers"][place][0] in CARRIERS)
-    return found
+    credentials = presented(scope)
+    assert credentials.fault != "malformed"
+    if scope["type"] == "http":
+        digest, place = plain(scope)
+        assert presented(scope, digest, place) == credentials
+        assert not digest or scope["headers"][place][0] in CARRIERS
+    return credentials.digests
 
 
 def left(scope: dict[str, Any], *secrets: bytes) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def test_mistakes_show_without_a_look_up(value: bytes, fault: str | None) -> Non
     """The scheme inside a secret and quotation marks round it are named, and the secret is not even hashed."""
     scopes = [http((carrier, scheme + value)) for carrier, scheme in CARRIERS.items()]
     for scope in [*scopes, websocket(SUBPROTOCOL + value.decode())]:
-        assert presented(scope)[1] == fault
+        assert presented(scope).fault == fault
         assert (read(scope) == [b""]) is (fault is not None)
 
 
