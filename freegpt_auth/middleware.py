@@ -133,17 +133,20 @@ class BearerTokenMiddleware(Copyable):
         """
         authenticator = self._authenticator
         # An open server reads credentials only once it may be closed.
-        credentials = _UNREAD if authenticator.mode is AuthMode.OPEN else self._read(scope, digest, place)
+        is_open = not digest and authenticator.mode is AuthMode.OPEN
+        credentials = _UNREAD if is_open else self._read(scope, digest, place)
         decision = authenticator.peek(credentials)
         if decision is UNRESOLVED:
-            if credentials is _UNREAD:
+            if is_open:
                 credentials = self._read(scope)
             decision = await self._look_ups.look_up(authenticator, credentials)
-        if decision is ANONYMOUS or (isinstance(decision, Refusal) and is_preflight(scope)):
-            await self._pass_anonymous(scope, receive, send)
-            return None
         if isinstance(decision, Refusal):
-            await self._refuse(scope, receive, send, decision)
+            if not is_preflight(scope):
+                await self._refuse(scope, receive, send, decision)
+                return None
+            decision = ANONYMOUS
+        if decision is ANONYMOUS:
+            await self._pass_anonymous(scope, receive, send)
             return None
         if not self._keeps:
             verified = decision.digest

@@ -156,7 +156,9 @@ class Authenticator:
         if presented.fault == "malformed":
             return _MALFORMED
         decision: Refusal | Literal[Unresolved.UNRESOLVED] = UNKNOWN if presented.digests else _MISSING
-        for digest in filter(None, presented.digests):
+        for digest in presented.digests:
+            if not digest:
+                continue
             verdict = self._verdict(digest, look_up)
             if isinstance(verdict, Caller):
                 return verdict

@@ -83,8 +83,10 @@ def presented(scope: Any, digest: bytes = b"", place: int = 0) -> Presented:
 
     If one carrier is sent more than once, there are no digests but a fault.
     """
-    if digest and _is_plain(scope["headers"][place][1].removeprefix(_PLAIN_SCHEME)):
-        return Presented([digest])
+    if digest:
+        secret = scope["headers"][place][1].removeprefix(_PLAIN_SCHEME)
+        if _SPACE not in secret and secret.strip(_WRAPPING) == secret:
+            return Presented([digest])
     secrets = _header_secrets(scope)
     offered = _offered_secrets(scope) if scope["type"] == "websocket" else []
     if secrets is None or len(offered) > 1:
@@ -140,10 +142,6 @@ def _secret(name: bytes, value: bytes) -> bytes:
     if name != b"authorization":
         return stripped
     return stripped[len(_SCHEME) :].lstrip(_BLANK) if stripped[: len(_SCHEME)].lower() == _SCHEME else b""
-
-
-def _is_plain(secret: bytes) -> bool:
-    return _SPACE not in secret and secret.strip(_WRAPPING) == secret
 
 
 def _digest(secret: bytes) -> bytes:

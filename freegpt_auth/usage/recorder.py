@@ -156,7 +156,7 @@ class UsageRecorder(Watched):
         while left:
             uses = [pending.popleft() for _ in range(min(left, PIECE))]
             left -= len(uses)
-            latest = dict(uses)
+            latest = dict(sorted(uses, key=itemgetter(1)))  # the last use of each token
             for token_id, count in Counter(map(itemgetter(0), uses)).items():
                 self._count(token_id, count, latest[token_id])
 
