@@ -44,7 +44,7 @@ class Authenticator:
         source: the token source.
         key: the environment key, if one is set.
         required: refuse to be open.
-        named: the operator named the store: never be open, whatever it holds.
+        named: the operator named the store: never be open.
         caller_limit: number of callers kept ready.
 
     Attributes:

@@ -60,14 +60,14 @@ def test_scheme_in_any_case_and_optional_white_space(value: bytes) -> None:
     "value",
     [b"", b" ", b"Bearer", b"Bearer \t ", b"sk-1", b"Basic c2stMQ==", b"Bearersk-1", b"Bearer\tsk-1", b"XBearer sk-1"],
 )
-def test_what_is_not_the_bearer_scheme_presents_nothing(value: bytes) -> None:
+def test_other_schemes_present_nothing(value: bytes) -> None:
     """Another scheme, or none, is told that a token is missing, not that it is wrong."""
     assert read(http((b"authorization", value))) == []
 
 
 @pytest.mark.parametrize("around", [[], [(b"accept", b"*/*"), (b"user-agent", b"x-api-key")]])
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_nearly_every_request_is_read_at_a_glance(carrier: bytes, around: list[tuple[bytes, bytes]]) -> None:
+def test_plain_requests_are_read_at_once(carrier: bytes, around: list[tuple[bytes, bytes]]) -> None:
     """What clients send nearly always takes no second look, which would slow every request."""
     for secret in (b"s", b"sk-1", b"a" * VALUE_LIMIT):
         headers = [*around, (carrier, CARRIERS[carrier] + secret), *around]
@@ -166,7 +166,7 @@ def test_values_over_the_limit_are_dropped() -> None:
         assert read(websocket(SUBPROTOCOL + "a" * size)) == kept
 
 
-def test_the_subprotocol_carries_a_secret_in_a_websocket_only() -> None:
+def test_subprotocols_count_in_websockets_only() -> None:
     """A browser, which can set no header on a WebSocket, can send its token as a subprotocol."""
     assert read(websocket("realtime", SUBPROTOCOL + "sk-1")) == digests(b"sk-1")
     assert read({**websocket(SUBPROTOCOL + "sk-1"), "type": "http"}) == []
@@ -182,7 +182,7 @@ def test_subprotocols_outside_ascii(text: str) -> None:
 
 
 @pytest.mark.parametrize("others", [[], ["realtime", "v1"]])
-def test_the_application_never_sees_the_secret_subprotocol(others: list[str]) -> None:
+def test_secret_subprotocol_is_withdrawn(others: list[str]) -> None:
     """An application that logs its scope, or accepts the first subprotocol offered, gives nothing away."""
     scope = websocket(*others[:1], SUBPROTOCOL + "sk-1", *others[1:], headers=((b"host", b"x"),))
     outside = scope["headers"], scope["subprotocols"]

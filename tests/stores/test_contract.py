@@ -119,7 +119,7 @@ def test_an_unknown_digest_has_no_token(store: TokenStore, keep: Keep) -> None:
         keep(store)
 
 
-def test_a_token_is_the_same_object_until_it_is_changed(store: TokenStore, keep: Keep) -> None:
+def test_token_is_one_object_until_changed(store: TokenStore, keep: Keep) -> None:
     """What is made once for each token, such as a user object, is found again by the token, and never once it changed."""
     token, secret = keep(store)
     first = store.resolve(digest_of(secret))
@@ -175,7 +175,7 @@ def test_a_store_that_was_configured_stays_so(opener: Opener, keep: Keep) -> Non
 # --- changing
 
 
-def test_every_change_is_in_force_everywhere_when_it_has_returned(opener: Opener) -> None:
+def test_returned_change_is_in_force_everywhere(opener: Opener) -> None:
     """When a command has returned, no process of this host decides anything without it, however fresh its memory."""
     store, other = opener(), opener()
     digest, token = _full()
@@ -229,7 +229,7 @@ def test_a_duplicate_is_refused_and_changes_nothing(store: TokenStore, same: str
     assert {key: each.revoked_at for key, each in store.tokens().items()} == {digest: NOW}
 
 
-def test_revoking_enters_the_first_instant_and_nothing_else(opener: Opener, keep: Keep) -> None:
+def test_revocation_keeps_its_first_instant(opener: Opener, keep: Keep) -> None:
     """A revoked or deleted token's record goes on saying when it stopped working; no other token is touched."""
     store = opener()
     digest, token = _full()
@@ -268,7 +268,7 @@ def test_a_reference_means_the_same_in_every_store(opener: Opener, keep: Keep) -
         assert store.find(reference) == []
 
 
-def test_a_reference_that_means_several_tokens_finds_them_all(store: TokenStore) -> None:
+def test_ambiguous_reference_finds_all(store: TokenStore) -> None:
     """What is ambiguous is known to be, oldest first, and the whole secret still means one."""
     secrets = ["sk-short-1", "sk-short-2"]
     tokens = [msgspec.structs.replace(issue(secret, now=NOW)[0], prefix="sk-") for secret in secrets]
@@ -355,7 +355,7 @@ def test_to_merge_twice_makes_no_difference(opener: Opener) -> None:
 
 
 @pytest.mark.parametrize("clash", ["known", "new"])
-def test_a_token_with_the_id_of_another_ends_the_whole_merge(opener: Opener, clash: str) -> None:
+def test_duplicate_id_ends_the_whole_merge(opener: Opener, clash: str) -> None:
     """Neither the tokens before it nor those after it are added, and none is revoked."""
     store = opener()
     known = _given("known", "bystander")
@@ -431,7 +431,7 @@ def test_many_threads_may_change_one_store(opener: Opener, keep: Keep) -> None:
 # --- what the store in memory adds
 
 
-def test_a_store_in_memory_is_never_open_and_always_answers_at_once(keep: Keep) -> None:
+def test_memory_store_is_never_open(keep: Keep) -> None:
     """It is configured even when it is empty, and ``peek`` knows every token, as the object that was put in."""
     store = MemoryTokenStore()
     assert store.survey()[:3] == (True, 0, "memory")
