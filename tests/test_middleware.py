@@ -10,6 +10,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ KEY = "the-environment-key"
 TOKEN_FILE = "api_tokens.json"
 CHALLENGE = 'Bearer realm="freegpt_auth"'
 PREFLIGHT = [(b"origin", b"https://ui.test"), (b"access-control-request-method", b"POST")]
-EXTENSIONS = {"websocket.http.response": {}}
+EXTENSIONS: dict[str, Any] = {"websocket.http.response": {}}
 LIVE_TOKEN, LIVE = issue("live", now=datetime.now(UTC))
 NEVER: Any = None
 """An application that no request may reach: a call of it is an error."""
@@ -61,6 +62,11 @@ pytestmark = pytest.mark.anyio
 def bearer(secret: str) -> Headers:
     """Return the headers of a client that presents a secret."""
     return [(b"authorization", f"Bearer {secret}".encode())]
+
+
+def flush(guarded: Any) -> None:
+    """Write the uses that a guard has counted."""
+    guarded._usage.flush()
 
 
 async def plain(_scope: Any, _receive: Any, send: Any) -> None:
@@ -144,7 +150,7 @@ async def test_invalid_has_one_face(
     assert [answer.messages for answer in answers] == [answers[0].messages] * 4
     assert answers[0].headers["www-authenticate"] == f'{CHALLENGE}, error="invalid_token"'
     reasons = [("unknown", None), ("unknown", None), ("revoked", revoked.id), ("expired", expired.id)]
-    assert [(record.reason, record.token_id) for record in caplog.records] == reasons
+    assert [(vars(record)["reason"], vars(record)["token_id"]) for record in caplog.records] == reasons
 
 
 @pytest.mark.parametrize(
@@ -314,7 +320,8 @@ def test_where_tokens_and_usage_are(
     """Both are where they were put, usage by default beside the token file; with a token source of one's own it is off."""
     request.getfixturevalue("monkeypatch").setenv("FREEGPT_AUTH_STORE", "there.json")
     guarded = BearerTokenMiddleware(plain, usage_interval=0.5, **arguments)
-    source, recorder = guarded._authenticator._source, guarded._usage
+    source: Any = guarded._authenticator._source
+    recorder = guarded._usage
     assert source.path == str(Path(tokens).absolute()) if tokens else source is arguments["store"]
     assert (recorder and (recorder._store.source, recorder._interval)) == (usage and (str(Path(usage).absolute()), 0.5))
 
@@ -353,7 +360,7 @@ async def test_the_client_waits_for_no_log(guarded: Any, caplog: pytest.LogCaptu
     )
     with pytest.raises(ConnectionResetError):
         await guarded(scope, receive, lost)
-    assert [record.reason for record in caplog.records] == ["missing", "missing"]
+    assert [vars(record)["reason"] for record in caplog.records] == ["missing", "missing"]
 
 
 @pytest.mark.parametrize("ending", ["lifespan.shutdown.complete", "lifespan.shutdown.failed"])
@@ -392,10 +399,10 @@ async def test_only_accepted_tokens_are_counted(
     guarded = BearerTokenMiddleware(plain, public_paths=["/health"], usage="counts.db")
     assert await statuses(guarded, None, "sk-wrong", KEY) == [401, 401, 200]
     await ask(guarded, path="/health", headers=bearer(secret))
-    await to_thread.run_sync(guarded._usage.flush)
+    await to_thread.run_sync(flush, guarded)
     assert not await anyio.Path("counts.db").exists()
     assert await statuses(guarded, secret) == [200]
-    await to_thread.run_sync(guarded._usage.flush)
+    await to_thread.run_sync(flush, guarded)
     usage = await to_thread.run_sync(read_usage, "counts.db")
     assert {key: value.use_count for key, value in usage.items()} == {token.id: 1}
 
@@ -458,7 +465,7 @@ async def test_blocking_source_has_threads_of_its_own(statuses: Any) -> None:
     release = threading.Event()
     async with anyio.create_task_group() as group:
         for _ in range(int(threads.total_tokens)):
-            group.start_soon(to_thread.run_sync, release.wait)
+            group.start_soon(partial(to_thread.run_sync, release.wait))
         while threads.available_tokens:
             await anyio.lowlevel.checkpoint()
         try:
@@ -482,7 +489,12 @@ async def test_one_reading_serves_many_requests(keep: Keep, monkeypatch: pytest.
     _, secret = keep(store)
     readings: list[object] = []
     read = table.read
-    monkeypatch.setattr(table, "read", lambda source: (readings.append(source), read(source))[1])
+
+    def counted(file: Any) -> Any:
+        readings.append(file)
+        return read(file)
+
+    monkeypatch.setattr(table, "read", counted)
     async with anyio.create_task_group() as group:
         for _ in range(25):
             group.start_soon(one, secret, 200)
@@ -563,6 +575,7 @@ def test_the_settings_of_a_database_reach_it(monkeypatch: pytest.MonkeyPatch) ->
     guarded = BearerTokenMiddleware(plain)
     source: Any = guarded._look_ups.source
     assert (source._lease, source._cache.limit) == (7.0, 9)
+    assert guarded._usage is not None
     assert guarded._usage._store.source == "postgresql://u@h/d"
     assert guarded._look_ups.source.look_up_limit == LOOK_UP_LIMIT
     assert guarded._authenticator.mode is AuthMode.DATABASE

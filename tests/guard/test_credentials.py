@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from freegpt_auth.guard.credentials import NOT_PLAIN, SUBPROTOCOL, VALUE_LIMIT, Presented, plain, presented, withdraw
+from freegpt_auth.guard.credentials import NOT_PLAIN, SUBPROTOCOL, Presented, plain, presented, withdraw
+from freegpt_auth.tokens import VALUE_LIMIT
 
 CARRIERS = {b"authorization": b"Bearer ", b"x-api-key": b"", b"api-key": b""}
 MALFORMED = Presented([], "malformed")

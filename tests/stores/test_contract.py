@@ -407,7 +407,7 @@ def test_many_threads_may_change_one_store(opener: Opener, keep: Keep) -> None:
             assert store.survey().configured
             list(store.tokens().values())
 
-    def change(_: int) -> str:
+    def change(_number: int) -> str:
         revoked, secret = keep(store)
         deleted, _ = keep(store)
         store.revoke(revoked.id, NOW)
