@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -43,7 +44,7 @@ def _file(request: pytest.FixtureRequest) -> Iterator[Opener]:
     yield lambda: FileTokenStore(folder / "api_tokens.json")
 
 
-def _postgres(request: pytest.FixtureRequest, **limits: int) -> Iterator[Opener]:
+def _postgres(request: pytest.FixtureRequest, **limits: Any) -> Iterator[Opener]:
     from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415  its driver is an extra
 
     url = request.getfixturevalue("database")
@@ -131,6 +132,36 @@ def test_token_is_one_object_until_changed(store: TokenStore, keep: Keep) -> Non
     store.revoke(token.id, NOW)
     assert _look(store, digest_of(secret)) is not first
     assert getattr(first, "revoked_at", NOW) is None
+
+
+def _state(store: TokenStore, digest: bytes) -> object:
+    """Return the state in which a store answers a token, once memory can answer it."""
+    for _ in range(200):
+        state = store.state()
+        if state is not None and store.peek(digest) is not UNRESOLVED:
+            return state
+        _look(store, digest)
+        time.sleep(0.01)
+    raise AssertionError("memory answers nothing")
+
+
+def test_each_change_replaces_the_state(store: TokenStore, keep: Keep) -> None:
+    """A server that trusts an unchanged state misses no change: the state is replaced by each, and by nothing else."""
+    (token, secret), (other, _) = keep(store), keep(store)
+    digest = digest_of(secret)
+    changes: list[Callable[[], object]] = [
+        lambda: keep(store),
+        lambda: store.merge({digest_of("merged"): msgspec.structs.replace(token, id="merged")}),
+        lambda: store.delete(other.id),
+        lambda: store.revoke(token.id, NOW),
+    ]
+    states = [_state(store, digest)]
+    for change in changes:
+        assert _state(store, digest) is states[-1]
+        change()
+        states.append(_state(store, digest))
+    assert len({*map(id, states)}) == len(states)
+    assert getattr(store.peek(digest), "revoked_at", None) == NOW
 
 
 @pytest.mark.anyio
