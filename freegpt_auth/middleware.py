@@ -132,14 +132,14 @@ class BearerTokenMiddleware(Copyable):
         ``None`` stands for a request that was refused, or passed on without a caller.
         """
         authenticator = self._authenticator
-        # An open server reads credentials only once it may be closed.
+        # Credentials are read only once the server may be closed.
         is_open = not digest and authenticator.mode is AuthMode.OPEN
-        credentials = _UNREAD if is_open else self._read(scope, digest, place)
-        decision = authenticator.peek(credentials)
-        if decision is UNRESOLVED:
-            if is_open:
-                credentials = self._read(scope)
-            decision = await self._look_ups.look_up(authenticator, credentials)
+        decision = authenticator.peek(_UNREAD) if is_open else UNRESOLVED
+        if decision is not ANONYMOUS:
+            credentials = self._read(scope, digest, place)
+            decision = authenticator.peek(credentials)
+            if decision is UNRESOLVED:
+                decision = await self._look_ups.look_up(authenticator, credentials)
         if isinstance(decision, Refusal):
             if not is_preflight(scope):
                 await self._refuse(scope, receive, send, decision)
@@ -153,7 +153,7 @@ class BearerTokenMiddleware(Copyable):
             withdraw(scope, lambda each: each == verified or self._is_valid(each))
         return decision
 
-    def _read(self, scope: Scope, digest: bytes = b"", place: int = 0) -> Presented:
+    def _read(self, scope: Scope, digest: bytes, place: int) -> Presented:
         """Return the credentials of a request, read once.
 
         A guard outside over the same source may have verified and removed one: it is verified again by its digest, after

@@ -168,6 +168,8 @@ class Authenticator:
     def _verdict(self, digest: bytes, look_up: _LookUp) -> Decision:
         # In constant time: the start of its digest would help to guess a key that a person chose.
         is_key = self._key_digest is not None and compare_digest(digest, self._key_digest)
+        if is_key and self._key_refusal is not None:  # no caller may be made of a restored token
+            return self._key_refusal
         token: Token | None = None
         verdict: Caller | Refusal = UNAVAILABLE
         try:
