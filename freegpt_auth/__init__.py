@@ -55,7 +55,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    # On first use: the commands need neither starlette nor anyio, whose import takes several times what they do.
+    # Imported on first use: commands need neither starlette nor anyio, whose import takes longer than most commands.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -21,7 +21,7 @@ _logger = logging.getLogger("freegpt_auth")
 
 
 class Unusable:
-    """The reason for which a middleware cannot serve, kept until a server asks.
+    """The reason for which a middleware cannot serve, kept until the lifespan or the first request.
 
     Args:
         error: raised by the settings or by the token source.
@@ -63,7 +63,7 @@ class Unusable:
 
 
 def warn_if_late() -> None:
-    """Log a warning if a request is being handled: events since the start of the server are then unknown."""
+    """Log a warning if a request is being handled: the middleware has missed every event since the server's start."""
     if _scope_type() in {"http", "websocket"}:
         _logger.warning(
             "the middleware was constructed at the first request: a token file that was removed after the start of the "

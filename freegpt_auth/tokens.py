@@ -74,14 +74,10 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         No other code decides whether a token is in force, except the same rule in SQL in ``stores.postgres.reads``. Each
         status takes the same time: refusals must not differ in time.
         """
-        is_expired = self.expiry() <= now
+        is_expired = (self.expires_at or _NEVER).timestamp() <= now
         if self.revoked_at is not None:
             return "revoked"
         return "expired" if is_expired else "active"
-
-    def expiry(self) -> float:
-        """Return the expiry in seconds since the epoch; without one, the end of the year 9999."""
-        return (self.expires_at or _NEVER).timestamp()
 
 
 def issue(name: str, *, now: datetime, expires_at: datetime | None = None) -> tuple[Token, str]:

@@ -21,10 +21,10 @@ TREES = {path: ast.parse(path.read_text()) for path in MODULES}
 def imported(path: Path) -> set[str]:
     """Return the modules of the package that a module imports, whenever it does."""
     names = set()
+    folders = path.parent.relative_to(PACKAGE).parts
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ImportFrom) and node.level:
-            package = (PACKAGE, *path.parent.relative_to(PACKAGE).parts)
-            base = ".".join(package[1 : len(package) + 1 - node.level])
+            base = ".".join(folders[: len(folders) + 1 - node.level])
             names.add(f"{base}.{node.module}".strip(".") if node.module else base)
     return names
 

@@ -11,9 +11,7 @@ from freegpt_auth.stores.postgres import PostgresTokenStore
 from tests.helpers.ports import free_port
 
 
-def test_the_time_is_the_databases_before_anything_else_was_asked(
-    database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_is_the_databases_from_the_start(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command at a host whose clock is wrong makes tokens that end when they are to end."""
     right = time.time()
     monkeypatch.setattr(time, "time", lambda: right - 300)

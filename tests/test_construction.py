@@ -95,7 +95,8 @@ async def test_unusable_settings_fail_the_startup(
 async def test_no_lifespan_is_one_line_and_503(ask: Ask, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     """Without a lifespan each request is answered 503, and the reason is logged once: tokens created later change nothing."""
     caplog.set_level(logging.WARNING, "freegpt_auth")
-    site, extensions = Site(required=True), {"websocket.http.response": {}}
+    site = Site(required=True)
+    extensions: dict[str, Any] = {"websocket.http.response": {}}
     for _ in range(3):
         answer = await ask(site.app, type=kind, extensions=extensions)
         assert answer.status == 503
@@ -114,7 +115,7 @@ def test_unusable_settings_raise_without_a_loop() -> None:
     with pytest.raises(ConfigurationError, match="authentication is required"):
         BearerTokenMiddleware(Site().app, required=True)
     with pytest.raises(RuntimeError, match="no route"):
-        BearerTokenMiddleware(Site().app, store=Broken())  # type: ignore[arg-type]
+        BearerTokenMiddleware(Site().app, store=Broken())
 
 
 LATE = "the middleware was constructed at the first request"

@@ -74,7 +74,9 @@ def test_pickle_never_opens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.anyio
 async def test_pickling_explains_its_refusal() -> None:
     """A token source that is an object, and settings that cannot be used, are reasons in our own words."""
-    reasons = [("MemoryTokenStore object of this process", {"store": MemoryTokenStore()})]
+    reasons: list[tuple[str, dict[str, Any]]] = [
+        ("MemoryTokenStore object of this process", {"store": MemoryTokenStore()})
+    ]
     reasons += [("authentication is required", {"required": True})]
     for reason, arguments in reasons:
         with pytest.raises(TypeError, match=reason):

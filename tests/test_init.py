@@ -52,7 +52,7 @@ def test_the_public_names() -> None:
         value = freegpt_auth.__getattr__(name)
         assert value is vars(freegpt_auth)[name]  # found at once from now on
         assert getattr(value, "__name__", name) == name
-        assert not name.endswith("Error") or issubclass(value, freegpt_auth.FreeGPTAuthError)  # type: ignore[arg-type]
+        assert not name.endswith("Error") or issubclass(value, freegpt_auth.FreeGPTAuthError)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -1,1 +1,1 @@
-"""The path of one request: credentials in, a caller or a refusal out. Depends on no engine of tokens."""
+"""The path of one request: credentials in, a caller or a refusal out. It imports no storage engine."""

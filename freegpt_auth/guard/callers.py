@@ -74,7 +74,7 @@ class Caller:
 
 def caller_of(token: Token, digest: bytes, source: object) -> Caller:
     """Return the caller of a token."""
-    expires = NEVER if token.expires_at is None else token.expiry()
+    expires = NEVER if token.expires_at is None else token.expires_at.timestamp()
     auth = _credentials("authenticated", *token.scopes)
     return Caller(TokenUser(token.id, token.name), auth, token, token.id, expires, digest, source)
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import re
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from ..tokens import VALUE_LIMIT
 
@@ -40,7 +42,7 @@ _UNREADABLE = bytes(VALUE_LIMIT + 1)  # too long to be a secret
 _JOINED = re.compile(rb",[ \t]*(?:bearer|basic) ", re.IGNORECASE)
 
 
-class Presented(NamedTuple):
+class Presented(msgspec.Struct, frozen=True):  # made in a third of the time of a named tuple
     """The credentials of one request.
 
     Attributes:
@@ -53,10 +55,10 @@ class Presented(NamedTuple):
 
 
 def plain(scope: Any) -> tuple[bytes, int]:
-    """Return digest and place of the only secret of a request, in the form of nearly every client.
+    """Return digest and place of the only secret of a request, if it is sent as nearly every client does.
 
-    The place is an index from the end of the list of headers. Any other request is :data:`NOT_PLAIN`, and read by
-    :func:`presented`, which takes half as long again.
+    The place is an index from the end of the list of headers. Any other request is :data:`NOT_PLAIN`. The form of the
+    secret is left to :func:`presented`: the digest of an accepted one shows that it has the right form.
     """
     headers = scope["headers"]
     if type(headers) is not list or scope.get("subprotocols"):
@@ -71,18 +73,20 @@ def plain(scope: Any) -> tuple[bytes, int]:
             carrier, value = header
             left = scan.__length_hint__()  # counting the headers would take a tenth longer
     secret = value.removeprefix(_PLAIN_SCHEME)
-    if (
-        (secret is value) is not (carrier == b"authorization")
-        and 0 < len(secret) <= VALUE_LIMIT
-        and _SPACE not in secret
-        and secret.strip(_WRAPPING) is secret  # CPython returns the same object; a copy would cost time alone
-    ):
+    if (secret is value) is not (carrier == b"authorization") and 0 < len(secret) <= VALUE_LIMIT:
         return sha256(secret).digest(), -1 - left
     return NOT_PLAIN
 
 
-def presented(scope: Any) -> Presented:
-    """Return the credentials of a request. If one carrier is sent more than once, there are none but a fault."""
+def presented(scope: Any, digest: bytes = b"", place: int = 0) -> Presented:
+    """Return the credentials of a request; *digest* and *place* of :func:`plain` spare a second reading.
+
+    If one carrier is sent more than once, there are no digests but a fault.
+    """
+    if digest:
+        secret = scope["headers"][place][1].removeprefix(_PLAIN_SCHEME)
+        if _SPACE not in secret and secret.strip(_WRAPPING) == secret:
+            return Presented([digest])
     secrets = _header_secrets(scope)
     offered = _offered_secrets(scope) if scope["type"] == "websocket" else []
     if secrets is None or len(offered) > 1:

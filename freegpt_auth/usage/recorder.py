@@ -13,7 +13,8 @@ import secrets
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from ..acting import thread_as_owner_of
@@ -37,6 +38,9 @@ LONGEST_SLEEP = 2.0
 
 PENDING_LIMIT = 1_000_000
 """Uses, and tokens with unwritten uses, that are kept in memory while they cannot be written."""
+
+PIECE = 10_000
+"""Number of uses counted at once, in C: in half the time of a loop, and 1 ms under the interpreter lock."""
 
 Use = tuple[str, float]
 """A token's id, and when it was used, in seconds since the epoch."""
@@ -147,14 +151,22 @@ class UsageRecorder(Watched):
                     self._drain()
 
     def _drain(self) -> None:
-        counts, pending, unwritten = self._counts, self._pending, self._batch.counts
-        for _ in range(len(pending)):
-            token_id, instant = pending.popleft()
-            count, latest = counts.get(token_id, (0, 0.0))
-            if not count and token_id not in unwritten and len(counts) + len(unwritten) >= PENDING_LIMIT:
-                self._dropped += 1
-                continue
-            counts[token_id] = (count + 1, max(latest, instant))
+        pending = self._pending
+        left = len(pending)  # uses recorded from here on are counted by the next call
+        while left:
+            uses = [pending.popleft() for _ in range(min(left, PIECE))]
+            left -= len(uses)
+            latest = dict(sorted(uses, key=itemgetter(1)))  # the last use of each token
+            for token_id, count in Counter(map(itemgetter(0), uses)).items():
+                self._count(token_id, count, latest[token_id])
+
+    def _count(self, token_id: str, uses: int, instant: float) -> None:
+        counts, unwritten = self._counts, self._batch.counts
+        count, latest = counts.get(token_id, (0, 0.0))
+        if not count and token_id not in unwritten and len(counts) + len(unwritten) >= PENDING_LIMIT:
+            self._dropped += uses
+            return
+        counts[token_id] = (count + uses, max(latest, instant))
 
     def _write(self, timeout: float) -> bool:
         if not self._batch.counts:

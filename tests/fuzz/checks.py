@@ -268,7 +268,7 @@ def check_file(content: bytes) -> set[str]:
 def is_accepted(authenticator: Authenticator, digest: bytes) -> bool:
     """Return whether a request with this secret is accepted, in the steps of the middleware."""
     presented = Presented([digest])
-    decision = authenticator.recognise(digest) or authenticator.peek(presented)
+    decision = authenticator.peek(presented)
     caller = authenticator.resolve(presented) if decision is UNRESOLVED else decision
     return isinstance(caller, Caller) and caller is not ANONYMOUS
 

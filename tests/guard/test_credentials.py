@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from freegpt_auth.guard.credentials import NOT_PLAIN, SUBPROTOCOL, VALUE_LIMIT, Presented, plain, presented, withdraw
+from freegpt_auth.guard.credentials import NOT_PLAIN, SUBPROTOCOL, Presented, plain, presented, withdraw
+from freegpt_auth.tokens import VALUE_LIMIT
 
 CARRIERS = {b"authorization": b"Bearer ", b"x-api-key": b"", b"api-key": b""}
 MALFORMED = Presented([], "malformed")
@@ -28,11 +29,13 @@ def websocket(*subprotocols: str, headers: tuple[tuple[bytes, bytes], ...] = ())
 
 def read(scope: dict[str, Any]) -> list[bytes]:
     """Return the digests of what is presented; the quick look at a request's headers says the same, or nothing."""
-    found, fault = presented(scope)
-    assert fault != "malformed"
-    digest, place = plain(scope) if scope["type"] == "http" else NOT_PLAIN
-    assert not digest or ([digest] == found and scope["headers"][place][0] in CARRIERS)
-    return found
+    credentials = presented(scope)
+    assert credentials.fault != "malformed"
+    if scope["type"] == "http":
+        digest, place = plain(scope)
+        assert presented(scope, digest, place) == credentials
+        assert not digest or scope["headers"][place][0] in CARRIERS
+    return credentials.digests
 
 
 def left(scope: dict[str, Any], *secrets: bytes) -> dict[str, Any]:
@@ -58,14 +61,14 @@ def test_scheme_in_any_case_and_optional_white_space(value: bytes) -> None:
     "value",
     [b"", b" ", b"Bearer", b"Bearer \t ", b"sk-1", b"Basic c2stMQ==", b"Bearersk-1", b"Bearer\tsk-1", b"XBearer sk-1"],
 )
-def test_what_is_not_the_bearer_scheme_presents_nothing(value: bytes) -> None:
+def test_other_schemes_present_nothing(value: bytes) -> None:
     """Another scheme, or none, is told that a token is missing, not that it is wrong."""
     assert read(http((b"authorization", value))) == []
 
 
 @pytest.mark.parametrize("around", [[], [(b"accept", b"*/*"), (b"user-agent", b"x-api-key")]])
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_nearly_every_request_is_read_at_a_glance(carrier: bytes, around: list[tuple[bytes, bytes]]) -> None:
+def test_plain_requests_are_read_at_once(carrier: bytes, around: list[tuple[bytes, bytes]]) -> None:
     """What clients send nearly always takes no second look, which would slow every request."""
     for secret in (b"s", b"sk-1", b"a" * VALUE_LIMIT):
         headers = [*around, (carrier, CARRIERS[carrier] + secret), *around]
@@ -92,7 +95,7 @@ def test_mistakes_show_without_a_look_up(value: bytes, fault: str | None) -> Non
     """The scheme inside a secret and quotation marks round it are named, and the secret is not even hashed."""
     scopes = [http((carrier, scheme + value)) for carrier, scheme in CARRIERS.items()]
     for scope in [*scopes, websocket(SUBPROTOCOL + value.decode())]:
-        assert presented(scope)[1] == fault
+        assert presented(scope).fault == fault
         assert (read(scope) == [b""]) is (fault is not None)
 
 
@@ -164,7 +167,7 @@ def test_values_over_the_limit_are_dropped() -> None:
         assert read(websocket(SUBPROTOCOL + "a" * size)) == kept
 
 
-def test_the_subprotocol_carries_a_secret_in_a_websocket_only() -> None:
+def test_subprotocols_count_in_websockets_only() -> None:
     """A browser, which can set no header on a WebSocket, can send its token as a subprotocol."""
     assert read(websocket("realtime", SUBPROTOCOL + "sk-1")) == digests(b"sk-1")
     assert read({**websocket(SUBPROTOCOL + "sk-1"), "type": "http"}) == []
@@ -180,7 +183,7 @@ def test_subprotocols_outside_ascii(text: str) -> None:
 
 
 @pytest.mark.parametrize("others", [[], ["realtime", "v1"]])
-def test_the_application_never_sees_the_secret_subprotocol(others: list[str]) -> None:
+def test_secret_subprotocol_is_withdrawn(others: list[str]) -> None:
     """An application that logs its scope, or accepts the first subprotocol offered, gives nothing away."""
     scope = websocket(*others[:1], SUBPROTOCOL + "sk-1", *others[1:], headers=((b"host", b"x"),))
     outside = scope["headers"], scope["subprotocols"]

@@ -42,7 +42,7 @@ async def upload(receive: Callable[[], Awaitable[Any]]) -> list[str]:
 
 
 @pytest.mark.parametrize("last", [{"type": "http.request", "body": b"end"}, {"type": "http.disconnect"}])
-async def test_an_upload_is_answered_at_once_and_then_dropped(last: Any) -> None:
+async def test_upload_is_answered_at_once_and_dropped(last: Any) -> None:
     """A client that is still uploading has its whole answer before a byte of it is read, and no reset afterwards."""
     messages = [{"type": "http.request", "body": b"x" * 1000, "more_body": True}] * 3 + [last]
 

@@ -9,7 +9,7 @@ import pytest
 from freegpt_auth.guard.lifespan import Lifespan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 pytestmark = pytest.mark.anyio
 
@@ -74,7 +74,7 @@ async def raises_later(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.fixture
-def live() -> Callable[[Any], Any]:
+def live() -> Callable[[Any, list[str]], Awaitable[None]]:
     """Return a function that leads an application through the lifespan and returns the steps that a server sees."""
 
     async def run(app: Any, steps: list[str]) -> None:

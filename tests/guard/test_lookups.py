@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("error", [psycopg.OperationalError("gone"), StoreUnavailableError("is slow")])
-def test_those_who_wait_do_not_wait_in_turn_for_what_hangs(
+def test_failed_look_up_pauses_the_others(
     database: str, keep: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """After a look-up that failed the others are answered at once, and after a moment the database is asked again."""

@@ -56,7 +56,7 @@ async def test_mistakes_are_named(
     lines = [tuple(line.replace(b"%s", LIVE.encode()).split(b": ")) for line in headers]
     answer = await ask(guarded, headers=lines)
     assert answer.status == (401 if reason else 200)
-    assert [record.reason for record in caplog.records if "refused" in record.msg] == [reason] * bool(reason)
+    assert [vars(record)["reason"] for record in caplog.records if "refused" in record.msg] == [reason] * bool(reason)
     assert words in answer.body.decode()
     assert LIVE not in answer.body.decode() + caplog.text
 
@@ -66,6 +66,6 @@ async def test_mistakes_in_subprotocols_are_named(
 ) -> None:
     """The secret of a subprotocol is read like any other."""
     offers = [f'{SUBPROTOCOL}"{LIVE}"']
-    extensions = {"websocket.http.response": {}}
+    extensions: dict[str, Any] = {"websocket.http.response": {}}
     answer = await ask(guarded, type="websocket", subprotocols=offers, extensions=extensions)
     assert "wrapped in quotation marks" in answer.error["message"]

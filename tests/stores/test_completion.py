@@ -28,7 +28,7 @@ async def asynchronous(_digest: bytes) -> None:
 
 def test_defaults_complete_a_source() -> None:
     """Three methods are enough: the clock is the host's, nothing is limited or closed, and each request is looked up."""
-    whole = completed(source())
+    whole: Any = completed(source())
     assert (whole.peek(b"d"), whole.resolve(b"d"), whole.survey()) == (b"d", b"dd", SURVEY)
     assert (whole.look_up_limit, whole.cache_limit, whole.state()) == (math.inf, math.inf, None)
     assert abs(whole.now() - time.time()) < 60

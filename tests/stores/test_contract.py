@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -43,7 +44,7 @@ def _file(request: pytest.FixtureRequest) -> Iterator[Opener]:
     yield lambda: FileTokenStore(folder / "api_tokens.json")
 
 
-def _postgres(request: pytest.FixtureRequest, **limits: int) -> Iterator[Opener]:
+def _postgres(request: pytest.FixtureRequest, **limits: Any) -> Iterator[Opener]:
     from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415  its driver is an extra
 
     url = request.getfixturevalue("database")
@@ -119,7 +120,7 @@ def test_an_unknown_digest_has_no_token(store: TokenStore, keep: Keep) -> None:
         keep(store)
 
 
-def test_a_token_is_the_same_object_until_it_is_changed(store: TokenStore, keep: Keep) -> None:
+def test_token_is_one_object_until_changed(store: TokenStore, keep: Keep) -> None:
     """What is made once for each token, such as a user object, is found again by the token, and never once it changed."""
     token, secret = keep(store)
     first = store.resolve(digest_of(secret))
@@ -131,6 +132,36 @@ def test_a_token_is_the_same_object_until_it_is_changed(store: TokenStore, keep:
     store.revoke(token.id, NOW)
     assert _look(store, digest_of(secret)) is not first
     assert getattr(first, "revoked_at", NOW) is None
+
+
+def _state(store: TokenStore, digest: bytes) -> object:
+    """Return the state in which a store answers a token, once memory can answer it."""
+    for _ in range(200):
+        state = store.state()
+        if state is not None and store.peek(digest) is not UNRESOLVED:
+            return state
+        _look(store, digest)
+        time.sleep(0.01)
+    raise AssertionError("memory answers nothing")
+
+
+def test_each_change_replaces_the_state(store: TokenStore, keep: Keep) -> None:
+    """A server that trusts an unchanged state misses no change: the state is replaced by each, and by nothing else."""
+    (token, secret), (other, _) = keep(store), keep(store)
+    digest = digest_of(secret)
+    changes: list[Callable[[], object]] = [
+        lambda: keep(store),
+        lambda: store.merge({digest_of("merged"): msgspec.structs.replace(token, id="merged")}),
+        lambda: store.delete(other.id),
+        lambda: store.revoke(token.id, NOW),
+    ]
+    states = [_state(store, digest)]
+    for change in changes:
+        assert _state(store, digest) is states[-1]
+        change()
+        states.append(_state(store, digest))
+    assert len({*map(id, states)}) == len(states)
+    assert getattr(store.peek(digest), "revoked_at", None) == NOW
 
 
 @pytest.mark.anyio
@@ -175,7 +206,7 @@ def test_a_store_that_was_configured_stays_so(opener: Opener, keep: Keep) -> Non
 # --- changing
 
 
-def test_every_change_is_in_force_everywhere_when_it_has_returned(opener: Opener) -> None:
+def test_returned_change_is_in_force_everywhere(opener: Opener) -> None:
     """When a command has returned, no process of this host decides anything without it, however fresh its memory."""
     store, other = opener(), opener()
     digest, token = _full()
@@ -229,7 +260,7 @@ def test_a_duplicate_is_refused_and_changes_nothing(store: TokenStore, same: str
     assert {key: each.revoked_at for key, each in store.tokens().items()} == {digest: NOW}
 
 
-def test_revoking_enters_the_first_instant_and_nothing_else(opener: Opener, keep: Keep) -> None:
+def test_revocation_keeps_its_first_instant(opener: Opener, keep: Keep) -> None:
     """A revoked or deleted token's record goes on saying when it stopped working; no other token is touched."""
     store = opener()
     digest, token = _full()
@@ -268,7 +299,7 @@ def test_a_reference_means_the_same_in_every_store(opener: Opener, keep: Keep) -
         assert store.find(reference) == []
 
 
-def test_a_reference_that_means_several_tokens_finds_them_all(store: TokenStore) -> None:
+def test_ambiguous_reference_finds_all(store: TokenStore) -> None:
     """What is ambiguous is known to be, oldest first, and the whole secret still means one."""
     secrets = ["sk-short-1", "sk-short-2"]
     tokens = [msgspec.structs.replace(issue(secret, now=NOW)[0], prefix="sk-") for secret in secrets]
@@ -355,7 +386,7 @@ def test_to_merge_twice_makes_no_difference(opener: Opener) -> None:
 
 
 @pytest.mark.parametrize("clash", ["known", "new"])
-def test_a_token_with_the_id_of_another_ends_the_whole_merge(opener: Opener, clash: str) -> None:
+def test_duplicate_id_ends_the_whole_merge(opener: Opener, clash: str) -> None:
     """Neither the tokens before it nor those after it are added, and none is revoked."""
     store = opener()
     known = _given("known", "bystander")
@@ -407,7 +438,7 @@ def test_many_threads_may_change_one_store(opener: Opener, keep: Keep) -> None:
             assert store.survey().configured
             list(store.tokens().values())
 
-    def change(_: int) -> str:
+    def change(_number: int) -> str:
         revoked, secret = keep(store)
         deleted, _ = keep(store)
         store.revoke(revoked.id, NOW)
@@ -431,7 +462,7 @@ def test_many_threads_may_change_one_store(opener: Opener, keep: Keep) -> None:
 # --- what the store in memory adds
 
 
-def test_a_store_in_memory_is_never_open_and_always_answers_at_once(keep: Keep) -> None:
+def test_memory_store_is_never_open(keep: Keep) -> None:
     """It is configured even when it is empty, and ``peek`` knows every token, as the object that was put in."""
     store = MemoryTokenStore()
     assert store.survey()[:3] == (True, 0, "memory")

@@ -61,7 +61,7 @@ def test_a_url_of_postgresql_names_a_database(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["postgresql://u:hunter2@[h/d", "postgresql://u:hunter2@h/d?what=ever"])
-def test_a_url_that_cannot_be_read_is_a_configuration_error(url: str) -> None:
+def test_unreadable_url_is_a_configuration_error(url: str) -> None:
     """A slip in the URL stops the server or the command, says how to write one and repeats nothing of it."""
     for opened in (open_store, open_usage):
         with pytest.raises(
@@ -74,7 +74,7 @@ def test_a_url_that_cannot_be_read_is_a_configuration_error(url: str) -> None:
 @pytest.mark.parametrize(
     "arguments", [["list"], ["create", "ci"], ["migrate"], ["copy", "t.json", "postgresql://u:hunter2@h/d"]]
 )
-def test_where_the_driver_is_not_installed(arguments: list[str]) -> None:
+def test_command_without_driver_explains(arguments: list[str]) -> None:
     """Without the extra a command with a database ends in one line that says what to install; a file needs none."""
     hidden = "import sys; sys.modules['psycopg'] = None; from freegpt_auth.cli import main; sys.exit(main())"
     program = [sys.executable, "-c", hidden]
@@ -87,7 +87,7 @@ def test_where_the_driver_is_not_installed(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("opened", ["BearerTokenMiddleware(None)", "open_usage('postgresql://h/d')"])
-def test_where_the_driver_is_not_installed_no_server_starts(monkeypatch: pytest.MonkeyPatch, opened: str) -> None:
+def test_server_without_driver_does_not_start(monkeypatch: pytest.MonkeyPatch, opened: str) -> None:
     """A server with a database and without its driver stops at once instead of guarding nothing."""
     monkeypatch.setenv("FREEGPT_AUTH_STORE", "postgresql://u:hunter2@h/d")
     hidden = (

@@ -24,9 +24,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, FileTokenStore, StoreError, sharing
 from freegpt_auth.exceptions import TokenNotFoundError
-from freegpt_auth.guard import authenticator as authenticators
 from freegpt_auth.guard.callers import Caller
-from freegpt_auth.stores import rules
+from freegpt_auth.guard.credentials import presented
+from freegpt_auth.stores import base, rules
 from freegpt_auth.stores.file import store as file_store, workers
 from freegpt_auth.tokens import digest_of, find, issue
 
@@ -82,7 +82,7 @@ class Lives(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(file_store, "time", SimpleNamespace(sleep=self.wait))
         self.patch.setitem(FileTokenStore.__init__.__kwdefaults__, "clock", lambda: self.ticks)
-        for module in (authenticators, rules):
+        for module in (base, rules):
             self.patch.setattr(module, "time", SimpleNamespace(time=lambda: self.now))
         self.patch.setattr(workers, "_servers", lambda _: (workers._Server(os.getpid(), self.supervisor),))
         self.patch.setattr(workers, "_folders", lambda: (Path(self.folder.name, "notes"),))
@@ -376,8 +376,10 @@ def decided(middleware: BearerTokenMiddleware, secret: str | None) -> str:
     """Return how a request with this secret ends, decided step by step as the middleware does."""
     headers = [(b"authorization", f"Bearer {secret}".encode())] * (secret is not None)
     scope: Any = {"type": "http", "method": "GET", "path": "/", "headers": headers}
-    decision = middleware._peek(scope)
-    decision = middleware._resolve(scope) if decision is UNRESOLVED else decision
+    authenticator, credentials = middleware._authenticator, presented(scope)
+    decision = authenticator.recognise(scope)[0] or authenticator.peek(credentials)
+    if decision is UNRESOLVED:
+        decision = authenticator.resolve(credentials)
     return "accepted" if isinstance(decision, Caller) else decision.reason
 
 
