@@ -146,7 +146,8 @@ class BearerTokenMiddleware(Copyable):
                 return None
             decision = ANONYMOUS
         if decision is ANONYMOUS:
-            await self._pass_anonymous(scope, receive, send)
+            _name_anonymous(scope)
+            await self.app(scope, receive, send)
             return None
         if not self._keeps:
             verified = decision.digest
@@ -168,12 +169,6 @@ class BearerTokenMiddleware(Copyable):
     def _is_valid(self, digest: bytes) -> bool:
         """Return whether memory alone shows that a secret is valid."""
         return isinstance(self._authenticator.peek(Presented([digest])), Caller)
-
-    async def _pass_anonymous(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request that needs no credentials. A user that an outer middleware set stays."""
-        scope.setdefault("user", ANONYMOUS.user)
-        scope.setdefault("auth", ANONYMOUS.auth)
-        await self.app(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
         denial = denials.denial(scope, refusal.reason)
@@ -198,7 +193,8 @@ class BearerTokenMiddleware(Copyable):
         """
         kind, unusable = scope["type"], self._unusable
         if kind in self._guarded:
-            await self._pass_anonymous(scope, receive, send)
+            _name_anonymous(scope)
+            await self.app(scope, receive, send)
             return
         if kind != "lifespan" and (unusable is None or kind not in _REQUESTS):
             raise NotImplementedError(f"freegpt_auth does not know how to guard a scope of type {kind!r}")
@@ -217,3 +213,9 @@ class BearerTokenMiddleware(Copyable):
         if self._usage:
             await to_thread.run_sync(self._usage.finish)
         await self._look_ups.close(lifespan)
+
+
+def _name_anonymous(scope: Scope) -> None:
+    """Put the caller of a request without authentication into *scope*; a user that an outer middleware set stays."""
+    scope.setdefault("user", ANONYMOUS.user)
+    scope.setdefault("auth", ANONYMOUS.auth)
