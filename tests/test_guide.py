@@ -122,9 +122,16 @@ def test_create(manage: Callable[..., str]) -> None:
 def test_list_revoke_and_delete(manage: Callable[..., str]) -> None:
     """The list is the guide's to the character; revoke by the shown prefix keeps the record, delete removes it."""
     # The two tokens of the example, as the ancestor of this project kept them.
-    first = {"name": "my-application", "created_at": "2025-11-26T10:30:00", "last_used": "2025-11-26T11:45:23"}
-    second = {"name": "mobile-app", "created_at": "2025-11-25T15:20:00", "last_used": None}
-    records = {"sk-a1b2c3d4e5f" + "6" * 38: first, "sk-x9y8z7w6v5u" + "4" * 38: second}
+    first: dict[str, str | None] = {
+        "name": "my-application",
+        "created_at": "2025-11-26T10:30:00",
+        "last_used": "2025-11-26T11:45:23",
+    }
+    second: dict[str, str | None] = {"name": "mobile-app", "created_at": "2025-11-25T15:20:00", "last_used": None}
+    records = {
+        "sk-a1b2c3d4e5f" + "6" * 38: first,
+        "sk-x9y8z7w6v5u" + "4" * 38: second,
+    }
     Path("api_tokens.json").write_text(json.dumps({key: {**each, "active": True} for key, each in records.items()}))
     assert manage("list") == EXAMPLE
     manage("revoke", "sk-a1b2c3d4e5f")

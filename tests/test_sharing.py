@@ -22,8 +22,10 @@ from freegpt_auth.sharing import shared
 from freegpt_auth.stores.file.usage import UsageDatabase
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from pathlib import Path
+
+    from freegpt_auth.usage.base import Usage
 
     Ask = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -166,6 +168,10 @@ def test_fork_renews_the_locks() -> None:
     assert child.stdout == b"environment\n"
 
 
+def _usage_in(path: str) -> Mapping[str, Usage]:
+    return UsageDatabase(path).read()
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 @pytest.mark.parametrize("interval", [2.0, 9.0])
@@ -180,7 +186,7 @@ async def test_two_guards_count_one_use(ask: Ask, keep: Any, kind: str, interval
     for guard in (outer, inner, elsewhere):
         await to_thread.run_sync(flush, guard)
     for place in ("api_tokens.usage.db", "elsewhere.db"):
-        assert (await to_thread.run_sync(UsageDatabase(place).read))[token.id].use_count == 3
+        assert (await to_thread.run_sync(_usage_in, place))[token.id].use_count == 3
 
 
 @pytest.mark.anyio
@@ -192,7 +198,7 @@ async def test_two_tokens_are_two_uses(ask: Ask, keep: Any) -> None:
     headers = [(b"authorization", f"Bearer {secret}".encode()), (b"x-api-key", other.encode())]
     assert (await ask(outer, headers=headers)).status == 200
     await to_thread.run_sync(flush, inner)
-    counted = await to_thread.run_sync(UsageDatabase("both.db").read)
+    counted = await to_thread.run_sync(_usage_in, "both.db")
     assert {token_id: use.use_count for token_id, use in counted.items()} == {first.id: 1, second.id: 1}
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris  # type: ignore[import-untyped]
+import atheris
 
 HERE = Path(__file__).parent
 TARGETS = sorted(folder.name for folder in (HERE / "corpus").iterdir())
