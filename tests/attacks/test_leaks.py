@@ -266,7 +266,9 @@ def still_alive(address: tuple[str, int]) -> str:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize(
+    "kind", ["h11", "httptools", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("workers", "hypercorn"))]
+)
 def test_secret_appears_nowhere(tmp_path: Path, serve: Serve, kind: str) -> None:
     """No command and no server shows a secret in its output, log, files, answers, arguments, variables or objects."""
     (tmp_path / "tmp").mkdir()
