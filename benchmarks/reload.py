@@ -1,101 +1,138 @@
-"""What it costs to read a large token file again: seconds, memory, and how long the event loop is held meanwhile.
-
-Memory that was used before is no measure of memory, so each round is a process of its own: ``reload_round.py``.
-"""
+"""Reading a token file of 100,000 tokens again, after a change: time, memory, and the longest hold of the event loop."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import asyncio
+import gc
+import os
+import re
 import tempfile
+import time
 from collections import defaultdict
-from datetime import UTC, datetime
-from hashlib import sha256
+from concurrent.futures import ProcessPoolExecutor
+from itertools import cycle
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-from measure import Result, single, spread
-from reload_round import secret_of
+import results
+from measure import longest_turn
+from served import application, expect_success, receive_nothing, scope_with
+from token_file import write_tokens
 
-from freegpt_auth.stores.file.store import decoding, document
-from freegpt_auth.tokens import Token, digest_of, prefix_of
+from freegpt_auth import BearerTokenMiddleware, FileTokenStore
+from freegpt_auth.tokens import digest_of
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+TOKENS = 100_000
+RELOADS = 6
+CLIENTS = 20
+"""Requests under way during a reload."""
+
+PUBLIC = "/health"
+_LAST, _RENAMED = f"client {TOKENS - 1}", "renamed"
+"""The name of the last token in each of two files."""
+
+STALE = 0.03
+"""Seconds after which the store checks the file again at the next request."""
+
+_UNITS = {"first": "s", "reload": "s", "memory": "MiB", "held": "ms", "held without a reading": "ms"}
 
 
-class Size(NamedTuple):
-    """How many tokens, how often they are read, and what is allowed.
+class TwoFiles:
+    """Two token files that differ in the name of the last token, and replace each other.
 
     Attributes:
-        tokens: in the file.
-        rounds: how many processes, one after another.
-        reloads: how often each of them reads the file again, of every kind.
-        seconds: for reading it once.
-        memory: MiB that the tokens may keep.
-        gap: ms for which the event loop may be held.
+        path: the token file of the store.
     """
 
-    tokens: int
-    rounds: int
-    reloads: int
-    seconds: float
-    memory: float
-    gap: float
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "api_tokens.json"
+        self._folder = folder
+        self._names = cycle((("one", _LAST), ("two", _RENAMED)))
+
+    def replace(self) -> str:
+        """Replace the token file by the other one, and return the name of its last token."""
+        file, name = next(self._names)
+        new = self._folder / "new"
+        new.unlink(missing_ok=True)
+        os.link(self._folder / file, new)
+        new.replace(self.path)
+        return name
 
 
-ROUND = Path(__file__).with_name("reload_round.py")
-
-SIZES = (Size(100_000, 5, 6, 0.25, 60, 8), Size(1_000_000, 3, 4, 2, 550, 25))
-
-
-def measure() -> Iterator[Result]:
-    """Measure with a hundred thousand tokens and with a million."""
-    for size in SIZES:
-        figures = take(size)
-        section = f"Reading the token file again, {size.tokens:,} tokens"
-        yield Result(section, "at start", spread(figures["first"]), "s", size.seconds)
-        yield Result(section, "while tokens are in memory", spread(figures["later"]), "s", size.seconds)
-        yield Result(section, "the same, processor time", spread(figures["processor"]), "s")
-        yield Result(section, "memory for the tokens", spread(figures["kept"]), "MiB", size.memory)
-        yield Result(section, "the same, after they were read several times", spread(figures["kept_later"]), "MiB")
-        yield Result(section, "memory at the peak, at start", spread(figures["peak"]), "MiB")
-        yield Result(section, "memory at the peak, while tokens are in memory", spread(figures["peak_later"]), "MiB")
-        for load, words in (("idle", "the event loop"), ("busy", "the event loop with requests")):
-            for kind in ("quiet", "reload"):
-                gaps, target = figures[f"{load}_{kind}"], size.gap if kind == "reload" else None
-                name = f"{words}, {'held while reading' if target else 'nothing read'}"
-                yield Result(section, f"{name}: longest each time", spread(gaps), "ms", target)
-                yield Result(section, f"{name}: longest of all", single(max(gaps)), "ms", target)
-
-
-def take(size: Size) -> dict[str, list[float]]:
-    """Return the figures of all rounds."""
+def measure(rounds: int) -> list[results.Row]:
+    """Measure in *rounds* new processes: a process that has used memory before shows less of what it takes."""
     figures: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), size.tokens)
-        for _ in range(size.rounds):
-            arguments = [sys.executable, str(ROUND), folder, str(size.reloads)]
-            output = subprocess.run(arguments, check=True, capture_output=True, timeout=600).stdout  # noqa: S603
-            for name, values in json.loads(output).items():
-                figures[name] += values
+        one, two = Path(folder, "one"), Path(folder, "two")
+        secret = write_tokens(one, TOKENS)[-1]
+        two.write_bytes(one.read_bytes().replace(_LAST.encode(), _RENAMED.encode()))
+        two.chmod(0o600)
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            for _ in range(rounds):
+                for name, values in pool.submit(_round, Path(folder), secret).result().items():
+                    figures[name] += values
+    return [results.row(name, unit, figures[name]) for name, unit in _UNITS.items()]
+
+
+def _round(folder: Path, secret: str) -> dict[str, list[float]]:
+    """Return the figures of one process, which has read nothing yet."""
+    files = TwoFiles(folder)
+    store, digest = FileTokenStore(files.path), digest_of(secret)
+    figures: dict[str, list[float]] = defaultdict(list)
+
+    def load() -> float:
+        name = files.replace()
+        began = time.perf_counter()
+        token = store.resolve(digest)
+        seconds = time.perf_counter() - began
+        assert token is not None
+        assert token.name == name
+        return seconds
+
+    gc.collect()
+    before = private_memory()
+    figures["first"].append(load())
+    figures["memory"].append(private_memory() - before)
+    for _ in range(RELOADS):
+        figures["reload"].append(load())
+    asyncio.run(_hold(store, secret, files, figures))
     return figures
 
 
-def write_files(folder: Path, size: int) -> None:
-    """Write two token files that differ in the name of the last token."""
-    lines = [_line(number, f"client {number}") for number in range(size - 1)]
-    for name in ("one", "two"):
-        content = decoding.SEPARATOR.join([*lines, _line(size - 1, name)])
-        path = folder / name
-        path.write_bytes(decoding.HEAD + content + decoding.FOOT)
-        path.chmod(0o600)
-    (folder / "size").write_text(str(size))
+async def _hold(store: FileTokenStore, secret: str, files: TwoFiles, figures: dict[str, list[float]]) -> None:
+    """Measure the holds of the event loop while the file is read and other requests are answered."""
+    guard = BearerTokenMiddleware(application, store=store, public_paths=[PUBLIC])
+    stop = asyncio.Event()
+
+    async def ask(path: str, presented: str) -> None:
+        await guard(scope_with(presented, path), receive_nothing, expect_success)
+
+    async def repeat() -> None:
+        while not stop.is_set():
+            await ask(PUBLIC, "")
+            await asyncio.sleep(0.001)
+
+    async def reload() -> None:
+        files.replace()
+        await asyncio.sleep(STALE)
+        figures["held"].append((await longest_turn(asyncio.gather(*(ask("/", secret) for _ in range(CLIENTS)))))[1])
+
+    await reload()  # the first use of a thread imports anyio's backend, which holds the loop for 50 ms
+    figures["held"].clear()
+    others = [asyncio.create_task(repeat()) for _ in range(CLIENTS)]
+    for _ in range(RELOADS):
+        await reload()
+        idle = longest_turn(asyncio.sleep(min(figures["reload"])))
+        figures["held without a reading"].append((await idle)[1])
+    stop.set()
+    await asyncio.gather(*others)
 
 
-def _line(number: int, name: str) -> bytes:
-    digest, token_id = digest_of(secret_of(number)), sha256(b"%d" % number).hexdigest()[:12]
-    prefix = prefix_of(secret_of(number))
-    token = Token(id=token_id, name=name, prefix=prefix, created_at=datetime.now(UTC))
-    return document._row(digest, token)  # noqa: SLF001  a Document of a million takes minutes
+def private_memory() -> float:
+    """Return the memory in MiB that this process holds and shares with no other."""
+    kib = re.findall(r"Private_(?:Clean|Dirty): +(\d+)", Path("/proc/self/smaps_rollup").read_text())
+    return sum(map(int, kib)) / 1024
+
+
+if __name__ == "__main__":
+    results.main("reload", measure, rounds=5)

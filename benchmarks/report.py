@@ -1,157 +1,97 @@
-"""The figures as people read them: a Markdown page, which begins with what was promised and what is kept, and a chart."""
+"""The performance page and its chart, from the results: the text is ``page.md`` with a place for each figure."""
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-from contextlib import suppress
-from importlib.metadata import version
-from itertools import groupby
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-
-mpl.use("svg")
-from matplotlib import pyplot as plt
+import chart
+from served import BARE, FLOOR, GUARDED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable
 
-    from matplotlib.axes import Axes
-    from measure import Result, Spread
-
-INTRODUCTION = """# How fast it is
-
-Written by `tox -e bench`. All that is compared took turns in one run. A figure is the median, behind it the range in
-which the middle half lies; a count and a maximum stand alone. Ratios were taken round by round. *The floor* is the
-least code that does the same work, written by hand: [benchmarks/floor.py](../benchmarks/floor.py)."""
-
-PACKAGES = ("anyio", "fastapi", "freegpt-auth", "msgspec", "psycopg", "starlette", "uvicorn")
-"""Whose versions are told."""
-
-CHART = "![What each guard adds to a request](performance.svg)"
-OURS, OTHER = "#0b62a4", "#8a8a8a"
-WORTH_A_COLOUR = "freegpt_auth"
+BENCHMARKS = ("request_path", "throughput", "revocation", "reload", "fleet")
+TEMPLATE = Path(__file__).with_name("page.md")
+SIZES = (1, 1_000, 100_000)
+TITLES = {"valid": "freegpt_auth", "floor": "the floor", "starlette": "Starlette"}
 
 
-class Chapter(NamedTuple):
-    """What one module of the suite has to say.
+class Figure(SimpleNamespace):
+    """A row of results, or a median with its quartiles. In the page, ``{figure:.1f}`` becomes "2.5 (2.4-2.7)"."""
 
-    Attributes:
-        introduction: what it measures.
-        results: its figures.
-        left_out: what was not measured, and why.
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.q1:{spec}}-{self.q3:{spec}})"
+
+
+def write(results: Path, page: Path) -> None:
+    """Write the page, and its chart beside it, from the JSON files in the folder *results*.
+
+    Raises:
+        FileNotFoundError: one of :data:`BENCHMARKS` has no results.
     """
-
-    introduction: str
-    results: Sequence[Result]
-    left_out: Sequence[str] = ()
-
-
-def page(chapters: Sequence[Chapter]) -> str:
-    """Return the whole page."""
-    results = [result for chapter in chapters for result in chapter.results]
-    parts = [INTRODUCTION, summary(results), CHART, *map(_told, chapters), machine()]
-    return "\n\n".join(parts) + "\n"
-
-
-def summary(results: Sequence[Result]) -> str:
-    """Return what was promised, and what is kept."""
-    promised = [result for result in results if result.target is not None]
-    missed = sum(not result.is_kept for result in promised)
-    lines = ["| | | target | measured | |", "|---|---|---:|---:|---|"]
-    for section, rows in groupby(promised, key=lambda result: result.section):
-        heading = section
-        for result in rows:
-            lines.append(f"| {heading} | {result.name} | {result.bound} | {_median(result)} | {_outcome(result)} |")
-            heading = ""
-    return f"## In short\n\n{len(promised) - missed} of {len(promised)} targets are kept.\n\n" + "\n".join(lines)
+    read = {name: json.loads((results / f"{name}.json").read_text(), object_hook=_figure) for name in BENCHMARKS}
+    added = _added(read["request_path"]["rows"])
+    bars = {_tokens(size): [_bar(name, added[name][size]) for name in TITLES] for size in SIZES}
+    rows = {name: {row.name: row for row in read[name]["rows"]} for name in BENCHMARKS[1:]}
+    text = TEMPLATE.read_text().format(
+        valid=added["valid"],
+        wrong=added["wrong"][1_000].added.median,
+        logged=added["wrong, logged"][1_000].added.median,
+        open=added["open"][1_000].added.median,
+        alternative=_in_words(bars),
+        added_rows="\n".join(_added_row(size, added["valid"][size]) for size in SIZES),
+        **{contender: _of(contender, rows["throughput"]) for contender in (BARE, FLOOR)},
+        guarded=_of(GUARDED, rows["throughput"]),
+        file=rows["revocation"],
+        reload=rows["reload"],
+        fleet=rows["fleet"],
+        machines="\n".join(sorted({_machine(one) for one in read.values()})),
+        minutes=round(sum(one["seconds"] for one in read.values()) / 60),
+    )
+    page.write_text(text)
+    page.with_suffix(".svg").write_text(chart.svg("Microseconds added to each request; lines: quartiles", bars))
 
 
-def machine() -> str:
-    """Return what the figures depend on."""
-    processor = platform.processor()
-    with suppress(OSError, IndexError):  # Linux keeps it there, and nowhere else
-        processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    packages = "\n".join(f"- {name} {version(name)}" for name in PACKAGES)
-    return f"## Measured on\n\n- {processor}, {os.cpu_count()} cores, {platform.system()}\n- {python}\n{packages}"
+def _figure(values: dict[str, Any]) -> Any:
+    return Figure(**values) if "name" in values or "median" in values else values
 
 
-def _told(chapter: Chapter) -> str:
-    parts: list[str] = []
-    for section, rows in groupby(chapter.results, key=lambda result: result.section):
-        parts += [f"## {section}", *([chapter.introduction] if not parts else []), _table(list(rows))]
-    if chapter.left_out:
-        parts.append("Left out:\n\n" + "\n".join(f"- {reason}" for reason in chapter.left_out))
-    return "\n\n".join(parts)
+def _added(rows: Iterable[Figure]) -> dict[str, dict[int, Figure]]:
+    """Return the rows by name and number of tokens, each with ``added`` in microseconds."""
+    found: dict[str, dict[int, Figure]] = {}
+    for row in rows:
+        row.added = Figure(**{name: value / 1e3 for name, value in vars(row.added_ns).items()})
+        found.setdefault(row.name, {})[row.tokens] = row
+    return found
 
 
-def _table(results: Sequence[Result]) -> str:
-    lines = ["| | measured | target | |", "|---|---:|---:|---|"]
-    for result in results:
-        figure = f"{result.figure:{_digits(result)}} {result.unit}".rstrip()
-        lines.append(f"| {result.name} | {figure} | {result.bound} | {_outcome(result)} |")
-    notes = [f"- {result.name}: {result.note}" for result in results if result.note]
-    return "\n".join(lines + ([""] if notes else []) + notes)
+def _of(contender: str, rows: dict[str, Figure]) -> dict[str, Figure]:
+    """Return the rows of one contender, by their names without it."""
+    return {name.removeprefix(f"{contender}: "): row for name, row in rows.items() if name.startswith(contender)}
 
 
-def _digits(result: Result) -> str:
-    return ".2f" if result.unit and result.figure.median < 100 else ",.0f"  # noqa: PLR2004
+def _added_row(size: int, row: Figure) -> str:
+    compared = [f"{row.ratios[name].median:.2f} × {TITLES[name]}" for name in ("floor", "starlette")]  # noqa: RUF001
+    return f"| Added to a request, {_tokens(size)} | {row.added:.2f} µs | {', '.join(compared)} |"
 
 
-def _median(result: Result) -> str:
-    return f"{result.figure.median:{_digits(result)}} {result.unit}".rstrip()
+def _in_words(bars: dict[str, list[chart.Bar]]) -> str:
+    groups = (f"{name}: {', '.join(f'{bar.label} {bar.median:.2f}' for bar in group)}." for name, group in bars.items())
+    return " ".join(groups)
 
 
-def _outcome(result: Result) -> str:
-    if result.target is None:
-        return ""
-    if result.is_kept:
-        return "kept"
-    excess = abs(result.figure.median - result.target)
-    return f"**missed** by {excess / result.target:.1%}" if result.target else f"**missed** by {excess:g}"
+def _tokens(size: int) -> str:
+    return f"{size:,} token{'s' * (size > 1)}"
 
 
-def chart(figures: Mapping[str, Mapping[str, Spread]], path: Path) -> None:
-    """Draw what each guard adds to a request.
-
-    Args:
-        figures: for each guard, the microseconds by what they depend on: 1 token, 1,000 tokens …
-        path: where the drawing goes.
-    """
-    mpl.rcParams["svg.hashsalt"] = "freegpt_auth"  # the same figures make the same file
-    names = sorted(figures, key=lambda name: next(iter(figures[name].values())).median)
-    drawing, axes = plt.subplots(figsize=(9, 0.45 * len(names) + 1.5), layout="constrained")
-    for size, case in enumerate(figures[names[0]]):
-        places = [place for place, name in enumerate(names) if case in figures[name]]
-        medians = [figures[names[place]][case].median for place in places]
-        colours = [OURS if names[place] == WORTH_A_COLOUR else OTHER for place in places]
-        axes.scatter(medians, places, 40 * (size + 1) ** 2, "none", edgecolors=colours, linewidths=1.5, label=case)
-    for place, name in enumerate(names):
-        _write_medians(axes, [figure.median for figure in figures[name].values()], place)
-    _finish(axes, names)
-    drawing.legend(loc="outside upper right", ncols=len(figures[names[0]]), frameon=False)
-    drawing.savefig(path, metadata={"Date": None})
-    plt.close(drawing)
+def _bar(name: str, row: Figure) -> chart.Bar:
+    return chart.Bar(TITLES[name], row.added.q1, row.added.median, row.added.q3, is_ours=name == "valid")
 
 
-def _write_medians(axes: Axes, medians: Sequence[float], place: int) -> None:
-    text = "   ".join(f"{median:,.1f}" if median < 10 else f"{median:,.0f}" for median in medians)  # noqa: PLR2004
-    axes.annotate(text, (max(medians), place), (14, 0), textcoords="offset points", va="center", fontsize=9)
-
-
-def _finish(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.get_yticklabels()[names.index(WORTH_A_COLOUR)].set_color(OURS)
-    axes.get_yticklabels()[names.index(WORTH_A_COLOUR)].set_fontweight("bold")
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:,g}")
-    axes.margins(x=0.14, y=0.08)
-    axes.grid(axis="x", color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel("µs added to each request, on a logarithmic scale")
+def _machine(results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
+    processor = f"{results['cpu']}, {results['cores']} cores"
+    return f"Measured on {results['date']} on Linux: {processor}, CPython {results['python']}, {versions}."

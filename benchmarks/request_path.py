@@ -1,16 +1,30 @@
-"""What guarding adds to each request, in process: no server and no network, which would hide it in their own noise."""
+"""In process: the time that a guard adds to a request, without a server and a network, which would hide it in their noise.
+
+Each request presents one of 512 tokens at random, in a new scope with new header objects, as from a server. A benchmark
+that repeats one request measures the processor's caches.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import os
+import random
 import tempfile
 import time
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest.mock import patch
 
+import results
 from floor import Floor
-from measure import TIMES, Result, in_turns, over, ratio, spread
-from rivals import LEFT_OUT, ON_FASTAPI, RIVALS, on_fastapi
+from measure import in_turns, over, quartiles, ratios
+from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
+from starlette.middleware.authentication import AuthenticationMiddleware
 from token_file import write_tokens
 
 from freegpt_auth import BearerTokenMiddleware
@@ -18,30 +32,25 @@ from freegpt_auth import BearerTokenMiddleware
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from measure import Spread
+    from starlette.requests import HTTPConnection
     from starlette.types import ASGIApp
 
+    Header = tuple[bytes, bytes]
+
 SIZES = (1, 1_000, 100_000)
-ROUNDS = 25
-TURN = 0.004
-"""Seconds of one turn: short against the drift of a machine's speed, long against the clock's resolution."""
+MIDDLE = 1_000
+"""Number of tokens of the rows that are measured with one number only."""
+
+USED = 512
+"""Tokens that are presented, of all in the file."""
+
+UNUSED = 30_000
+"""Tokens that are presented once, for the first use of each."""
+
+TURN = 64
+"""Requests of one turn. Their scopes are made before: 256 would no longer fit into the processor's caches."""
 
 NEVER = 1e6
-OURS, FLOOR, BARE, BARE_FASTAPI = "freegpt_auth", "the floor", "no guard", "FastAPI, no guard"
-REFUSED, FLOOR_REFUSED = "freegpt_auth, wrong token", "the floor, wrong token"
-REFUSED_BODY, FLOOR_REFUSED_BODY = "freegpt_auth, wrong token, body", "the floor, wrong token, body received"
-PUBLIC, LIFESPAN, BARE_LIFESPAN = "freegpt_auth, public path", "freegpt_auth, lifespan", "no guard, lifespan"
-
-NOTES = {
-    PUBLIC: "0.22 µs of it are one more call of an ASGI application and two entries in the scope.",
-    LIFESPAN: "Once in the life of a process. It makes ready what the first look-up would otherwise wait 90 ms for.",
-    REFUSED: "About 2 µs, which the floor leaves out, see to it that all refusals take the same time, whatever is known of "
-    "the token, and that a client may be uploading.",
-    REFUSED_BODY: "About 6 µs more are the time limit for a body that does not come: a cancel scope of anyio.",
-}
-"""Where the time goes that the floor does not take, by leaving one part out after the other."""
-
-# What OpenAI's Python client sends.
 HEADERS = [
     (b"host", b"localhost:8000"),
     (b"accept-encoding", b"gzip, deflate"),
@@ -59,116 +68,191 @@ HEADERS = [
     (b"x-stainless-retry-count", b"0"),
     (b"x-stainless-read-timeout", b"600"),
 ]
+"""Headers of the openai client. Its credential follows the first twelve."""
+
 LENGTH = (b"content-length", b"120")
+BARE = "bare"
+_REFUSED = ("missing", "wrong", "wrong, logged")
+
+_logger = logging.getLogger("freegpt_auth")
 
 
-class Turn(NamedTuple):
-    """What one contender does when it is its turn.
+class Contender(NamedTuple):
+    """An application, and the requests to it.
 
     Attributes:
-        app: what is called.
-        header: what is presented.
-        path: what is asked for.
-        kind: the type of the scope.
-        body: whether the request has a body.
-        after: what clears up, outside the measured time.
+        app: the guarded application.
+        secrets: the secrets to present, one after another.
+        present: makes the header that presents a secret; ``None`` for a request without one.
+        kind: type of the scope.
+        level: level of the library's log.
+        body: the requests have a body. To refuse one takes longer: the guard waits for its end.
     """
 
     app: ASGIApp
-    header: tuple[bytes, bytes] | None = None
-    path: str = "/v1/chat/completions"
+    secrets: Iterator[str]
+    present: Callable[[str], Header] | None
     kind: str = "http"
+    level: int = logging.WARNING
     body: bool = True
-    after: Callable[[], object] = tuple
 
 
-def measure() -> Iterator[Result]:
-    """Measure with one token, a thousand and a hundred thousand."""
-    for size in SIZES:
-        figures = take(size)
-        added = {name: over(values, figures[_base(name)]) for name, values in figures.items() if _base(name)}
-        section = f"Added to each request, {size:,} token{'s' * (size > 1)}"
-        for name, values in added.items():
-            target = 0.3 if name in (PUBLIC, LIFESPAN) else None
-            title = RIVALS[name].title if name in RIVALS else name
-            yield Result(section, title, spread(values), "µs", target, note=NOTES.get(name, ""))
-        yield Result(section, "freegpt_auth / the floor", ratio(added[OURS], added[FLOOR]), TIMES, 1.25)
-        for name in ("starlette", "starlette-least"):
-            title = f"freegpt_auth / {RIVALS[name].title}"
-            yield Result(section, title, ratio(added[OURS], added[name]), TIMES, 0.75)
-        if size == 1:
-            yield Result(section, "freegpt_auth / vLLM", ratio(added[OURS], added["vllm"]), TIMES, 0.8)
-        for name, base, target in (
-            (REFUSED, FLOOR_REFUSED, 2.0),
-            (REFUSED_BODY, FLOOR_REFUSED, 2.0),
-            (REFUSED_BODY, FLOOR_REFUSED_BODY, None),
-        ):
-            yield Result(section, f"{name} / {base}", ratio(added[name], added[base]), TIMES, target)
+class DictBackend(AuthenticationBackend):
+    """A backend for Starlette's middleware as in its documentation, with a dict of plain secrets."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self.names = {secret: str(number) for number, secret in enumerate(secrets)}
+
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
+        """Return the caller. Starlette lets a request without credentials pass, so this refuses it."""
+        if "Authorization" not in conn.headers:
+            raise AuthenticationError("no token")
+        try:
+            scheme, secret = conn.headers["Authorization"].split()
+            if scheme.lower() != "bearer":
+                raise AuthenticationError("no token")
+            name = self.names[secret]
+        except (ValueError, KeyError):
+            raise AuthenticationError("invalid token") from None
+        return AuthCredentials(["authenticated"]), SimpleUser(name)
 
 
-def charted(results: Iterable[Result]) -> dict[str, dict[str, Spread]]:
-    """Return what each guard adds to a request with a valid token, by the number of tokens."""
-    guards = {OURS, FLOOR, *(rival.title for rival in RIVALS.values())}
-    figures: dict[str, dict[str, Spread]] = {}
-    for result in results:
-        if result.name in guards:
-            figures.setdefault(result.name, {})[result.section.rpartition(", ")[2]] = result.figure
-    return figures
+def measure(rounds: int) -> list[results.Row]:
+    """Measure with each number of tokens."""
+    logging.getLogger().addHandler(logging.StreamHandler(Path(os.devnull).open("w")))  # noqa: SIM115  open to the end
+    return [row for size in SIZES for row in _measured(size, rounds)]
 
 
-def left_out() -> list[str]:
-    """Return what was not measured, and why."""
-    return [f"{RIVALS[name].title}, {size:,} tokens: {reason}" for (name, size), reason in LEFT_OUT.items()]
+def _measured(size: int, rounds: int) -> Iterator[results.Row]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), asyncio.Runner() as runner:
+        contenders = _contenders(size)
+        for name, contender in contenders.items():
+            if name != "first use":
+                runner.run(_turn(contender, 3 * USED))  # every token has been used
+        figures = in_turns({name: partial(_timed, runner, one) for name, one in contenders.items()}, rounds)
+        for contender in contenders.values():
+            runner.run(_end(contender.app))
+    bare = figures.pop(BARE)
+    added = {name: over(values, bare) for name, values in figures.items()}
+    for name, values in added.items():
+        bases = {"starlette": "starlette", "floor": "floor, refused" if name in _REFUSED else "floor"}
+        compared = {title: ratios(values, added[base]) for title, base in bases.items() if name not in bases}
+        compared[BARE] = ratios(figures[name], bare)
+        yield {
+            "name": name,
+            "tokens": size,
+            "added_ns": quartiles(values),
+            "ratios": {title: quartiles(one) for title, one in compared.items()},
+        }
 
 
-def take(size: int) -> dict[str, list[float]]:
-    """Return the microseconds of a request, round by round, of every contender."""
-    with tempfile.TemporaryDirectory() as folder:
-        secrets = write_tokens(Path(folder, "api_tokens.json"), size)
-        contenders = guarded(folder, secrets)
-        loop = asyncio.new_event_loop()
-        figures = in_turns({name: clocked(loop, turn) for name, turn in contenders.items()}, ROUNDS)
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
-    return figures
-
-
-def guarded(folder: str, secrets: list[str]) -> dict[str, Turn]:
-    """Return every contender, ready for its turn."""
-    path = f"{folder}/api_tokens.json"
-    ours = BearerTokenMiddleware(application, store=path, usage_interval=NEVER)
-    with_public_path = BearerTokenMiddleware(application, store=path, usage="off", public_paths=["/health"])
-    floor = Floor(application, secrets, path)
-    right, wrong = bearer(secrets[len(secrets) // 2]), bearer("sk-wrong")
-    assert ours._usage is not None  # noqa: SLF001
-    forget = ours._usage._pending.clear  # noqa: SLF001  what is written later is measured elsewhere
-    turns = {
-        BARE: Turn(application, right),
-        BARE_FASTAPI: Turn(on_fastapi(application), right),
-        FLOOR: Turn(floor, right, after=floor.used.clear),
-        OURS: Turn(ours, right, after=forget),
-        FLOOR_REFUSED: Turn(floor, wrong, body=False),
-        REFUSED: Turn(ours, wrong, body=False),
-        FLOOR_REFUSED_BODY: Turn(Floor(application, secrets, path, receives=True), wrong),
-        REFUSED_BODY: Turn(ours, wrong),
-        PUBLIC: Turn(with_public_path, right, path="/health"),
-        LIFESPAN: Turn(BearerTokenMiddleware(live, store=path, usage="off"), kind="lifespan"),
-        BARE_LIFESPAN: Turn(live, kind="lifespan"),
+def _contenders(size: int) -> dict[str, Contender]:
+    """Return the contenders with a file of so many tokens. The working directory is empty."""
+    path = os.path.abspath("tokens.json")
+    secrets = write_tokens(Path(path), size)
+    used = _drawn(random.sample(secrets, min(size, USED)))
+    guard, floor = _guard(path), Floor(_application, secrets, path)
+    starlette = AuthenticationMiddleware(_application, DictBackend(secrets))
+    contenders = {
+        BARE: Contender(_application, used, _bearer),
+        "valid": Contender(guard, used, _bearer),
+        "floor": Contender(floor, used, _bearer),
+        "starlette": Contender(starlette, used, _bearer),
     }
-    for name, rival in RIVALS.items():
-        if len(secrets) in rival.sizes:
-            turns[name] = Turn(rival.build(secrets, application), rival.header(secrets[len(secrets) // 2]))
-    return turns
+    if size == MIDDLE:
+        contenders |= _others(guard, floor, used, secrets)
+    elif size > UNUSED:
+        contenders["first use"] = Contender(_guard(path), cycle(random.sample(secrets, UNUSED)), _bearer)
+    return contenders
 
 
-async def live(_scope: Any, _receive: Any, send: Any) -> None:
-    """Start and end at once."""
-    await send({"type": "lifespan.startup.complete"})
-    await send({"type": "lifespan.shutdown.complete"})
+def _others(guard: ASGIApp, floor: ASGIApp, used: Iterator[str], secrets: list[str]) -> dict[str, Contender]:
+    """Return the contenders for other modes, carriers and refusals."""
+    expiring = write_tokens(Path("expiring.json"), MIDDLE, datetime.now(UTC) + timedelta(days=1))
+    key, wrong = secrets[0], _drawn([f"sk-{number:049}" for number in range(USED)])
+    return {
+        "expiring": Contender(_guard("expiring.json"), _drawn(random.sample(expiring, USED)), _bearer),
+        "x-api-key": Contender(guard, used, _x_api_key),
+        "websocket": Contender(guard, used, _bearer, "websocket"),
+        "environment key": Contender(_guard(None, key), cycle([key]), _bearer),
+        "environment key is a token": Contender(_guard("tokens.json", key), cycle([key]), _bearer),
+        "open": Contender(_guard(None), used, _bearer),
+        "missing": Contender(guard, used, None, body=False),
+        "wrong": Contender(guard, wrong, _bearer, body=False),
+        "wrong, logged": Contender(guard, wrong, _bearer, level=logging.INFO, body=False),
+        "floor, refused": Contender(floor, wrong, _bearer, body=False),
+    }
 
 
-async def application(_scope: Any, _receive: Any, send: Any) -> None:
-    """Answer, as little as can be."""
+def _guard(path: str | None, key: str = "") -> BearerTokenMiddleware:
+    usage = "off" if path is None else f"{path}.usage.db"
+    with patch.dict(os.environ, {"FREEGPT_API_KEY": key} if key else {}):
+        return BearerTokenMiddleware(_application, store=path, usage=usage, usage_interval=NEVER)
+
+
+def _drawn(secrets: list[str]) -> Iterator[str]:
+    while True:
+        yield random.choice(secrets)  # noqa: S311
+
+
+def _bearer(secret: str) -> Header:
+    return b"authorization", b"Bearer " + secret.encode()
+
+
+def _x_api_key(secret: str) -> Header:
+    return b"x-api-key", secret.encode()
+
+
+def _scope(contender: Contender) -> dict[str, Any]:
+    """Return a new scope. Of equal bytes only the same object has its hash computed: a server makes new ones."""
+    presented = [] if contender.present is None else [contender.present(next(contender.secrets))]
+    headers = [*HEADERS[:12], *presented, *HEADERS[12:], *([LENGTH] if contender.body else [])]
+    return {
+        "type": contender.kind,
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/chat/completions",
+        "raw_path": b"/v1/chat/completions",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(bytes(bytearray(name)), bytes(bytearray(value))) for name, value in headers],
+        "client": ("127.0.0.1", 50_000),
+        "server": ("127.0.0.1", 8000),
+    }
+
+
+def _timed(runner: asyncio.Runner, contender: Contender) -> float:
+    return runner.run(_turn(contender))
+
+
+async def _turn(contender: Contender, requests: int = TURN) -> float:
+    """Return the nanoseconds of one request."""
+    scopes, app = [_scope(contender) for _ in range(requests)], contender.app
+    _logger.setLevel(contender.level)
+    began = time.perf_counter_ns()
+    for scope in scopes:
+        await app(scope, _receive, _send)
+    return (time.perf_counter_ns() - began) / requests
+
+
+async def _end(app: ASGIApp) -> None:
+    """Run the lifespan, whose end writes the recorded uses."""
+    events = iter(["startup", "shutdown"])
+
+    async def receive() -> Any:
+        return {"type": f"lifespan.{next(events)}"}
+
+    await app({"type": "lifespan"}, receive, _send)
+
+
+async def _application(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "lifespan":
+        for event in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{event}.complete"})
+        return
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b""})
 
@@ -181,53 +265,5 @@ async def _send(_message: Any) -> None:
     pass
 
 
-def bearer(secret: str) -> tuple[bytes, bytes]:
-    """Return the header that presents *secret*."""
-    return b"authorization", b"Bearer " + secret.encode()
-
-
-def _base(name: str) -> str:
-    """Return what a contender would take if it guarded nothing."""
-    if name in (BARE, BARE_FASTAPI, BARE_LIFESPAN):
-        return ""
-    return BARE_FASTAPI if name in ON_FASTAPI else BARE_LIFESPAN if name == LIFESPAN else BARE
-
-
-def clocked(loop: asyncio.AbstractEventLoop, turn: Turn) -> Callable[[], float]:
-    """Return what takes a contender's turn, and returns the microseconds of one request."""
-    scope = {
-        "type": turn.kind,
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": turn.path,
-        "raw_path": turn.path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [
-            *HEADERS[:12],
-            *([turn.header] if turn.header else []),
-            *HEADERS[12:],
-            *([LENGTH] if turn.body else []),
-        ],
-        "client": ("127.0.0.1", 50_000),
-        "server": ("127.0.0.1", 8000),
-    }
-
-    async def go(times: int) -> float:
-        app = turn.app
-        began = time.perf_counter()
-        for _ in range(times):
-            await app(dict(scope), _receive, _send)
-        return (time.perf_counter() - began) / times
-
-    loop.run_until_complete(go(2))  # whatever is made on first use
-    times = max(1, int(TURN / loop.run_until_complete(go(3))))
-
-    def take_turn() -> float:
-        seconds = loop.run_until_complete(go(times))
-        turn.after()
-        return seconds * 1e6
-
-    return take_turn
+if __name__ == "__main__":
+    results.main("request_path", measure, rounds=151)

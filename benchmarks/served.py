@@ -1,4 +1,4 @@
-"""What the benchmark's servers serve: they call :func:`app` in their own process."""
+"""The application that the benchmarks guard, in process or behind a server, which calls :func:`app` in its own process."""
 
 from __future__ import annotations
 
@@ -6,61 +6,63 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from floor import Floor
+
+from freegpt_auth import BearerTokenMiddleware
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-BARE, OURS, FLOOR = "no guard", "freegpt_auth", "the floor"
-CONTENDER, FOLDER = "BENCHMARK_CONTENDER", "BENCHMARK_FOLDER"
-TOKENS, SECRETS = "api_tokens.json", "secrets.txt"
+BARE, FLOOR, GUARDED = "bare", "floor", "freegpt_auth"
+CONTENDER = "BENCHMARK_CONTENDER"
+"""The environment variable that names the guard to serve: one of the three above."""
+
+STORE = "FREEGPT_AUTH_STORE"
+SECRETS = "secrets.txt"
+"""The file beside the token file from which the floor reads its secrets."""
+
+WORKER = b"worker"
+"""The response header with the number of the process that answered."""
 
 BODY = b'{"id":"chatcmpl-1","object":"chat.completion","choices":[{"index":0,"message":{"content":"Hello"}}]}'
-CHUNKS = 10_000
-CHUNK = b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","choices":[{"delta":{"content":"Hello"}}]}\n\n'
-STREAM = "/v1/stream"
-
-_HEADERS = [(b"content-type", b"application/json"), (b"content-length", str(len(BODY)).encode())]
-_STREAM_HEADERS = [(b"content-type", b"text/event-stream")]
+_HEADERS = [(b"content-length", str(len(BODY)).encode()), (WORKER, str(os.getpid()).encode())]
 
 
 def app() -> ASGIApp:
-    """Return the contender that the environment names, ready to be served."""
-    name, folder = os.environ[CONTENDER], Path(os.environ[FOLDER])
-    # Each process imports only what it serves: memory is measured too.
+    """Return the application behind the guard that the environment names."""
+    name = os.environ[CONTENDER]
     if name == BARE:
         return application
-    if name == OURS:
-        from freegpt_auth import BearerTokenMiddleware  # noqa: PLC0415
-
-        return BearerTokenMiddleware(application, store=folder / TOKENS)
-    secrets = (folder / SECRETS).read_text().split()
-    if name == FLOOR:
-        from floor import Floor  # noqa: PLC0415
-
-        return Floor(application, secrets, str(folder / TOKENS))
-    from rivals import RIVALS  # noqa: PLC0415
-
-    return RIVALS[name].build(secrets, application)
-
-
-async def live(receive: Any, send: Any) -> None:
-    """Go through the lifespan."""
-    for event in ("startup", "shutdown"):
-        await receive()
-        await send({"type": f"lifespan.{event}.complete"})
+    if name == GUARDED:
+        return BearerTokenMiddleware(application)
+    store = Path(os.environ[STORE])
+    return Floor(application, store.with_name(SECRETS).read_text().split(), str(store))
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
-    """Read the request, and answer it with little or with a long stream."""
+    """Read the request and send a short answer, or pass the lifespan."""
     if scope["type"] == "lifespan":
-        await live(receive, send)
+        for event in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{event}.complete"})
         return
     while (await receive()).get("more_body"):
         pass
-    if scope["path"] == STREAM:
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        for _ in range(CHUNKS):
-            await send({"type": "http.response.body", "body": CHUNK, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-        return
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
     await send({"type": "http.response.body", "body": BODY})
+
+
+def scope_with(secret: str, path: str = "/v1/models") -> Any:
+    """Return the ASGI scope of a short request that presents *secret*."""
+    headers = [(b"host", b"localhost"), (b"authorization", f"Bearer {secret}".encode())]
+    return {"type": "http", "method": "GET", "path": path, "headers": headers}
+
+
+async def receive_nothing() -> Any:
+    """Return the end of an empty request body."""
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def expect_success(message: Any) -> None:
+    """Take a message of the response, which must not be a refusal."""
+    assert message.get("status", 200) == 200, message  # noqa: PLR2004

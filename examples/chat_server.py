@@ -1,4 +1,4 @@
-"""A small chat-completions server behind bearer tokens: it answers each request with the caller's own words.
+"""A small chat-completions server behind bearer tokens. It repeats the last message of each request.
 
 Run it with ``python examples/chat_server.py``. It reads ``.env`` and ``api_tokens.json`` in the working directory.
 """
@@ -31,12 +31,12 @@ MODEL = "freegpt-4"
 
 
 async def health(_request: Request) -> Response:
-    """Tell a load balancer that the server is up."""
+    """Answer the health check of a load balancer."""
     return _json({"status": "ok"})
 
 
 async def models(_request: Request) -> Response:
-    """List the one model there is."""
+    """List the one model."""
     return _json({"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "freegpt"}]})
 
 
@@ -56,7 +56,7 @@ async def chat_completions(request: Request) -> Response:
     if said is None:
         return _error(400, "The messages must hold one whose role is user and whose content is text.")
     reply = f"You said: {said}"
-    # json.dumps escapes what UTF-8 cannot hold, so every reply has a digest; the same reply has the same id.
+    # json.dumps escapes text that UTF-8 cannot hold, so every reply has a digest; equal replies have equal ids.
     digest = hashlib.sha256(json.dumps(reply).encode()).hexdigest()
     common = {"id": f"chatcmpl-{digest[:24]}", "created": int(time.time()), "model": MODEL}
     usage = _usage(said, reply)
@@ -91,7 +91,7 @@ def _is_text(part: object) -> bool:
 
 
 def _usage(prompt: str, reply: str) -> dict[str, int]:
-    """Count tokens; one is a word here."""
+    """Count tokens; each word is one here."""
     counts = len(prompt.split()), len(reply.split())
     return {"prompt_tokens": counts[0], "completion_tokens": counts[1], "total_tokens": sum(counts)}
 
@@ -116,7 +116,7 @@ async def _events(common: dict[str, Any], reply: str, usage: dict[str, int] | No
 
 
 def _json(content: object, status: int = 200) -> Response:
-    # Not JSONResponse: a client can send half a surrogate pair, and UTF-8 cannot hold that unescaped.
+    # Not JSONResponse: a client can send half a surrogate pair, which UTF-8 cannot hold unescaped.
     return Response(json.dumps(content), status, media_type="application/json")
 
 
@@ -140,7 +140,7 @@ app.add_middleware(BearerTokenMiddleware, public_paths=["/health"])
 
 def main() -> None:
     """Serve until stopped."""
-    parser = argparse.ArgumentParser(description="A chat-completions server that repeats what it is told.")
+    parser = argparse.ArgumentParser(description="A chat-completions server that repeats the last message.")
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument("--port", default=8000, type=int, help="default: %(default)s")
     options = parser.parse_args()

@@ -2,6 +2,8 @@
 # Install freegpt_auth into .venv, create a token and serve the example on 127.0.0.1:8000, or on the port that is given:
 #
 #     sh examples/try_it.sh 8001
+#
+# The token is named after the port, and replaces that of the last run on it.
 set -eu
 cd "$(dirname "$0")/.."
 PORT=${1:-8000}
@@ -14,7 +16,9 @@ python3 -m venv .venv
 }
 .venv/bin/python -m pip install --quiet -r requirements/try-it.txt
 .venv/bin/python -m pip install --quiet --no-build-isolation --no-deps .
-TOKEN=$(.venv/bin/python -m freegpt_auth create my-application)
+# The port is free, so no server of an earlier run needs this token any more.
+.venv/bin/python -m freegpt_auth delete "try-it-$PORT" > /dev/null 2>&1 || true
+TOKEN=$(.venv/bin/python -m freegpt_auth create "try-it-$PORT")
 
 cat << TXT
 
@@ -25,7 +29,7 @@ curl -i http://127.0.0.1:$PORT/v1/chat/completions \\
   -H "Authorization: Bearer $TOKEN" \\
   -d '{"model": "freegpt-4", "messages": [{"role": "user", "content": "Hello!"}]}'
 
-Leave the Authorization line out, and it answers 401 and "You didn't provide an API key".
+Without the Authorization line the answer is 401 and "You didn't provide an API key".
 For the commands of the README, first run: . .venv/bin/activate
 Stop the server with Ctrl-C.
 

@@ -2,7 +2,7 @@
 # Serve the example twice, as two hosts would, with the tokens in one PostgreSQL database:
 #     export FREEGPT_AUTH_STORE=postgresql://user:password@host/database
 #     sh examples/two_servers.sh
-# The user must be allowed to make a schema. Ports: 8001 and 8002, or those given as arguments.
+# The user needs the right to create a schema. Ports: 8001 and 8002, or those given as arguments.
 set -eu
 : "${FREEGPT_AUTH_STORE:?set it to the URL of a database}"
 first=${1:-8001} second=${2:-8002}

@@ -1,4 +1,4 @@
-"""The parts of a middleware, and which of them the middlewares of a process share."""
+"""The parts of a middleware, and their sharing by the middlewares of a process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from .guard.authenticator import Authenticator
 from .guard.lookups import LookUps
 from .guard.refusal_log import RefusalLog
-from .sharing import place, shared
+from .sharing import shared
 from .stores import open_store, open_usage
+from .stores.completion import completed
 from .usage.recorder import UsageRecorder
 
 if TYPE_CHECKING:
+    from .location import Location
     from .settings import Settings
-    from .stores.base import TokenSource
+    from .stores.base import CompleteSource, TokenSource
 
 
 class Parts(NamedTuple):
@@ -25,7 +27,7 @@ class Parts(NamedTuple):
         look_ups: the asynchronous side of the token source.
         refusals: the log of refusals.
         usage: counts uses; ``None`` to count none.
-        counted: the key of the id of a scope's counted token, the same for each recorder of one usage store.
+        counted: key in the scope of the id of the counted token, the same for each recorder of one usage store.
     """
 
     authenticator: Authenticator
@@ -35,10 +37,10 @@ class Parts(NamedTuple):
     counted: str
 
 
-def told_apart(
+def location_or_source(
     store: str | PathLike[str] | TokenSource | None,
 ) -> tuple[str | PathLike[str] | None, TokenSource | None]:
-    """Return the location of a store, or the token source that *store* is; the other is ``None``."""
+    """Return *store* as a location or as a token source; the other is ``None``."""
     return (store, None) if store is None or isinstance(store, (str, PathLike)) else (None, store)
 
 
@@ -46,31 +48,31 @@ def assemble(settings: Settings, source: TokenSource | None) -> Parts:
     """Return the parts of a middleware over *source*, by default the store that *settings* names.
 
     Raises:
-        ConfigurationError: *settings* cannot be used.
+        ConfigurationError: *settings* or *source* cannot be used.
     """
-    verifier = _store(settings) if source is None else source
-    one = id(verifier)  # not used again while a part holds the verifier
-    look_ups = shared(lambda: LookUps(verifier), LookUps, one)
-    named = settings.store_named or source is not None
+    # Python uses an id again only after its object has ended: the parts keep the source.
+    used = _store(settings) if source is None else shared(lambda: completed(source), completed, id(source))
+    one, named = id(used), settings.store_named or source is not None
+    look_ups = shared(lambda: LookUps(used), LookUps, one)
     authenticator = shared(
-        lambda: Authenticator(verifier, settings.key, required=settings.required, named=named),
-        *(Authenticator, one, settings.key),  # one refusal of a revoked key holds for each guard
+        lambda: Authenticator(used, settings.key, required=settings.required, named=named),
+        *(Authenticator, one, settings.key),  # a key revoked at one guard is refused by each
     )
     authenticator.restrict(required=settings.required, named=named)
-    place_of_usage = None if settings.usage is None else place(settings.usage)
-    usage = None if place_of_usage is None else _recorder(place_of_usage, settings.usage_interval)
-    counted = f"freegpt_auth.counted.{hash(place_of_usage):x}"  # hashed: a URL may hold a password
+    place = None if settings.usage is None else settings.usage.absolute()
+    usage = None if place is None else _recorder(place, settings.usage_interval)
+    counted = f"freegpt_auth.counted.{hash(place):x}"  # hashed: a URL may hold a password
     return Parts(authenticator, look_ups, shared(RefusalLog, RefusalLog, one), usage, counted)
 
 
-def _store(settings: Settings) -> TokenSource:
-    location, named = place(settings.store), settings.store_named
+def _store(settings: Settings) -> CompleteSource:
+    location, named = settings.store.absolute(), settings.store_named
     lease, limit = settings.lease, settings.cache_limit
     return shared(
         lambda: open_store(location, named=named, lease=lease, cache_limit=limit),
-        *(open_store, location, lease, limit),  # a guard that names the default file shares its store
+        *(open_store, location, lease, limit),  # without *named*: a guard that names the default file shares its store
     )
 
 
-def _recorder(location: str, interval: float) -> UsageRecorder:
+def _recorder(location: Location, interval: float) -> UsageRecorder:
     return shared(lambda: UsageRecorder(open_usage(location), interval=interval), open_usage, location, interval)

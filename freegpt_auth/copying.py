@@ -7,7 +7,6 @@ import functools
 from typing import TYPE_CHECKING, Any, Self
 
 from .guard.modes import AuthMode
-from .sharing import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 class Copyable:
     """Copies and pickles the middleware that inherits from it.
 
-    A pickle holds settings and no token: the other process reads the environment key and the store itself. It refuses to
-    be open there if the pickled middleware is not. The URL of a database is pickled with its password.
+    A pickle holds settings and no token: the other process reads the environment key and the store itself. Unless the
+    pickled middleware is open, the other process refuses to be. The URL of a database is pickled with its password.
 
     Raises:
         TypeError: on pickling, if the token source is an object of this process, or the settings cannot be used.
@@ -59,10 +58,10 @@ class Copyable:
         elsewhere = functools.partial(
             construct,
             # The other process may run in another directory.
-            store=None if is_open else place(settings.store),
+            store=None if is_open else settings.store.absolute().text,
             required=not is_open,
             public_paths=settings.public_paths,
-            usage="off" if settings.usage is None else place(settings.usage),
+            usage="off" if settings.usage is None else settings.usage.absolute().text,
             usage_interval=settings.usage_interval,
             keep_credentials=settings.keep_credentials,
             cors_origins=settings.cors_origins,

@@ -1,4 +1,4 @@
-"""The environment key: one key that is set in the environment, or in a file that the environment names."""
+"""The environment key: the single key in an environment variable, or in a file named by one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 _SCHEME = "bearer "
 
 FILE_LIMIT = 1024 * 1024
-"""Size in bytes of the largest key file."""
+"""Largest size of a key file, in bytes."""
 
 
 @dataclass(frozen=True)
 class EnvironmentKey:
-    """The one key that is set in the environment, without the key itself.
+    """The environment key as its digest; the key itself is not kept.
 
     Attributes:
-        digest: its SHA-256 digest.
-        source: the variable it came from.
+        digest: SHA-256 of the key.
+        source: name of the variable.
     """
 
     digest: bytes = field(repr=False)
@@ -34,10 +34,10 @@ class EnvironmentKey:
 
 
 def environment_key(variables: Variables) -> EnvironmentKey | None:
-    """Return the first key of ``FREEGPT_API_KEY``, ``FREEGPT_API_KEY_FILE`` and ``OPENAI_API_KEY`` that is set.
+    """Return the key of the first set variable: ``FREEGPT_API_KEY``, ``FREEGPT_API_KEY_FILE``, ``OPENAI_API_KEY``.
 
     Raises:
-        ConfigurationError: it cannot be used. A variable that is set but empty must not open a server.
+        ConfigurationError: the key cannot be used. An empty variable is an error: it must not open a server.
     """
     if "FREEGPT_API_KEY" in variables and "FREEGPT_API_KEY_FILE" in variables:
         raise ConfigurationError("FREEGPT_API_KEY and FREEGPT_API_KEY_FILE are both set; unset one of them")
@@ -64,14 +64,14 @@ def _content(path: str) -> str:
         problem = str(error)
     except OSError as error:
         problem = error.strerror or str(error)
-    # The path is not repeated: it may be the key itself, put there by mistake.
+    # The path is not shown: an operator may have put the key itself there.
     raise ConfigurationError(f"FREEGPT_API_KEY_FILE does not name a file that can be read: {problem}")
 
 
 def _checked(name: str, key: str) -> str:
-    if is_off(key):  # a client that sends this word must not be let in
+    if is_off(key):  # the word would be a valid credential
         raise ConfigurationError(f"{name} is a word for off; to have no environment key, unset it")
-    if key[: len(_SCHEME)].lower() == _SCHEME:  # no request may repeat the word in its secret
+    if key[: len(_SCHEME)].lower() == _SCHEME:  # requests whose secret begins with the word are refused
         raise ConfigurationError(f"{name} begins with the word Bearer, which is no part of a key; remove it")
     if not key.isprintable():
         raise ConfigurationError(f"{name} holds a control character, which no client can send; give it another key")

@@ -1,19 +1,18 @@
-"""Every error this library raises on purpose.
+"""Every error that this library raises on purpose.
 
 ::
 
     FreeGPTAuthError
     ├── ConfigurationError         the settings contradict each other or cannot be used
-    ├── MalformedCredentialsError  a request carries credentials that cannot be read one way only
     ├── StoreError                 the tokens cannot be read or changed
-    │   ├── FileError         what is wrong with the token file, and where
-    │   ├── StoreBusyError         somebody else held the lock for too long
-    │   ├── StoreUnavailableError  whether a token is valid cannot be known now
-    │   ├── TokenNotFoundError     no token answers to a reference
-    │   └── AmbiguousTokenError    several tokens do
+    │   ├── FileError              a file cannot be read, understood, locked or written
+    │   ├── StoreBusyError         another process held the lock for too long
+    │   ├── StoreUnavailableError  the store cannot be read now, so a token may be valid or not
+    │   ├── TokenNotFoundError     no token matches a reference
+    │   └── AmbiguousTokenError    several tokens match a reference
     └── UsageError                 usage cannot be read or written
 
-Each message is one sentence for an operator: what is wrong, where, and what to do. No message ever holds a secret.
+Each message is one sentence for an operator: the fault, its place and the remedy. No message holds a secret.
 """
 
 from __future__ import annotations
@@ -34,21 +33,17 @@ class ConfigurationError(FreeGPTAuthError):
     """The settings cannot be used; a server must not start on them."""
 
 
-class MalformedCredentialsError(FreeGPTAuthError):
-    """A request's credentials cannot be read one way only (RFC 6750, section 3.1: ``invalid_request``)."""
-
-
 class StoreError(FreeGPTAuthError):
     """The tokens cannot be read or changed."""
 
 
 class FileError(StoreError):
-    """The token file cannot be read, understood or written.
+    """A file cannot be read, understood, locked or written.
 
     Attributes:
-        path: the token file.
-        problem: what is wrong with it, in words that follow the path.
-        transient: the file could not be opened or read, which may hide a change of it; a later attempt may succeed.
+        path: of the file.
+        problem: the fault, in words that follow the path in the message.
+        transient: the file could not be opened or read: it may have changed unseen, and a later attempt may succeed.
     """
 
     def __init__(self, path: str, problem: str, *, transient: bool = False) -> None:
@@ -59,22 +54,22 @@ class FileError(StoreError):
 
 
 class StoreBusyError(StoreError):
-    """Another process held the store's lock for longer than this one would wait."""
+    """Another process held the store's lock for longer than the time limit of this one."""
 
 
 class StoreUnavailableError(StoreError):
-    """Whether a token is valid cannot be known now; the request may be tried again later."""
+    """The store cannot be read now, so a token may be valid or not; the client may retry later."""
 
 
 class TokenNotFoundError(StoreError):
-    """No token answers to the reference that was given."""
+    """No token matches the reference."""
 
 
 class AmbiguousTokenError(StoreError):
-    """Several tokens answer to the reference that was given, so nothing was done.
+    """Several tokens match the reference, so nothing was done.
 
     Attributes:
-        matches: the tokens that answer to it.
+        matches: the tokens.
     """
 
     def __init__(self, message: str, matches: Sequence[Token]) -> None:
@@ -83,4 +78,4 @@ class AmbiguousTokenError(StoreError):
 
 
 class UsageError(FreeGPTAuthError):
-    """Usage cannot be read or written; the message says why, in words that follow where it is."""
+    """Usage cannot be read or written. The message is the reason, in words that follow the location."""

@@ -1,4 +1,4 @@
-"""The ASGI shell: scopes and messages in, scopes and messages out. It knows no tokens."""
+"""The ASGI shell: it passes each request on, or refuses it; the parts in ``guard`` decide."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
-from .assembly import assemble, told_apart
+from .assembly import assemble, location_or_source
 from .construction import Unusable, warn_if_late
 from .copying import Copyable
 from .guard import cors, denials
-from .guard.authenticator import Decision, Refusal
-from .guard.callers import ANONYMOUS, Caller
-from .guard.credentials import plain, withdraw
+from .guard.callers import ANONYMOUS, MARK, Caller
+from .guard.credentials import NOT_PLAIN, Presented, plain, presented, withdraw
 from .guard.delivery import deny_http, deny_websocket, end_http
 from .guard.exemptions import is_preflight, is_public
-from .guard.judging import MARK, judge
 from .guard.lifespan import Lifespan
+from .guard.modes import AuthMode
+from .guard.refusal import UNAVAILABLE, Refusal
 from .guard.refusal_log import RefusalLog
 from .settings import FLUSH_INTERVAL, Settings
 from .stores.base import UNRESOLVED
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .stores.base import TokenSource
 
 _REQUESTS: tuple[str, ...] = ("http", "websocket")
-_UNAVAILABLE = Refusal("unavailable")
 
 
 class BearerTokenMiddleware(Copyable):
@@ -52,8 +51,8 @@ class BearerTokenMiddleware(Copyable):
         public_paths: exact paths that need no token. Default: ``FREEGPT_AUTH_PUBLIC_PATHS``, else none.
         required: raise instead of starting in open mode. Default: ``FREEGPT_AUTH_REQUIRED``, else no.
         usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the tokens;
-            with a verifier of one's own: off.
-        usage_interval: seconds between two writes of usage: what a killed process can lose.
+            with a token source of one's own: off.
+        usage_interval: seconds between two writes of usage: a killed process loses the uses since the last.
         keep_credentials: leave the verified credential in the scope, for an application, or a guard over another
             store, that checks the same one. Default: ``FREEGPT_AUTH_KEEP_CREDENTIALS``, else no.
         cors_origins: origins of web pages that may read a refusal, or ``*``; for a guard outside the CORS middleware.
@@ -82,7 +81,7 @@ class BearerTokenMiddleware(Copyable):
         self._unusable: Unusable | None = None
         self._refusals = RefusalLog()
         self._cors_origins: frozenset[str] = frozenset()
-        location, self._source = told_apart(store)
+        location, self._source = location_or_source(store)
         try:
             settings = self._settings = Settings.from_env(
                 store=location,
@@ -94,7 +93,7 @@ class BearerTokenMiddleware(Copyable):
                 cors_origins=cors_origins,
             )
             parts = assemble(settings, self._source)
-        except Exception as error:  # noqa: BLE001  whatever it is, most servers would serve all the same
+        except Exception as error:  # noqa: BLE001  most servers serve in spite of any exception
             self._guarded, self._unusable = (), Unusable(error)
             return
         self._public_paths = settings.public_paths
@@ -104,76 +103,76 @@ class BearerTokenMiddleware(Copyable):
         warn_if_late()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a refusal, or let the application answer."""
-        kind = scope["type"]
-        if kind not in self._guarded:
-            await self._attend(scope, receive, send)
+        """Pass a request on to the application, or refuse it."""
+        if scope["type"] not in self._guarded:
+            await self._serve_unguarded(scope, receive, send)
             return
         if self._public_paths and is_public(scope, self._public_paths):
             caller = ANONYMOUS
         else:
-            digest, place = plain(scope)
-            known = self._authenticator.recognise(digest)
+            authenticator = self._authenticator
+            # An open server reads no credentials.
+            digest, place = NOT_PLAIN if authenticator.mode is AuthMode.OPEN else plain(scope)
+            known = authenticator.recognise(digest)
             if known is None:
                 known = await self._admit(scope, receive, send, digest)
                 if known is None:
                     return
-            elif not self._keeps:
+            elif place and not self._keeps:
                 del scope["headers"][place]
             caller = known
-            digest = b""  # tracebacks show it, and a key that a person chose can be guessed from its digest
+            digest = b""  # a traceback may show it, and a key that a person chose can be guessed from its digest
         self._name_caller(scope, caller)
         await self.app(scope, receive, send)
 
     def _name_caller(self, scope: Scope, caller: Caller) -> None:
-        """Name the caller to the application, and count the use of the caller's token."""
+        """Put the caller into the scope, and count the use of its token."""
         if caller is ANONYMOUS:  # a user that an outer middleware set stays
             scope.setdefault("user", caller.user)
             scope.setdefault("auth", caller.auth)
             return
-        token, usage = caller.token, self._usage
-        if token is not None and usage is not None and scope.get(self._counted) != token.id:
-            scope[self._counted] = token.id
-            usage.record((token.id, time.time()))
+        token_id, usage = caller.token_id, self._usage
+        if token_id is not None and usage is not None and scope.get(self._counted) != token_id:
+            scope[self._counted] = token_id
+            usage.record((token_id, time.time()))
         scope["user"] = caller.user
         scope["auth"] = caller.auth
         scope[MARK] = caller
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send, digest: bytes) -> Caller | None:
-        """Return a caller who is not known from an earlier request, without any valid credential left in *scope*.
+        """Return the caller of a request that was not recognised, and remove its valid credentials from *scope*.
 
-        ``None`` says that the request was refused.
+        ``None`` stands for a request that was refused.
         """
-        decision = await self._decide(scope, digest)
+        credentials = self._read(scope, digest)
+        decision = self._authenticator.peek(credentials)
+        if decision is UNRESOLVED:
+            decision = await self._look_ups.look_up(self._authenticator, credentials)
         if isinstance(decision, Refusal):
+            if is_preflight(scope):
+                return ANONYMOUS
             await self._refuse(scope, receive, send, decision)
             return None
         if decision is not ANONYMOUS and not self._keeps:
             verified = decision.digest
-            withdraw(scope, lambda each: each == verified or self._authenticator.accepts(each))
+            withdraw(scope, lambda each: each == verified or self._is_valid(each))
         return decision
 
-    async def _decide(self, scope: Scope, digest: bytes) -> Caller | Refusal:
-        """Decide about a caller who is not known from an earlier request."""
-        decision = self._peek(scope, digest)
-        if decision is UNRESOLVED:
-            settled = await self._look_ups.settle(self._peek, self._resolve, scope)
-        else:
-            settled = decision
-        return ANONYMOUS if isinstance(settled, Refusal) and is_preflight(scope) else settled
+    def _read(self, scope: Scope, digest: bytes) -> Presented:
+        """Return the credentials of a request, read once; *digest* is that of the only one, if it is known.
 
-    def _peek(self, scope: Scope, digest: bytes = b"") -> Decision:
-        """Decide from memory: on the event loop."""
-        passes = self._authenticator.peek_open()
-        if passes is not False:
-            return ANONYMOUS if passes is True else UNRESOLVED
-        return judge(scope, self._authenticator.peek, self._look_ups.verifier, digest)
+        A guard outside over the same source may have verified and removed one: it is verified again by its digest, after
+        those still presented. An application may have replaced them in a copy of the scope.
+        """
+        credentials = Presented([digest]) if digest else presented(scope)
+        outer = scope.get(MARK)
+        if isinstance(outer, Caller) and outer.source is self._look_ups.source:
+            credentials.digests.append(outer.digest)
+        return credentials
 
-    def _resolve(self, scope: Scope) -> Caller | Refusal:
-        """Decide from the store: in a thread, where memory cannot."""
-        if self._authenticator.resolve_open():
-            return ANONYMOUS
-        return judge(scope, self._authenticator.resolve, self._look_ups.verifier)
+    def _is_valid(self, digest: bytes) -> bool:
+        """Return whether memory alone shows that a secret is valid."""
+        return isinstance(self._authenticator.peek(Presented([digest])), Caller)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:
         denial = denials.denial(scope, refusal.reason)
@@ -186,15 +185,18 @@ class BearerTokenMiddleware(Copyable):
             else:
                 await deny_websocket(scope, receive, send, denial)
         finally:
-            self._refusals.tell(scope, refusal)  # the client need not wait for it
+            self._refusals.log(scope, refusal)  # after the answer: the client does not wait for the log
         if unfinished:
             await end_http(receive, send)
 
-    async def _attend(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a lifespan, or a request while the settings cannot be used."""
+    async def _serve_unguarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a lifespan, or refuse a request while the settings cannot be used.
+
+        Raises:
+            NotImplementedError: the type of *scope* is unknown, so it cannot be guarded.
+        """
         kind, unusable = scope["type"], self._unusable
         if kind != "lifespan" and (unusable is None or kind not in _REQUESTS):
-            # A type not known is a type not guarded.
             raise NotImplementedError(f"freegpt_auth does not know how to guard a scope of type {kind!r}")
         if unusable is None:
             lifespan = Lifespan(receive, send, self._stop)
@@ -204,7 +206,7 @@ class BearerTokenMiddleware(Copyable):
             await unusable.fail(scope, receive, send)
         else:
             unusable.report()
-            await self._refuse(scope, receive, send, _UNAVAILABLE)
+            await self._refuse(scope, receive, send, UNAVAILABLE)
 
     async def _stop(self, lifespan: Lifespan) -> None:
         self._refusals.finish()

@@ -1,7 +1,7 @@
-"""Names of tokens: any script, and nothing that drives a terminal, forges a line or hides. Pure.
+"""Names of tokens: any script, but no character that controls a terminal, forges a line or is invisible. Pure.
 
-A character is judged by its general category (Unicode Standard, section 4.5). Names are kept as they were typed, not
-normalised: two spellings that look the same are two names.
+The general category of a character decides (Unicode Standard, section 4.5). Names are not normalised: two spellings
+that look the same are two names.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _REFUSED = {
     "Zp": "a paragraph separator",
 }
 
-# Format characters (Cf) that scripts need: joiners, the soft hyphen, the Mongolian vowel separator, and the visible signs
-# of Arabic, Syriac, Kaithi, Egyptian hieroglyphs and shorthand. All others are refused, the bidirectional controls among
-# them (Unicode Standard Annex #9), and the tags, which carry hidden text.
+# Format characters (Cf) that scripts need: joiners, the soft hyphen, the Mongolian vowel separator, and the visible
+# signs of Arabic, Syriac, Kaithi, Egyptian hieroglyphs and shorthand. All others are refused, including the
+# bidirectional controls (Unicode Standard Annex #9) and the tags, which carry hidden text.
 _FORMATS = frozenset(
     "\u00ad\u180e\u200c\u200d\u2060\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
     + "".join(map(chr, [*range(0x600, 0x606), *range(0x13430, 0x13440), *range(0x1BCA0, 0x1BCA4)]))
 )
 
-# Blank letters and symbols: Hangul fillers, the empty Braille pattern, the null notehead, the object replacement.
+# Letters and symbols without ink: Hangul fillers, the empty Braille pattern, the null notehead, the object replacement.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\U0001d159\ufffc")
 
 
 def checked_name(name: str) -> str:
-    """Return *name* if a token can have it.
+    """Return *name* unchanged.
 
     Raises:
-        ValueError: it is longer than 200 characters, holds a character that is refused, or holds no visible one.
+        ValueError: it exceeds :data:`NAME_LIMIT`, holds a refused character, or holds no visible one.
     """
     if len(name) > NAME_LIMIT:
         raise ValueError(f"a token's name must not be longer than {NAME_LIMIT} characters")
@@ -50,8 +50,8 @@ def checked_name(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return *text* with every character escaped that could drive a terminal, forge a log line or hide."""
-    if text.isprintable():  # nearly always: list has 200,000 of them to print at 100,000 tokens
+    """Return *text* with each character escaped that could control a terminal, forge a log line or be invisible."""
+    if text.isprintable():  # the usual case, and fast: a list of 100,000 tokens has 200,000 texts
         return text
     return "".join(c if _can_be_shown(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 

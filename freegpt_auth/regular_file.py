@@ -1,4 +1,4 @@
-"""Opening a regular file for reading. A FIFO or a device would hold the caller, or never end."""
+"""Opening of a regular file for reading. Reading a FIFO or a device could block or never end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DIRECTORY = (
 
 
 class UnsuitableFileError(Exception):
-    """The file is no regular file, or too large. The message follows its name."""
+    """The file is not a regular one, or is too large. The message is the fault, in words that follow the path."""
 
 
 def open_regular(
@@ -25,19 +25,19 @@ def open_regular(
     opener: Callable[[str, int], int] = os.open,
     closer: Callable[[int], object] = os.close,
 ) -> tuple[int, os.stat_result]:
-    """Open the regular file at *path* and return its descriptor, which the caller closes, and its status.
+    """Open the regular file at *path* and return its descriptor, for the caller to close, and its status.
 
     Args:
         path: of the file. Symbolic links are followed.
-        limit: size in bytes of the largest file that is opened.
-        opener: opens it; takes the path and the flags.
+        limit: largest size, in bytes.
+        opener: opens the file; takes the path and the flags.
         closer: closes the descriptor of an unsuitable file.
 
     Raises:
-        UnsuitableFileError: it is not regular, or larger.
-        OSError: it cannot be opened.
+        UnsuitableFileError: the file is not regular, or exceeds *limit*.
+        OSError: the file cannot be opened.
     """
-    # Not blocking: opening a FIFO would otherwise wait for a writer, for ever.
+    # O_NONBLOCK: opening a FIFO would otherwise wait for a writer without a limit.
     descriptor = opener(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)

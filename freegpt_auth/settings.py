@@ -1,17 +1,16 @@
-"""What the operator decided, from the environment and from keyword arguments. The only reader of ``os.environ``."""
+"""Settings, from the environment and from keyword arguments. The only reader of ``os.environ``."""
 
 from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .environment_key import environment_key
 from .exceptions import ConfigurationError
 from .guard.cors import checked_origins
-from .location import is_url
+from .location import Location
 from .stores.base import CACHE_LIMIT, LEASE
 from .variables import VARIABLES, Variables, cleaned, expanded, is_off
 
@@ -21,36 +20,36 @@ if TYPE_CHECKING:
     from .environment_key import EnvironmentKey
 
 FLUSH_INTERVAL = 2.0
-"""Seconds between two writes of usage."""
+"""Interval between two writes of usage, in seconds."""
 
-DEFAULT_STORE = "api_tokens.json"
-"""The token file when none is named: in the working directory."""
+DEFAULT_STORE = Location("api_tokens.json")
+"""The default token file, in the working directory."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a middleware is built from. It shows no secret: the URL of a database may hold a password.
+    """The settings of a middleware. ``repr`` leaves locations out: the URL of a database may hold a password.
 
     Attributes:
-        store: the location of the tokens.
+        store: location of the tokens.
         key: the environment key, if one is set.
         public_paths: exact paths that need no token.
         required: refuse to start in open mode.
         store_named: an argument or ``FREEGPT_AUTH_STORE`` names the store: the server is never open.
-        usage: where usage is kept; ``None`` to record nothing.
-        usage_interval: seconds between two writes to it.
+        usage: location of the usage; ``None`` to record none.
+        usage_interval: seconds between two writes of usage.
         lease: seconds for which known tokens are accepted while the database cannot be reached.
-        cache_limit: how many tokens of a database are kept in memory.
+        cache_limit: largest number of tokens of a database in memory.
         keep_credentials: leave the verified credential in the scope.
-        cors_origins: origins of web pages that may read a refusal.
+        cors_origins: origins of web pages that may read a denial.
     """
 
-    store: str = field(default=DEFAULT_STORE, repr=False)
+    store: Location = DEFAULT_STORE
     key: EnvironmentKey | None = None
     public_paths: frozenset[str] = frozenset()
     required: bool = False
     store_named: bool = False
-    usage: str | None = field(default=None, repr=False)
+    usage: Location | None = None
     usage_interval: float = FLUSH_INTERVAL
     lease: float = LEASE
     cache_limit: int = CACHE_LIMIT
@@ -70,20 +69,20 @@ class Settings:
         cors_origins: Iterable[str] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> Settings:
-        """Read the settings. An argument that is given wins over its variable.
+        """Return the settings. An argument takes precedence over its variable.
 
         Args:
             store: ``FREEGPT_AUTH_STORE``, by default ``api_tokens.json`` in the working directory.
-            public_paths: ``FREEGPT_AUTH_PUBLIC_PATHS``, separated by commas there; by default none.
+            public_paths: ``FREEGPT_AUTH_PUBLIC_PATHS``, separated by commas; by default none.
             required: ``FREEGPT_AUTH_REQUIRED``; by default no.
             usage: ``FREEGPT_AUTH_USAGE``, or ``off``; by default beside the tokens.
-            usage_interval: seconds between two writes of usage: what a killed process can lose.
+            usage_interval: seconds between two writes of usage; a killed process loses at most this much.
             keep_credentials: ``FREEGPT_AUTH_KEEP_CREDENTIALS``; by default no.
-            cors_origins: ``FREEGPT_AUTH_CORS_ORIGINS``, separated by commas there; by default none.
+            cors_origins: ``FREEGPT_AUTH_CORS_ORIGINS``, separated by commas; by default none.
             environ: the environment; by default ``os.environ``.
 
         Raises:
-            ConfigurationError: a value cannot be used; the message names the variable or the argument.
+            ConfigurationError: a value cannot be used. The message names the variable or the argument.
         """
         env = os.environ if environ is None else environ
         variables = Variables(env)
@@ -111,26 +110,25 @@ class Settings:
         )
 
 
-def store_location(store: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> str:
+def store_location(store: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Location:
     """Return the location of the tokens: *store*, else ``FREEGPT_AUTH_STORE``, else ``api_tokens.json``.
 
     Raises:
-        ConfigurationError: it cannot be used: see :class:`~freegpt_auth.variables.Variables` and
-            :func:`~freegpt_auth.location.is_url`.
+        ConfigurationError: the value is rejected by :class:`~freegpt_auth.variables.Variables` or
+            :meth:`~freegpt_auth.location.Location.of`, or is a word for off.
     """
     location, subject = _location("FREEGPT_AUTH_STORE", "the store", store, environ)
     if location is None:
         return DEFAULT_STORE
     if is_off(location):
         raise ConfigurationError(f"{subject} is a word for off, but a store cannot be turned off; name a token file")
-    is_url(location, subject)
-    return location
+    return Location.of(location, subject)
 
 
-def copied_locations(origin: str, target: str, environ: Mapping[str, str] | None = None) -> tuple[str, str]:
-    """Return the locations of a copy; ``-`` stands for the one in ``FREEGPT_AUTH_STORE``.
+def copied_locations(origin: str, target: str, environ: Mapping[str, str] | None = None) -> tuple[Location, Location]:
+    """Return the two locations of ``copy``; ``-`` stands for ``FREEGPT_AUTH_STORE``.
 
-    The arguments of a process are visible to every user of its host, its environment is not: a password belongs there.
+    A password belongs in the variable: every user of a host can read the arguments of a process, not its environment.
 
     Raises:
         ConfigurationError: both are ``-``, the variable is not set, or a location cannot be used.
@@ -145,48 +143,38 @@ def copied_locations(origin: str, target: str, environ: Mapping[str, str] | None
 
 
 def usage_location(
-    store: str, usage: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
-) -> str | None:
+    store: Location, usage: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None
+) -> Location | None:
     """Return the location of the usage: *usage*, else ``FREEGPT_AUTH_USAGE``, else beside the tokens in *store*.
 
-    Returns:
-        ``None`` for a word for off.
+    A word for off returns ``None``.
 
     Raises:
-        ConfigurationError: the location cannot be used, it is the token file, or the variable names a database that does
-            not hold the tokens.
+        ConfigurationError: the location cannot be used, is the token file, or is the URL, in the variable, of another
+            database than the tokens'.
     """
     location, subject = _location("FREEGPT_AUTH_USAGE", "the usage database", usage, environ)
     if location is None:
-        return _beside(store)
+        return store.default_usage()
     if is_off(location):
         return None
-    if not is_url(location, subject):
-        if os.path.realpath(location) == os.path.realpath(store):
-            raise ConfigurationError(f"{subject} names the token file; name another file, say off, or unset it")
-    elif usage is None and location != store:  # it could not count these tokens
+    place = Location.of(location, subject)
+    if place.is_same_file(store):
+        raise ConfigurationError(f"{subject} names the token file; name another file, say off, or unset it")
+    if place.is_database and usage is None and place != store:  # it could not count these tokens
         raise ConfigurationError(
             "FREEGPT_AUTH_USAGE is the URL of another database than the tokens'; name a file, say off, or unset it"
         )
-    return location
+    return place
 
 
 def _location(
     name: str, subject: str, argument: str | os.PathLike[str] | None, environ: Mapping[str, str] | None
 ) -> tuple[str | None, str]:
-    """Return the argument, else the value of the variable *name*, and its subject in a message."""
+    """Return the location of *argument*, else of the variable *name*, and the subject of messages about it."""
     if argument is None:
         return Variables(os.environ if environ is None else environ).location(name), name
     return expanded(cleaned(subject, os.fsdecode(argument), VARIABLES[name].advice, kind="location")), subject
-
-
-def _beside(store: str) -> str:
-    if is_url(store):
-        return store
-    try:
-        return str(Path(store).with_suffix(".usage.db"))
-    except ValueError:
-        raise ConfigurationError(f"{store} is a folder; name a token file") from None
 
 
 def _checked_paths(paths: Iterable[str]) -> frozenset[str]:

@@ -6,12 +6,10 @@ and 1.5 s.
 
 from __future__ import annotations
 
-import os
 import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .forks import Lock
-from .location import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +23,7 @@ _lock = Lock()
 def shared(make: Callable[[], _T], *key: object) -> _T:
     """Return this process's object for *key*, made by *make* if there is none. It lives as long as its users.
 
-    Two threads may both make one, and one of the two is discarded: a slow source delays no other.
+    *make* runs without the lock, so that a slow source delays no other. Of two objects made at once, one is discarded.
     """
     with _lock:
         found: _T | None = _shared.get(key)
@@ -35,8 +33,3 @@ def shared(make: Callable[[], _T], *key: object) -> _T:
     with _lock:
         first: _T = _shared.setdefault(key, made)
     return first
-
-
-def place(location: str) -> str:
-    """Return a URL as it is, and a path as an absolute one: the working directory may change."""
-    return location if is_url(location) else os.path.abspath(location)

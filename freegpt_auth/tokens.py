@@ -1,17 +1,17 @@
-"""What a token is: its record, its secret's shape, its digest. Pure: no I/O and no clock of its own.
+"""Tokens: the stored record, the shape of a secret, the digest, the readings of a reference. Pure: no I/O, no clock.
 
-A secret is ``sk-``, 43 random base62 characters (256 bits) and 6 base62 characters of CRC-32 over what precedes them.
-The checksum tells a typing error from a foreign key without a look-up, and lets a scanner find leaked secrets exactly.
+A secret is ``sk-``, 43 random base62 characters (256 bits) and 6 base62 characters of CRC-32 over all that precedes.
+The checksum reveals a typing error without a look-up, and lets a scanner recognise leaked secrets.
 
-Why a plain SHA-256 and no slow password hash: slow hashes protect secrets that can be guessed. A secret of 256 random
-bits cannot, at any speed; a slow hash would only make every request slow.
+The digest is a plain SHA-256, not a slow password hash. Slow hashes protect secrets that can be guessed; 256 random
+bits cannot be guessed at any speed, and a slow hash would delay every request.
 """
 
 from __future__ import annotations
 
 import secrets
 import zlib
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -26,34 +26,36 @@ SECRET_LENGTH = 52
 """Characters of a secret made by :func:`generate_secret`."""
 
 VALUE_LIMIT = 4096
-"""Longest credential that a request may present, in bytes; a longer one is refused without a digest."""
+"""Longest credential of a request, in bytes. A longer one is refused before it is digested."""
 
 PREFIX_LENGTH = 14
-"""Characters of a generated secret that stay visible: ``sk-a1b2c3d4e5f``."""
+"""Visible characters of a generated secret: ``sk-a1b2c3d4e5f``."""
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _RANDOM_LENGTH = 43  # 62 ** 43 > 2 ** 256
 _CHECKSUM_LENGTH = 6  # 62 ** 6 > 2 ** 32
 
+_NEVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+
 Instant = Annotated[datetime, msgspec.Meta(tz=True)]
-"""A moment with its offset from UTC."""
+"""An instant with its offset from UTC."""
 
 Status = Literal["active", "revoked", "expired"]
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """The stored record of a token. It holds nothing from which the secret could be found or checked.
+    """The stored record of a token. The secret cannot be derived from it or checked with it.
 
     Attributes:
         id: short random public id, for logs, usage rows and ``request.user.identity``.
-        name: what the operator calls it.
+        name: the operator's name for it.
         prefix: the visible start of the secret, which ``list`` shows and ``revoke`` takes.
-        created_at: when it was issued.
-        expires_at: when it stops working; ``None`` for never.
-        revoked_at: when it was revoked; ``None`` while it was not. Revoking cannot be undone.
-        scopes: what it may do (RFC 6749, section 3.3); found again in ``request.auth.scopes``.
-        models: the models it is meant for; ``None`` for all. Kept for the application, not enforced here.
-        last_used_at: when it was last used before it was imported; later use is in the usage database.
+        created_at: instant of issue.
+        expires_at: instant from which the token is refused; ``None`` for never.
+        revoked_at: instant of revocation; ``None`` if not revoked. A revocation cannot be undone.
+        scopes: rights of the token (RFC 6749, section 3.3), which the application reads in ``request.auth.scopes``.
+        models: models for the token; ``None`` for all. For the application: this library does not enforce them.
+        last_used_at: last use before the token was imported. Later uses are in the usage database.
     """
 
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -69,20 +71,24 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def status(self, now: float) -> Status:
         """Return the state at *now*, in seconds since the epoch. It is derived from the instants, never stored.
 
-        The only rule about a token that is in force. ``stores.postgres.reads`` has the same rule in SQL.
+        No other code decides whether a token is in force, except the same rule in SQL in ``stores.postgres.reads``. Each
+        status takes the same time: refusals must not differ in time.
         """
+        is_expired = self.expiry() <= now
         if self.revoked_at is not None:
             return "revoked"
-        if self.expires_at is not None and self.expires_at.timestamp() <= now:
-            return "expired"
-        return "active"
+        return "expired" if is_expired else "active"
+
+    def expiry(self) -> float:
+        """Return the expiry in seconds since the epoch; without one, the end of the year 9999."""
+        return (self.expires_at or _NEVER).timestamp()
 
 
 def issue(name: str, *, now: datetime, expires_at: datetime | None = None) -> tuple[Token, str]:
-    """Make a new token and its secret. The secret is in the second place of the answer and nowhere else.
+    """Return a new token and its secret, which no other object holds.
 
     Raises:
-        ValueError: *name* is one that no token can have; see :func:`freegpt_auth.names.checked_name`.
+        ValueError: *name* is refused by :func:`freegpt_auth.names.checked_name`.
     """
     secret = generate_secret()
     token = Token(
@@ -102,31 +108,31 @@ def generate_secret() -> str:
 
 
 def has_valid_checksum(secret: str) -> bool:
-    """Tell whether *secret* has the shape of one made here and no typing error. It need not be a live token's."""
+    """Return whether *secret* has the shape of a generated one and no typing error. Its token need not exist."""
     return len(secret) == SECRET_LENGTH and secret[-_CHECKSUM_LENGTH:] == _checksum(secret[:-_CHECKSUM_LENGTH])
 
 
 def digest_of(secret: str) -> bytes:
-    """Return the SHA-256 digest under which a secret's token is stored."""
+    """Return the SHA-256 digest of *secret*, the key of its token in a store."""
     return sha256(secret.encode("utf-8", "surrogateescape")).digest()
 
 
 def prefix_of(secret: str) -> str:
-    """Return the visible start of *secret*: at most 14 characters, and never more than a third of it.
+    """Return the visible start of *secret*: at most :data:`PREFIX_LENGTH` characters, and at most a third of it.
 
-    A secret made here is long enough to show 14. An imported one may be short, and must not be shown whole.
+    An imported secret may be short, and must not be shown whole.
     """
     return secret[: min(PREFIX_LENGTH, len(secret) // 3)]
 
 
 class Reference(NamedTuple):
-    """The readings of a reference to a token, one for each way to name it; ``None`` where it cannot be meant that way.
+    """A reference to a token, in each of its possible readings; ``None`` for a reading that is excluded.
 
     Attributes:
-        digest: of the whole secret.
-        exact: the token id, or the shown prefix.
-        name: the token's name.
-        start: the shown prefix at the start of a longer part of the secret.
+        digest: digest, if the text is a whole secret.
+        exact: token id or shown prefix.
+        name: name of the token.
+        start: shown prefix, if the text is a longer part of a secret.
     """
 
     digest: bytes
@@ -138,9 +144,9 @@ class Reference(NamedTuple):
     def read(cls, text: str) -> Reference:
         """Return the readings of *text*.
 
-        White space round a secret, an id or a prefix is dropped, and so are the dots that ``list`` prints behind a
-        prefix. A name counts as it was typed. Text as long as a secret is no part of one, and with ``sk-`` at its start no
-        name: a mistyped secret must not reach another token.
+        White space around a secret, an id or a prefix is dropped, as are the dots that ``list`` prints after a prefix.
+        A name is matched as typed. A mistyped secret must not match another token: text of a secret's length is no part
+        of a secret, and is no name if it starts with ``sk-``.
         """
         typed = text.strip()
         part = typed.rstrip(".…")
@@ -153,19 +159,24 @@ class Reference(NamedTuple):
         )
 
 
-def find(reference: str, digests: Mapping[bytes, Token]) -> list[Token]:
+def find(reference: str, tokens: Mapping[bytes, Token]) -> list[Token]:
     """Return the tokens that *reference* may mean.
 
-    A whole secret comes first. The next are a token id, the shown prefix and an exact name, all alike: a name that is
-    another token's id or prefix means both. A longer part of a secret is the last.
+    A whole secret comes first. A token id, the shown prefix and an exact name are next and rank equally: a name that is
+    another token's id or prefix means both tokens. A longer part of a secret is last.
+
+    Args:
+        reference: text of a command's argument.
+        tokens: every token of the store, by digest.
     """
     wanted = Reference.read(reference)
-    owner = digests.get(wanted.digest)
+    owner = tokens.get(wanted.digest)
     if owner is not None:
         return [owner]
-    tokens = digests.values()
-    exact = [token for token in tokens if wanted.exact in (token.id, token.prefix) or token.name == wanted.name]
-    return exact or [token for token in tokens if token.prefix == wanted.start]
+    exact = [
+        token for token in tokens.values() if wanted.exact in (token.id, token.prefix) or token.name == wanted.name
+    ]
+    return exact or [token for token in tokens.values() if token.prefix == wanted.start]
 
 
 def _checksum(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Environment variables: the known ones, and one reader for all of them."""
+"""Environment variables: the table of known ones, and one reader for all."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 OFF: Final = ("off", "false", "no", "0", "none")
-"""Words that turn a setting off, in any case."""
+"""Words that turn a setting off, in upper or lower case."""
 
 LARGEST: Final = 100_000_000
-"""The largest number of a setting."""
+"""Upper bound of a number."""
 
 SHORTEST_LEASE: Final = 5
-"""Lowest ``FREEGPT_AUTH_LEASE``, in seconds. The database is asked each second and has 2 s to answer, so a shorter lease ends while
-one dead connection is noticed. Measured after a half-open link: no lease for up to 43, 21 and 6 % of the time with 1, 2 and
-3 s, never with 4 s and more."""
+"""Lowest ``FREEGPT_AUTH_LEASE``, in seconds. The database is polled each second with a time limit of 2 s, so one dead
+connection outlasts a shorter lease. Measured after a half-open link: the lease was lost for up to 43, 21 and 6 % of the
+time with 1, 2 and 3 s, and never with 4 s or more."""
 
 _ON = ("on", "true", "yes", "1")
 
@@ -32,8 +32,8 @@ class Variable(NamedTuple):
     """One environment variable of this library.
 
     Attributes:
-        advice: the end of a message about it.
-        kind: a *secret* is in no message; a *location* is if it cannot hold a password.
+        advice: remedy at the end of an error message.
+        kind: a *secret* is not shown in messages; a *location* is shown unless it may hold a password.
         lowest: lower bound of a number.
     """
 
@@ -48,7 +48,7 @@ def _number(lowest: int) -> Variable:
 
 VARIABLES: Final[Mapping[str, Variable]] = {
     "FREEGPT_API_KEY": Variable("give it a key, or unset it", "secret"),
-    # A secret too: an operator may have put the key itself there.
+    # Not a "location": an operator may have put the key itself there.
     "FREEGPT_API_KEY_FILE": Variable("name a file that holds the key, or unset it", "secret"),
     "OPENAI_API_KEY": Variable("give it a key, or unset it", "secret"),
     "FREEGPT_AUTH_STORE": Variable("name a token file or unset it", "location"),
@@ -60,22 +60,22 @@ VARIABLES: Final[Mapping[str, Variable]] = {
     "FREEGPT_AUTH_LEASE": _number(SHORTEST_LEASE),
     "FREEGPT_AUTH_CACHE": _number(1),
 }
-"""Every variable that is read. Any other that begins with ``FREEGPT_AUTH_`` stops a server."""
+"""Every variable that is read. Any other name that begins with ``FREEGPT_AUTH_`` is a ``ConfigurationError``."""
 
 _PREFIX = "FREEGPT_"
 _OWN_PREFIX = "FREEGPT_AUTH_"
-_ALIKE = 0.85  # of difflib; AUTH_STOER and AUTH_STORE have 0.90, AUTH_PORT and AUTH_STORE 0.74
-# Kubernetes and Docker set these in every pod beside a Service named freegpt-auth, or freegpt-….
+_MIN_SIMILARITY = 0.85  # ratio of difflib: AUTH_STOER and AUTH_STORE 0.90, AUTH_PORT and AUTH_STORE 0.74
+# Kubernetes and Docker set these in every container beside a service named freegpt-auth, or freegpt-….
 _SERVICE_LINK = re.compile(
     r"FREEGPT_\w+_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
 )
-_ENDS = string.whitespace + "\ufeff"
+_STRIPPED = string.whitespace + "\ufeff"
 _QUOTES = "\"'`\u201c\u201d\u201e\u2018\u2019\u201a\u00ab\u00bb"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Variables:
-    """The values of :data:`VARIABLES`, checked alike.
+    """The values of :data:`VARIABLES`, all checked by the same rules.
 
     White space, CR, LF and a byte order mark at either end of a value are removed.
 
@@ -83,8 +83,8 @@ class Variables:
         environ: the environment.
 
     Raises:
-        ConfigurationError: of the constructor: a name is misspelt; of every method: a value is empty, wrapped in quotes,
-            holds a control character or cannot be used. The message names the variable.
+        ConfigurationError: the name of a variable is misspelt. Each method raises it for a value that is empty, wrapped
+            in quotes, holds a control character or cannot be used. The message names the variable.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -97,19 +97,19 @@ class Variables:
         return name in self._environ
 
     def text(self, name: str) -> str | None:
-        """Return the value, ``None`` if the variable is not set."""
+        """Return the value; ``None`` if the variable is not set."""
         if name not in self._environ:
             return None
         variable = VARIABLES[name]
         return cleaned(name, self._environ[name], variable.advice, kind=variable.kind)
 
     def location(self, name: str) -> str | None:
-        """Return a path with its ``~`` expanded, or a URL."""
+        """Return the value as a location, with ``~`` expanded; ``None`` if the variable is not set."""
         value = self.text(name)
         return None if value is None else expanded(value)
 
     def flag(self, name: str) -> bool:
-        """Return whether the value is a word for on. A variable that is not set is off."""
+        """Return whether the value is a word for on; ``False`` if the variable is not set."""
         value = self.text(name)
         if value is None or is_off(value):
             return False
@@ -118,7 +118,7 @@ class Variables:
         return True
 
     def number(self, name: str, default: float) -> float:
-        """Return a number from the lowest of the variable to :data:`LARGEST`."""
+        """Return the value as a number; *default* if the variable is not set."""
         value = self.text(name)
         if value is None:
             return default
@@ -132,7 +132,7 @@ class Variables:
         return number
 
     def listed(self, name: str) -> list[str]:
-        """Return the items between commas, none for a word for off."""
+        """Return the items between commas; none for a word for off, or if the variable is not set."""
         value = self.text(name)
         if value is None or is_off(value):
             return []
@@ -143,15 +143,15 @@ def cleaned(subject: str, value: str, advice: str, *, kind: Literal["text", "loc
     """Return *value* without white space and byte order marks at its ends.
 
     Args:
-        subject: the name of the setting, for the message.
-        value: what was set.
-        advice: the end of the message if nothing is left.
-        kind: as of a :class:`Variable`.
+        subject: name of the setting in error messages.
+        value: of the setting.
+        advice: remedy in the message for an empty value.
+        kind: as in :class:`Variable`.
 
     Raises:
-        ConfigurationError: it is then empty, wrapped in quotes, or holds a control character.
+        ConfigurationError: the result is empty, wrapped in quotes, or holds a control character.
     """
-    text = value.strip(_ENDS)
+    text = value.strip(_STRIPPED)
     if not text:
         raise ConfigurationError(f"{subject} is set but empty; {advice}")
     is_shown = kind == "text" or (kind == "location" and not may_hold_password(value))
@@ -166,7 +166,7 @@ def cleaned(subject: str, value: str, advice: str, *, kind: Literal["text", "loc
 
 
 def expanded(location: str) -> str:
-    """Return *location* with the home directory in the place of its ``~``."""
+    """Return *location* with a leading ``~`` replaced by the home directory."""
     return os.path.expanduser(location)  # noqa: PTH111  Path would merge the slashes of a URL
 
 
@@ -176,8 +176,8 @@ def is_off(value: str) -> bool:
 
 
 def _check_unknown(name: str) -> None:
-    """Raise an error if *name* was meant to be one of :data:`VARIABLES`. Its value is not repeated."""
-    bare = name.strip(_ENDS + _QUOTES)
+    """Raise a ``ConfigurationError`` if *name* resembles one of :data:`VARIABLES`. The value is not shown."""
+    bare = name.strip(_STRIPPED + _QUOTES)
     if bare in VARIABLES:
         raise ConfigurationError(
             f"the variable {name!r} is {bare} with a byte order mark, white space or quotes round its name; "
@@ -185,16 +185,16 @@ def _check_unknown(name: str) -> None:
         )
     if not bare.upper().startswith(_PREFIX) or _SERVICE_LINK.fullmatch(bare):
         return
-    meant = _most_alike(bare.upper())
+    meant = _most_similar(bare.upper())
     if meant is not None:
         raise ConfigurationError(f"the variable {name!r} is unknown; rename it to {meant}, or unset it")
     if bare.startswith(_OWN_PREFIX):
         raise ConfigurationError(f"the variable {name!r} is unknown to this version; correct its name, or unset it")
 
 
-def _most_alike(name: str) -> str | None:
-    from difflib import get_close_matches  # noqa: PLC0415  an import that is hardly ever needed
+def _most_similar(name: str) -> str | None:
+    from difflib import get_close_matches  # noqa: PLC0415  rarely needed
 
     known = [other.removeprefix(_PREFIX) for other in VARIABLES if other.startswith(_PREFIX)]
-    found = get_close_matches(name.removeprefix(_PREFIX), known, n=1, cutoff=_ALIKE)
+    found = get_close_matches(name.removeprefix(_PREFIX), known, n=1, cutoff=_MIN_SIMILARITY)
     return _PREFIX + found[0] if found else None

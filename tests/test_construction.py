@@ -29,6 +29,11 @@ pytestmark = pytest.mark.anyio
 class Broken:
     """A token source that fails when it is surveyed."""
 
+    def peek(self, _digest: bytes) -> None:
+        """Find nothing."""
+
+    resolve = peek
+
     def survey(self) -> Any:
         """Fail as a third-party library does."""
         raise RuntimeError("no route to the directory")

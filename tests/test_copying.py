@@ -51,7 +51,7 @@ def test_pickle_guards_another_process(keep: Any, tmp_path: Path, monkeypatch: p
     pickled = pickle.dumps(BearerTokenMiddleware(print, public_paths=["/health"]))  # type: ignore[arg-type]
     program = (
         "import pickle, sys; guard = pickle.loads(sys.stdin.buffer.read()); "
-        "print(guard._authenticator.mode, guard._look_ups.verifier.path, guard._usage._store.source, *guard._public_paths)"
+        "print(guard._authenticator.mode, guard._look_ups.source.path, guard._usage._store.source, *guard._public_paths)"
     )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

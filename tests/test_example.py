@@ -1,4 +1,4 @@
-"""The example server, run as a reader would run it: every endpoint, every way to configure it."""
+"""The example server, run as a reader runs it: every endpoint, every way to configure it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WRONG = SECRET[:-1] + ("0" if SECRET[-1] != "0" else "1")
 
 
 def call(server: Any, path: str, token: str | None = None, body: object = None) -> httpx.Response:
-    """Send one request: a POST if there is a body. What is not bytes is sent as JSON."""
+    """Send one request, a POST if there is a body. A body that is not bytes is sent as JSON."""
     content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     method = "GET" if content is None else "POST"
@@ -46,7 +46,7 @@ def call(server: Any, path: str, token: str | None = None, body: object = None) 
 
 
 def chat(server: Any, token: str | None, messages: object = HELLO, **others: object) -> httpx.Response:
-    """Ask for a chat completion."""
+    """Request a chat completion."""
     return call(server, CHAT, token, {"model": "freegpt-4", "messages": messages, **others})
 
 
@@ -63,7 +63,7 @@ def realtime(server: Any, token: str | None = None, protocols: list[str] | None 
 
 @pytest.fixture(scope="module")
 def server(serve_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Run one server for all tests of what it answers; none of them may show as a traceback, or a secret in the log."""
+    """Run one server for all tests of its answers; its log must hold no traceback and no secret."""
     file = tmp_path_factory.mktemp("tokens") / "mine.json"
     FileTokenStore(file).add(digest_of(SECRET), TOKEN)
     server = serve_once(script=EXAMPLE, FREEGPT_AUTH_STORE=str(file))
@@ -86,7 +86,7 @@ def test_endpoints(server: Any) -> None:
 
 
 def test_completion(server: Any) -> None:
-    """A completion has the form of OpenAI's; streamed, it is events: the role, the words, why it ended, and [DONE]."""
+    """A completion has OpenAI's form; streamed, it is events: the role, the words, the finish reason, and [DONE]."""
     plain, stream = (chat(server, SECRET, stream=stream) for stream in (False, True))
     common = {key: plain.json()[key] for key in ("id", "created", "model")}
     assert common["id"].startswith("chatcmpl-")
@@ -129,7 +129,7 @@ def test_streamed_usage(server: Any, *, asked: bool) -> None:
         ([{"role": "user", "content": "\ud83d"}], "\ud83d"),  # half an emoji
     ],
 )
-def test_what_is_repeated(server: Any, messages: object, said: str) -> None:
+def test_last_message_is_repeated(server: Any, messages: object, said: str) -> None:
     """The user's last message is repeated character for character, whether streamed or not."""
     plain = chat(server, SECRET, messages).json()["choices"][0]["message"]["content"]
     events = chat(server, SECRET, messages, stream=True).text.split("\n\n")[:-2]
@@ -168,7 +168,7 @@ def test_bad_requests(server: Any, body: object, status: int, code: str | None) 
     ids=["header", "protocols", "protocol"],
 )
 def test_websocket(server: Any, token: str | None, protocols: list[str] | None, chosen: str | None) -> None:
-    """A WebSocket presents its token in a header or as a subprotocol, which is never sent back; messages are."""
+    """A WebSocket sends its token in a header or as a subprotocol, which is never sent back; its messages are."""
     with realtime(server, token, protocols) as websocket:
         assert websocket.subprotocol == chosen
         assert SECRET not in str(websocket.response.headers)
@@ -183,7 +183,7 @@ def test_websocket(server: Any, token: str | None, protocols: list[str] | None, 
     ids=["nothing", "header", "protocol"],
 )
 def test_websocket_refused(server: Any, token: str | None, protocols: list[str] | None) -> None:
-    """A WebSocket without a token that works is refused with HTTP 401, before it is one."""
+    """A WebSocket without a valid token is refused with HTTP 401, before the upgrade."""
     with pytest.raises(InvalidStatus) as caught:
         realtime(server, token, protocols)
     response = caught.value.response
@@ -194,7 +194,7 @@ def test_websocket_refused(server: Any, token: str | None, protocols: list[str] 
 
 
 def test_websocket_client_leaves(server: Any) -> None:
-    """A client that leaves while it is being answered is no error of the server."""
+    """A client that leaves during an answer causes no error in the server."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     client = ClientProtocol(parse_uri(f"ws://{host}:{port}/v1/realtime"))
     request = client.connect()
@@ -214,7 +214,7 @@ def test_websocket_client_leaves(server: Any) -> None:
 
 
 def test_open_mode_until_a_token_is_created(serve: Callable[..., Any], command: Callable[..., Any]) -> None:
-    """With nothing configured every request passes and a warning says so; then one token works until it is revoked."""
+    """With nothing configured every request passes, with a warning; then only the token works, until it is revoked."""
     server = serve(script=EXAMPLE)
     assert chat(server, None).status_code == chat(server, "DUMMY_KEY").status_code == 200
     assert re.search("^WARNING:freegpt_auth:open mode: .* create NAME$", server.log.read_text(), re.MULTILINE)
@@ -251,8 +251,8 @@ def test_key_in_dotenv(
     assert not served or "INFO:freegpt_auth:environment mode: 0 active token(s)" in log
 
 
-def test_settings_that_cannot_be_used() -> None:
-    """A server whose settings, here in .env, cannot be used does not start, and says why."""
+def test_unusable_settings() -> None:
+    """A server does not start on unusable settings, here in .env, and gives the reason."""
     Path(".env").write_text("FREEGPT_AUTH_REQUIRED=1\n")
     command = [sys.executable, str(EXAMPLE), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
@@ -264,7 +264,7 @@ def test_settings_that_cannot_be_used() -> None:
     ("arguments", "address"), [([], ("127.0.0.1", 8000)), (["--host", "::1", "--port", "9000"], ("::1", 9000))]
 )
 def test_address(monkeypatch: pytest.MonkeyPatch, arguments: list[str], address: tuple[str, int]) -> None:
-    """The server listens on 127.0.0.1:8000, or where --host and --port say."""
+    """The server listens on 127.0.0.1:8000, or on the address in --host and --port."""
     served: list[tuple[str, int]] = []
     monkeypatch.setattr("uvicorn.run", lambda _app, *, host, port, **_: served.append((host, port)))
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
@@ -272,7 +272,7 @@ def test_address(monkeypatch: pytest.MonkeyPatch, arguments: list[str], address:
     assert served == [address]
 
 
-def test_importing_it_does_nothing(tmp_path: Path) -> None:
+def test_import_has_no_side_effects(tmp_path: Path) -> None:
     """Importing the example starts no server, writes no file and leaves logging alone."""
     before = list(logging.getLogger().handlers)
     assert callable(runpy.run_path(str(EXAMPLE), run_name="chat_server")["app"])

@@ -1,4 +1,4 @@
-"""The user's guide, sentence by sentence: its commands, its outputs, its three modes, its ways out of trouble."""
+"""The user's guide, sentence by sentence: its commands, outputs, modes and remedies, on a real server."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def start(serve: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def manage(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that runs a command of the guide and returns what it printed."""
+    """Return a function that runs a command of the guide and returns its output."""
 
     def call(*arguments: str) -> str:
         assert main(arguments) == 0
@@ -78,7 +78,7 @@ def manage(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def chat(server: Any, token: str | None = None) -> tuple[int, Any]:
-    """Send the guide's request, as curl and the Python client of the guide do, and return status and content."""
+    """Send the guide's request, and return status and content."""
     body = {"model": "freegpt-4", "messages": [{"role": "user", "content": "Hello!"}]}
     request = urllib.request.Request(server.url + "/v1/chat/completions", json.dumps(body).encode(), method="POST")
     request.add_header("Content-Type", "application/json")
@@ -93,15 +93,15 @@ def chat(server: Any, token: str | None = None) -> tuple[int, Any]:
 
 
 def statuses(server: Any, *tokens: str | None) -> list[int]:
-    """Return what a request with each of these tokens is answered."""
+    """Return the status of one request with each of these tokens."""
     return [server.get(token=token) for token in tokens]
 
 
 # --- Creating API Tokens
 
 
-def test_create_tokens_with_the_names_of_the_guide(manage: Callable[..., str]) -> None:
-    """Every name in the guide gets a token like ``sk-a1b2c3d4e5f6...``, active, never used, and never shown again."""
+def test_create(manage: Callable[..., str]) -> None:
+    """Every name in the guide gets an active, unused token, whose secret is never shown again."""
     before = datetime.now().astimezone().replace(tzinfo=None, microsecond=0)
     for number, name in enumerate(NAMES, start=1):
         secret = manage("create", name)
@@ -119,8 +119,8 @@ def test_create_tokens_with_the_names_of_the_guide(manage: Callable[..., str]) -
         ]
 
 
-def test_view_revoke_and_delete(manage: Callable[..., str]) -> None:
-    """The list is the guide's to the character; by the prefix that it shows revoke keeps a record, delete does not."""
+def test_list_revoke_and_delete(manage: Callable[..., str]) -> None:
+    """The list is the guide's to the character; revoke by the shown prefix keeps the record, delete removes it."""
     # The two tokens of the example, as the ancestor of this project kept them.
     first = {"name": "my-application", "created_at": "2025-11-26T10:30:00", "last_used": "2025-11-26T11:45:23"}
     second = {"name": "mobile-app", "created_at": "2025-11-25T15:20:00", "last_used": None}
@@ -136,8 +136,8 @@ def test_view_revoke_and_delete(manage: Callable[..., str]) -> None:
 # --- Using Tokens
 
 
-def test_a_token_in_the_env_file_of_a_server(start: Callable[..., Any]) -> None:
-    """Method 1: the key in the ``.env`` file that a server loads is the one that works."""
+def test_key_in_env_file(start: Callable[..., Any]) -> None:
+    """Method 1: a server that loads ``.env`` accepts the key in it, and only that key."""
     secret = generate_secret()
     Path(".env").write_text(f"FREEGPT_API_KEY={secret}\n")
     server = start("--env-file", ".env")
@@ -145,7 +145,7 @@ def test_a_token_in_the_env_file_of_a_server(start: Callable[..., Any]) -> None:
 
 
 def test_requests_with_a_token(start: Callable[..., Any], manage: Callable[..., str]) -> None:
-    """Methods 2 and 3: the guide's request passes with a token; list then tells it from one that was never used."""
+    """Methods 2 and 3: the guide's request passes with a token, whose use list then shows."""
     secret, unused = manage("create", "my-application"), manage("create", "unused")
     server = start()
     assert chat(server, secret) == (200, {"model": "freegpt-4", "user": "my-application"})
@@ -167,10 +167,8 @@ def test_requests_with_a_token(start: Callable[..., Any], manage: Callable[..., 
 # --- Authentication Modes
 
 
-def test_without_keys_and_tokens_all_requests_are_allowed(
-    start: Callable[..., Any], manage: Callable[..., str]
-) -> None:
-    """Mode 1: with nothing configured every request passes and the log says so; the first token closes the server."""
+def test_open_mode(start: Callable[..., Any], manage: Callable[..., str]) -> None:
+    """Mode 1: with nothing configured every request passes, with a warning; the first token closes the server."""
     server = start()
     assert statuses(server, None, "whatever") == [200, 200]
     assert "open mode" in server.log.read_text()
@@ -179,15 +177,15 @@ def test_without_keys_and_tokens_all_requests_are_allowed(
 
 
 @pytest.mark.parametrize("names", [["OPENAI_API_KEY"], ["FREEGPT_API_KEY", "OPENAI_API_KEY"]], ids=["one", "both"])
-def test_with_a_variable_only_that_key_works(start: Callable[..., Any], names: list[str]) -> None:
-    """Mode 2: with a key in the environment that one key works and nothing else does; of two FREEGPT_API_KEY's."""
+def test_environment_mode(start: Callable[..., Any], names: list[str]) -> None:
+    """Mode 2: only the key in the environment works, and FREEGPT_API_KEY wins over the other."""
     server = start(**{name: f"key of {name}" for name in names})
     presented = [*(f"key of {name}" for name in names), generate_secret(), None]
     assert statuses(server, *presented) == [200] + [401] * len(names) + [401]
 
 
-def test_with_both_any_valid_token_authenticates(start: Callable[..., Any], manage: Callable[..., str]) -> None:
-    """Mode 3: key and tokens are valid together. List, revoke or delete a compromised one: it is out, all others pass."""
+def test_token_file_mode(start: Callable[..., Any], manage: Callable[..., str]) -> None:
+    """Mode 3: key and tokens work together; a revoked or deleted token is refused, all others still pass."""
     first, second, third = (manage("create", name) for name in ("webapp-production", "mobile-ios", "github-actions"))
     server = start(FREEGPT_API_KEY="key-one")
     assert statuses(server, "key-one", first, second, third, "other", None) == [200, 200, 200, 200, 401, 401]
@@ -196,7 +194,6 @@ def test_with_both_any_valid_token_authenticates(start: Callable[..., Any], mana
         prefix = f"{compromised[:14]}..."
         assert f" {prefix}\n" in listed
         manage(way, prefix)
-        # No waiting: when the command has returned, the token is refused.
         assert server.get(token=compromised) == 401
     assert statuses(server, "key-one", first, second, third) == [200, 401, 401, 200]
 
@@ -204,8 +201,8 @@ def test_with_both_any_valid_token_authenticates(start: Callable[..., Any], mana
 # --- Security Best Practices, Troubleshooting
 
 
-def test_from_an_invalid_key_to_a_valid_one_and_on(start: Callable[..., Any], manage: Callable[..., str]) -> None:
-    """Who meets "Invalid API key provided" lists and creates, and later rotates: nothing restarts, nobody is refused."""
+def test_invalid_key_and_rotation(start: Callable[..., Any], manage: Callable[..., str]) -> None:
+    """After "Invalid API key provided" a new token works; a replaced one overlaps with it until it is revoked."""
     manage("create", "somebody-else")
     server = start(FREEGPT_API_KEY="key-one")
     status, content = chat(server, "sk-mistyped")
@@ -221,10 +218,10 @@ def test_from_an_invalid_key_to_a_valid_one_and_on(start: Callable[..., Any], ma
     assert statuses(server, new, old) == [200, 401]
 
 
-def test_disabling_authentication_completely(
+def test_disable_authentication(
     start: Callable[..., Any], manage: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unset the variables, rename the token file, restart: open. Before the restart the renaming opens nothing."""
+    """With the variables unset and the token file renamed, a restart opens the server; the renaming alone does not."""
     monkeypatch.setenv("FREEGPT_API_KEY", "key-one")
     monkeypatch.setenv("OPENAI_API_KEY", "key-two")
     secret = manage("create", "mobile-app")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from freegpt_auth import ConfigurationError
-from freegpt_auth.location import driver_required, is_url
+from freegpt_auth.location import Location, driver_required
 
 ADDRESSES = [
     *("postgresql:/u@h/hunter2", "postgresql//u:hunter2@h", "Postgres:u:hunter2@h", "./postgresql://u:hunter2@h"),
@@ -15,34 +17,40 @@ ADDRESSES = [
 """Mistyped addresses of databases."""
 
 
-@pytest.mark.parametrize(
-    "location", ["api_tokens.json", "/a/b.json", "postgresql", "postgres/t.json", "C:/x", "./a:b@c"]
-)
-def test_path_is_no_url(location: str) -> None:
-    """A path stays a path, whatever characters are in it."""
-    assert not is_url(location)
+@pytest.mark.parametrize("text", ["api_tokens.json", "/a/b.json", "postgresql", "postgres/t.json", "C:/x", "./a:b@c"])
+def test_path_is_no_url(text: str) -> None:
+    """A path stays a path, whatever characters are in it, and names one file from any directory."""
+    location = Location.of(text)
+    assert location == Location(text)
+    assert location.can_be_open
+    assert location.absolute() == Location(str(Path(text).absolute()))
+    assert location.is_same_file(location.absolute())
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
 def test_both_schemes_of_postgresql(scheme: str) -> None:
-    """Hosting services give URLs of either kind, and both will do."""
-    assert is_url(f"{scheme}://u@h/d")
+    """Hosting services give URLs of either kind; a server over one is never open, and its password is never shown."""
+    location = Location.of(f"{scheme}://u:hunter2@h/d?password=hunter2")
+    assert location is Location.of(location) is location.absolute() is location.default_usage()
+    assert not location.can_be_open
+    assert not location.is_same_file(location)
+    assert repr(location) == f"Location('{scheme}://…@h/d?password=…')"
 
 
 @pytest.mark.parametrize("scheme", ["mysql", "sqlite", "PostgreSQL", "postgresql+psycopg", "file"])
 def test_other_scheme_is_refused(scheme: str) -> None:
     """A URL without a driver is reported by its scheme alone: the rest may be a password."""
     with pytest.raises(ConfigurationError, match=r"^the store begins with \S+://, which names no store") as caught:
-        is_url(f"{scheme}://u:hunter2@h")
+        Location.of(f"{scheme}://u:hunter2@h")
     assert f" {scheme}://" in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("location", ADDRESSES)
-def test_mistyped_address_is_refused(location: str) -> None:
+@pytest.mark.parametrize("text", ADDRESSES)
+def test_mistyped_address_is_refused(text: str) -> None:
     """A mistyped address is no path of a token file, which would be logged with its password."""
     with pytest.raises(ConfigurationError, match=r"^usage resembles the address of a database but") as caught:
-        is_url(location, "usage")
+        Location.of(text, "usage")
     assert "hunter2" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""The two ways to the commands: ``python -m freegpt_auth`` and the script ``freegpt-auth``."""
+"""The two entry points of the commands: ``python -m freegpt_auth`` and the script ``freegpt-auth``."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def run(*program: str, env: dict[str, str] | None = None) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("program", [(sys.executable, "-m", "freegpt_auth"), (SCRIPT,)], ids=["module", "script"])
-def test_both_ways_are_one_program(program: tuple[str, ...]) -> None:
-    """Both ways make a token in the working directory, show one help, and exit 0 done, 1 could not, 2 wrong usage."""
+def test_both_entry_points_are_one_program(program: tuple[str, ...]) -> None:
+    """Both create a token in the working directory, print the same help, and exit with 0, 1 or 2."""
     done = run(*program, "create", "ci")
     assert done.returncode == 0
     assert has_valid_checksum(done.stdout.strip())
@@ -41,10 +41,8 @@ UNSAFE = {**os.environ, "PYTHONSAFEPATH": ""}
 
 
 def test_working_directory_is_no_module_path() -> None:
-    """A command runs no module of the folder in which it is typed, which may be anybody's.
-
-    The interpreter loads a few modules before this package.
-    """
+    """A command imports no module from the working directory, which may belong to another user."""
+    # The interpreter loads a few modules before this package.
     program = "import runpy, sys; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded_by_python = set(run(sys.executable, "-c", program).stdout.split())
     for name in {"msgspec", "filelock", *sys.stdlib_module_names} - loaded_by_python:
@@ -55,33 +53,35 @@ def test_working_directory_is_no_module_path() -> None:
 
 
 def test_package_in_the_working_directory_runs() -> None:
-    """In a clone the module runs the clone's commands."""
+    """In a clone of the repository the module runs the commands of the clone."""
     for name in ("__init__.py", "__main__.py"):
         Path("freegpt_auth").mkdir(exist_ok=True)
         shutil.copy(Path(freegpt_auth.__file__).with_name(name), "freegpt_auth")
     Path("freegpt_auth", "cli.py").write_text("def main(): print('of the clone')")
-    bare = {name: value for name, value in UNSAFE.items() if "COVERAGE" not in name}  # the clone is soon gone
+    bare = {
+        name: value for name, value in UNSAFE.items() if "COVERAGE" not in name
+    }  # coverage could not read the clone later
     assert run(sys.executable, "-m", "freegpt_auth", env=bare).stdout == "of the clone\n"
 
 
 def test_deleted_working_directory() -> None:
-    """Where no working directory is, help is shown all the same."""
+    """Help is printed although the working directory was deleted, before or after the start."""
     script = 'mkdir gone; cd gone; rmdir "$PWD"; exec "$0" -m freegpt_auth --help'
     assert run("sh", "-c", script, sys.executable, env=UNSAFE).stdout.startswith("usage: ")
-    # Once more with a directory that is gone after the start: coverage cannot start without one.
+    # After the start: coverage cannot start without a working directory.
     leave = "import os, runpy; os.mkdir('late'); os.chdir('late'); os.rmdir('../late')"
     start = "runpy.run_module('freegpt_auth', None, '__main__')"
     assert run(sys.executable, "-c", f"{leave}; {start}", "--help").stdout.startswith("usage: ")
 
 
 def test_importing_the_module_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Tools that import every module of a package start no command."""
+    """A tool that imports every module of a package starts no command."""
     importlib.import_module("freegpt_auth.__main__")
     assert capsys.readouterr() == ("", "")
 
 
 def test_commands_start_without_the_server_side() -> None:
-    """A command that only reads loads no web framework, event loop or lock: it answers in a blink."""
+    """A command that only reads imports no web framework, event loop or lock, to start fast."""
     program = (
         "import sys; from freegpt_auth.cli import main; main(['list']); "
         "print(sorted({'starlette', 'anyio', 'asyncio', 'filelock'} & set(sys.modules)))"

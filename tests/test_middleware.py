@@ -38,7 +38,7 @@ from freegpt_auth.guard.credentials import SUBPROTOCOL
 from freegpt_auth.guard.denials import RETRY_AFTER
 from freegpt_auth.guard.lookups import LANE_WIDTH
 from freegpt_auth.stores.file import store as file_store, table
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, issue
 
 if TYPE_CHECKING:
@@ -402,19 +402,6 @@ async def test_token_source_without_tokens_is_closed(statuses: Any) -> None:
     assert await statuses(BearerTokenMiddleware(NEVER, store=FileTokenStore(TOKEN_FILE)), None) == [401]
 
 
-async def test_a_server_that_closes_meanwhile_refuses(
-    store: MemoryTokenStore, monkeypatch: pytest.MonkeyPatch, statuses: Any
-) -> None:
-    """A request that was on its way in when another one found the first token is refused."""
-    guarded = BearerTokenMiddleware(NEVER, store=store)
-    authenticator = guarded._authenticator
-    authenticator.mode = AuthMode.OPEN
-    # What another request's thread does, between this one's first look at the mode and its second.
-    monkeypatch.setattr(authenticator, "peek_open", authenticator.resolve_open)
-    assert await statuses(guarded, None) == [401]
-    assert authenticator.mode is AuthMode.TOKEN_FILE
-
-
 @pytest.mark.parametrize(
     ("arguments", "tokens", "usage"),
     [
@@ -428,11 +415,11 @@ async def test_a_server_that_closes_meanwhile_refuses(
 def test_where_tokens_and_usage_are(
     request: pytest.FixtureRequest, arguments: dict[str, Any], tokens: str | None, usage: str | None
 ) -> None:
-    """Both are where they were put, usage by default beside the token file; with a verifier of one's own it is off."""
+    """Both are where they were put, usage by default beside the token file; with a token source of one's own it is off."""
     request.getfixturevalue("monkeypatch").setenv("FREEGPT_AUTH_STORE", "there.json")
     guarded = BearerTokenMiddleware(plain, usage_interval=0.5, **arguments)
-    verifier, recorder = guarded._authenticator._verifier, guarded._usage
-    assert verifier.path == str(Path(tokens).absolute()) if tokens else verifier is arguments["store"]
+    source, recorder = guarded._authenticator._source, guarded._usage
+    assert source.path == str(Path(tokens).absolute()) if tokens else source is arguments["store"]
     assert (recorder and (recorder._store.source, recorder._interval)) == (usage and (str(Path(usage).absolute()), 0.5))
 
 
@@ -490,7 +477,7 @@ async def test_usage_is_written_before_the_shutdown_is_complete(
         await send({"type": ending})
 
     async def send(message: Any) -> None:
-        usage = await to_thread.run_sync(read_usage, "api_tokens.usage.db")
+        usage = await to_thread.run_sync(lambda: UsageDatabase("api_tokens.usage.db").read())
         written.append((message["type"], usage[token.id].use_count if usage else 0))
 
     guarded = BearerTokenMiddleware(application)
@@ -513,7 +500,7 @@ async def test_only_accepted_tokens_are_counted(
     assert not await anyio.Path("counts.db").exists()
     assert await statuses(guarded, secret) == [200]
     await to_thread.run_sync(guarded._usage.flush)
-    usage = await to_thread.run_sync(read_usage, "counts.db")
+    usage = await to_thread.run_sync(lambda: UsageDatabase("counts.db").read())
     assert {key: value.use_count for key, value in usage.items()} == {token.id: 1}
 
 
@@ -548,7 +535,7 @@ def test_a_lifespan_is_passed_on(store: MemoryTokenStore) -> None:
 
 
 class Slow:
-    """A verifier that knows nothing by heart, and remembers which threads it was asked from."""
+    """A source that remembers nothing, and remembers which threads it was asked from."""
 
     def __init__(self) -> None:
         self.threads: set[int] = set()
@@ -674,7 +661,7 @@ async def test_no_object_holds_a_secret(keep: Keep, monkeypatch: pytest.MonkeyPa
     _, secret = keep(FileTokenStore(TOKEN_FILE))
     guarded = BearerTokenMiddleware(plain)
     assert await statuses(guarded, secret, KEY, "sk-wrong") == [200, 200, 401]
-    parts = [guarded, guarded._authenticator, guarded._authenticator._verifier, guarded._usage]
+    parts = [guarded, guarded._authenticator, guarded._authenticator._source, guarded._usage]
     seen = repr([(part, vars(part)) for part in parts])
     await to_thread.run_sync(guarded._usage.flush)
     assert "api_tokens.json" in seen
@@ -682,7 +669,7 @@ async def test_no_object_holds_a_secret(keep: Keep, monkeypatch: pytest.MonkeyPa
 
 
 class Waiting(Slow):
-    """A slow verifier that answers when it is let, and takes few waiting requests."""
+    """A slow source that answers when it is released, and takes few waiting requests."""
 
     look_up_limit = 3
 
@@ -727,10 +714,10 @@ async def test_more_than_may_wait_are_asked_to_come_back(ask: Ask) -> None:
     assert (await ask(guarded, headers=bearer(LIVE))).status == 200
 
 
-async def test_the_verifier_is_closed_when_the_server_stops() -> None:
-    """At shutdown a verifier lets go of its connections, in a thread and before the server may exit; one without, not."""
-    for verifier in (Waiting(), Slow()):
-        steps: list[str] = getattr(verifier, "closed", [])
+async def test_source_is_closed_when_the_server_stops() -> None:
+    """At shutdown a token source releases its connections, in a thread and before the server may exit; one without, not."""
+    for source in (Waiting(), Slow()):
+        steps: list[str] = source.closed if isinstance(source, Waiting) else []
 
         async def application(_scope: Any, _receive: Any, send: Any) -> None:
             await send({"type": "lifespan.startup.complete"})
@@ -739,10 +726,10 @@ async def test_the_verifier_is_closed_when_the_server_stops() -> None:
         async def send(message: Any, steps: list[str] = steps) -> None:
             steps.append(message["type"])
 
-        await BearerTokenMiddleware(application, store=verifier)({"type": "lifespan"}, NEVER, send)
+        await BearerTokenMiddleware(application, store=source)({"type": "lifespan"}, NEVER, send)
         expected = [
             "lifespan.startup.complete",
-            *["closed"] * isinstance(verifier, Waiting),
+            *["closed"] * isinstance(source, Waiting),
             "lifespan.shutdown.complete",
         ]
         assert steps == expected
@@ -778,15 +765,15 @@ def test_the_settings_of_a_database_reach_it(monkeypatch: pytest.MonkeyPatch) ->
     """The lease and the cache of the environment are those of the store, and its usage is in the same database."""
     from freegpt_auth.stores.postgres.store import LOOK_UP_LIMIT, PostgresTokenStore  # noqa: PLC0415
 
-    surveyed = Survey(configured=True, active=0, source="postgresql://u@h/d")
+    surveyed = Survey(configured=True, active=0, source="postgresql://u@h/d", kind="database")
     monkeypatch.setattr(PostgresTokenStore, "survey", lambda _: surveyed)
     monkeypatch.setenv("FREEGPT_AUTH_STORE", "postgresql://u:hunter2@h/d")
     monkeypatch.setenv("FREEGPT_AUTH_LEASE", "7")
     monkeypatch.setenv("FREEGPT_AUTH_CACHE", "9")
     guarded = BearerTokenMiddleware(plain)
-    verifier = guarded._look_ups.verifier
-    assert (verifier._lease, verifier._cache.limit) == (7.0, 9)
+    source: Any = guarded._look_ups.source
+    assert (source._lease, source._cache.limit) == (7.0, 9)
     assert guarded._usage._store.source == "postgresql://u@h/d"
-    assert guarded._look_ups._limit == LOOK_UP_LIMIT
-    assert guarded._authenticator.mode is AuthMode.TOKEN_FILE
-    assert "hunter2" not in repr([vars(part) for part in (guarded, verifier, guarded._usage)])
+    assert guarded._look_ups.source.look_up_limit == LOOK_UP_LIMIT
+    assert guarded._authenticator.mode is AuthMode.DATABASE
+    assert "hunter2" not in repr([vars(part) for part in (guarded, source, guarded._usage)])

@@ -1,4 +1,4 @@
-"""What is delivered: the wheel, its metadata, the locked versions, and that the project's papers agree with each other."""
+"""The package: its wheel, its metadata, its locked versions and its tools, as CONTRIBUTING.md describes them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import configparser
 import os
 import re
 import tomllib
+from importlib import import_module
 from importlib.metadata import distributions, requires, version
 from pathlib import Path
 
@@ -13,15 +14,16 @@ import pytest
 from packaging.requirements import Requirement
 
 import freegpt_auth
+from tests.helpers import prose
+from tests.helpers.pages import PROJECT, only
 
-PROJECT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ.get("TOX_ENV_NAME", "")
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 LOCKS = {path.stem: path.read_text() for path in (PROJECT / "requirements").iterdir()}
 TOX = configparser.ConfigParser(interpolation=None)
 TOX.read(PROJECT / "tox.ini")
 NEWEST = {"testenv:newest", "testenv:audit"}
-"""The environments that exist to meet versions that no lock has yet."""
+"""The environments for the newest versions, which no lock holds back."""
 
 
 def pinned(lock: str) -> dict[str, str]:
@@ -47,12 +49,12 @@ def required(lock: str) -> list[Requirement]:
 
 
 @pytest.mark.skipif(not ENVIRONMENT, reason="only tox builds a wheel")
-def test_the_tests_run_against_the_installed_wheel() -> None:
-    """What is tested is what users install, and not the checkout, which may hold more than the wheel."""
+def test_tests_import_the_installed_wheel() -> None:
+    """The tests import the wheel that users install, not the checkout, which may hold more."""
     assert "site-packages" in Path(freegpt_auth.__file__).parts
 
 
-def test_the_lower_bounds_are_what_was_tested() -> None:
+def test_lower_bounds_are_tested() -> None:
     """Each lower bound in pyproject.toml is the very version that the tests pass with in the environment "lowest"."""
     for requirement in requires("freegpt-auth") or []:
         name, bound = requirement.partition(";")[0].strip().split(">=")
@@ -105,28 +107,58 @@ def test_installed_versions_are_locked() -> None:
     assert installed.items() <= lock.items()
 
 
-def test_changelog_covers_this_version() -> None:
-    """The changes since the last release stand first, and then those of the release that is declared."""
-    sections = re.findall(r"^## \[(.+?)\]", (PROJECT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert sections[:2] == ["Unreleased", version("freegpt-auth")]
-    assert PYPROJECT["project"]["version"] == version("freegpt-auth")
-
-
-def test_only_four_packages_are_needed_to_run() -> None:
+def test_four_run_time_dependencies() -> None:
     """A security library's dependencies are its supply chain: a fifth one does not slip in."""
     names = [re.match(r"[\w-]+", line)[0] for line in requires("freegpt-auth") or [] if "extra ==" not in line]  # type: ignore[index]
     assert sorted(names) == ["anyio", "filelock", "msgspec", "starlette"]
 
 
-def test_ci_runs_the_command_that_the_readme_gives() -> None:
-    """Who copies the test command from the README runs exactly what decides about a change."""
-    readme = (PROJECT / "README.md").read_text()
-    block = re.search(r"^## Test it\n\n```sh\n(.+?)\n```", readme, re.MULTILINE | re.DOTALL)
-    assert block is not None
-    assert block[1] in (PROJECT / ".ci" / "run").read_text().splitlines()
+# --- the tools of a contributor
 
 
-def test_nothing_secret_can_be_committed_by_accident() -> None:
-    """The token file, its sidecars and .env are ignored by git, as the guide says."""
+def test_one_command_decides_about_a_change() -> None:
+    """CI runs the very command that README.md and CONTRIBUTING.md give."""
+    command = only("README.md", "Test it", "sh")
+    assert command == only("CONTRIBUTING.md", "Run the tests", "sh")
+    assert command.strip() in (PROJECT / ".ci" / "run").read_text().splitlines()
+
+
+def test_contributing_names_every_environment() -> None:
+    """A contributor finds each tox environment in the table, and in the table only those that exist."""
+    table = (PROJECT / "CONTRIBUTING.md").read_text().partition("| Environment |")[2].partition("\n\n")[0]
+    named = {
+        name.partition("-")[0]
+        for row in table.splitlines()
+        for name in re.findall(r"`([a-z][\w*-]*)`", row.split("|")[1])
+    }
+    existing = {name.removeprefix("testenv:").partition("-")[0] for name in TOX if name.startswith("testenv:")} - {
+        ".pkg",
+        ".pkg-newest",
+    }
+    assert named == existing | {"py311", "py314"}
+
+
+def test_hooks_run_locked_programs() -> None:
+    """Each hook before a commit runs a program of the environment "style"; no hook is downloaded."""
+    configuration = import_module("yaml").safe_load((PROJECT / ".pre-commit-config.yaml").read_text())
+    assert [each["repo"] for each in configuration["repos"]] == ["local"]
+    for hook in configuration["repos"][0]["hooks"]:
+        program, *arguments = hook["entry"].split()
+        assert Path(program).parent == Path(".tox/style/bin")
+        assert Path(program).name in {"python", *pinned("style")}
+        assert hook["language"] == "system"
+        assert all((PROJECT / each).exists() for each in arguments if each.endswith(".py"))
+
+
+def test_prose_check_finds_clauses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The hook names the line of a clause without a noun, in docstrings and comments; a question passes."""
+    module = tmp_path / "module.py"
+    module.write_text('"""Return what is held."""\n\nx = "what"  # who waits?\n')
+    assert prose.main([str(module)]) == 1
+    assert capsys.readouterr().out == f"{module}:1: what: name the thing\n"
+
+
+def test_git_ignores_secrets() -> None:
+    """The token file, its sidecars and .env cannot be committed by accident."""
     ignored = (PROJECT / ".gitignore").read_text().splitlines()
     assert {"api_tokens.json", "api_tokens.json.*", "api_tokens.usage.db*", ".env"} <= set(ignored)

@@ -1,13 +1,9 @@
-"""What docs/postgresql.md and the README say of a database is what happens."""
+"""The commands and statements of the pages on PostgreSQL work: docs/guide/fleet.md and docs/operations."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,99 +12,101 @@ from freegpt_auth import FileTokenStore
 from freegpt_auth.stores.postgres import PostgresTokenStore
 from freegpt_auth.stores.postgres.usage import PostgresUsage
 from freegpt_auth.usage.base import Batch
-from tests.helpers.pages import blocks
+from tests.helpers.pages import Shell, blocks, only
 from tests.helpers.postgresql import BINARIES, PASSWORD
 
-BLOCKS = blocks("docs/postgresql.md")
+FLEET, MONITORING, BACKUP, DATABASE = (
+    "docs/guide/fleet.md",
+    "docs/operations/monitoring.md",
+    "docs/operations/backup.md",
+    "docs/operations/database.md",
+)
 URL, WITHOUT_PASSWORD = "postgresql://user:password@host/database", "postgresql://user@host/database"
 
 
-def code(heading: str, language: str = "sh") -> list[str]:
-    """Return the blocks of a language under a heading."""
-    found = [block.code for block in BLOCKS if (block.heading, block.language) == (heading, language)]
-    assert found
-    return found
-
-
-def run(script: str, database: str) -> subprocess.CompletedProcess[str]:
-    """Run shell code with the URL that stands in it replaced, and this Python's and PostgreSQL's programs on the path."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), str(BINARIES), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "FREEGPT_AUTH_STORE": database, "PGPASSWORD": PASSWORD}
+def run(script: str, database: str) -> str:
+    """Run shell code with *database* in the place of the URL that stands in it, and return its output."""
     pasted = script.replace(URL, database).replace(WITHOUT_PASSWORD, database.replace(f":{PASSWORD}", ""))
-    return subprocess.run(
-        ["sh", "-ec", pasted],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=environment,
-    )
+    shell = Shell(FREEGPT_AUTH_STORE=database, PGPASSWORD=PASSWORD)
+    shell.environment["PATH"] = f"{BINARIES}:{shell.environment['PATH']}"
+    done = shell.run(pasted)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
-def test_the_first_commands_make_a_token(cluster: Any) -> None:
+def name_of(database: str) -> str:
+    """Return the name of a database at the end of its URL."""
+    return database.rpartition("/")[2]
+
+
+def test_first_commands_make_a_token(cluster: Any) -> None:
     """Pasted in their order, with an empty database, the first commands end with a token."""
     cluster.sql("CREATE DATABASE pasted")
-    first = code("Tokens in PostgreSQL")[0]
+    first = next(block.code for block in blocks(FLEET))
     assert first.startswith("pip install '.[postgres]'\n")
-    done = run(first.partition("\n")[2], cluster.url("pasted"))
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"sk-\w{49}\n", done.stdout)
+    assert re.search(r"^sk-\w{49}$", run(first.partition("\n")[2], cluster.url("pasted")), re.MULTILINE)
     assert not FileTokenStore("api_tokens.json").tokens()
 
 
 def test_tokens_are_taken_along(database: str, keep: Any) -> None:
-    """The command that grows a file into a database takes every token; so do the README's."""
+    """The command that grows a file into a database takes every token."""
     token, _ = keep(FileTokenStore("api_tokens.json"))
-    readme = [block.code for block in blocks("README.md") if block.heading == "More than one host"]
-    for script in (code("Tokens in PostgreSQL")[1], *readme):
-        done = run(script, database)
-        assert done.returncode == 0, done.stderr
-        assert [each.id for each in PostgresTokenStore(database).tokens().values()] == [token.id]
+    run([block.code for block in blocks(FLEET) if block.heading == "Start"][1], database)
+    assert [each.id for each in PostgresTokenStore(database).tokens().values()] == [token.id]
 
 
-@pytest.mark.parametrize("statement", code("What to monitor", "sql"))
-def test_what_to_monitor_can_be_asked(cluster: Any, database: str, statement: str) -> None:
-    """Each query of the page is one that PostgreSQL answers."""
-    cluster.sql(statement, database.rpartition("/")[2])
+@pytest.mark.parametrize("block", [block for block in blocks(MONITORING) if block.language == "sql"], ids=range(3))
+def test_monitoring_queries_are_answered(cluster: Any, database: str, block: Any) -> None:
+    """PostgreSQL answers each query of the page."""
+    cluster.sql(block.code, name_of(database))
+
+
+def test_second_role_for_the_servers(cluster: Any) -> None:
+    """The statement of the page makes a role that replaces the first one."""
+    cluster.sql("CREATE ROLE freegpt_server")
+    try:
+        cluster.sql(only(DATABASE, "Change the password", "sql"))
+        cluster.sql("DROP ROLE freegpt_server_2")
+    finally:
+        cluster.sql("DROP ROLE freegpt_server")
 
 
 def test_usage_may_be_partitioned(cluster: Any, database: str, keep: Any) -> None:
-    """After the statements of the page a server goes on to count where it was, and once for each batch."""
+    """After the statements of the page a server continues the counts, once for each batch."""
     token, _ = keep(PostgresTokenStore(database))
     usage = PostgresUsage(database)
-    usage.add(Batch("a process", 1, {token.id: (2, 0.0)}), 1.0)
-    cluster.sql(code("How far one database carries", "sql")[0], database.rpartition("/")[2])
+    usage.write(Batch("a process", 1, {token.id: (2, 0.0)}), 1.0)
+    cluster.sql(only(DATABASE, "Partition the usage", "sql"), name_of(database))
     for sequence in (1, 2, 2):
-        usage.add(Batch("a process", sequence, {token.id: (2, 0.0)}), 1.0)
+        usage.write(Batch("a process", sequence, {token.id: (2, 0.0)}), 1.0)
     assert usage.read()[token.id].use_count == 4
     usage.close()
 
 
-def test_a_running_server_is_among_those_that_are_connected(cluster: Any, database: str) -> None:
-    """The view shows a server that follows the database, and that it is not behind."""
+def test_view_shows_a_running_server(cluster: Any, database: str) -> None:
+    """The view of docs/operations/monitoring.md shows a server that follows the database and is not behind."""
     store = PostgresTokenStore(database)
     store.resolve(bytes(32))
     try:
-        [row] = cluster.sql("SELECT role, behind FROM freegpt_auth.servers", database.rpartition("/")[2])
+        [row] = cluster.sql("SELECT role, behind FROM freegpt_auth.servers", name_of(database))
         assert row == ("postgres", 0)
     finally:
         store.close()
 
 
-def test_a_backup_brings_back_what_was_there(cluster: Any, database: str, keep: Any, caplog: Any) -> None:
-    """What the page says of backups works, and a running server notices it and refuses what it knew as revoked."""
+def test_restored_backup(cluster: Any, database: str, keep: Any, caplog: Any) -> None:
+    """A restored backup brings a revoked token back, and a running server notices and keeps refusing it."""
     store = PostgresTokenStore(database)
     token, secret = keep(store)
-    dump, restore = "\n".join(code("Backup and restore")).splitlines()
-    assert run(dump, database).returncode == 0
+    dump, restore = only(BACKUP, "A database", "sh").splitlines()
+    run(dump, database)
     digest = next(iter(store.tokens()))
     assert store.resolve(digest) == token
     store.revoke(token.id, token.created_at)
     try:
-        done = run(restore, database)
-        assert done.returncode == 0, done.stderr
+        run(restore, database)
         assert PostgresTokenStore(database).tokens()[digest].revoked_at is None
-        assert cluster.sql("SELECT 1 FROM freegpt_auth.state WHERE revision = 1", database.rpartition("/")[2])
+        assert cluster.sql("SELECT 1 FROM freegpt_auth.state WHERE revision = 1", name_of(database))
         wait_for(caplog, "has lost changes that were in force")
         assert getattr(store.resolve(digest), "revoked_at", None) is not None
         assert secret not in caplog.text
@@ -117,7 +115,7 @@ def test_a_backup_brings_back_what_was_there(cluster: Any, database: str, keep: 
 
 
 def wait_for(caplog: Any, words: str) -> None:
-    """Wait until something is logged."""
+    """Wait until *words* are logged."""
     deadline = time.monotonic() + 60
     while words not in caplog.text:
         assert time.monotonic() < deadline, caplog.text

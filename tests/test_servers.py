@@ -1,4 +1,4 @@
-"""Real servers, each with its own reading of HTTP: what a client sees on the wire is the same behind all of them."""
+"""Real servers, each with its own HTTP parser: a client receives the same responses from all of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+from http.client import HTTPResponse
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,122 +61,75 @@ UPGRADE = (
 MEBIBYTE = b"x" * 2**20
 
 
-class Connection:
-    """A client that writes and reads bytes, so that nothing is mended on the way."""
-
-    def __init__(self, url: str) -> None:
-        address = urlsplit(url)
-        self.socket = socket.create_connection((address.hostname or "", address.port or 0), timeout=60)
-        self.file = self.socket.makefile("rb")
-
-    def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
-        self.socket.sendall(data)
-
-    def answer(self, *, bodiless: bool = False) -> tuple[int, dict[str, str], bytes]:
-        """Read one response: its status, headers and body."""
-        status = int(self.file.readline().split()[1])
-        headers: dict[str, str] = {}
-        while line := self.file.readline().strip():
-            name, _, value = line.decode().lower().partition(":")
-            assert name != "content-length" or name not in headers, "clients refuse a response with two lengths"
-            headers[name] = value.strip()
-        body = b"" if bodiless else self.file.read(int(headers.get("content-length", "0")))
-        return status, headers, body
-
-    def close(self) -> None:
-        """Leave."""
-        self.file.close()
-        self.socket.close()
+UPLOAD = b"POST /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 16777216\r\n"
 
 
 @pytest.fixture
 def connect(
     request: pytest.FixtureRequest, tmp_path: Path, serve: Callable[..., Any], keep: Callable[..., Any]
-) -> Iterator[Callable[[], Connection]]:
+) -> Iterator[Callable[[], socket.socket]]:
     """Return a function that connects to a server of one kind."""
     keep(FileTokenStore("api_tokens.json"))
     (tmp_path / "app.py").write_text(APPLICATION)
     module, *arguments = SERVERS[request.param]
-    server = serve(*arguments, module=module)
-    connections: list[Connection] = []
+    address = urlsplit(serve(*arguments, module=module).url)
+    with contextlib.ExitStack() as connections:
 
-    def new() -> Connection:
-        connections.append(Connection(server.url))
-        return connections[-1]
+        def new() -> socket.socket:
+            connection = socket.create_connection((address.hostname or "", address.port or 0), timeout=60)
+            return connections.enter_context(connection)
 
-    yield new
-    for connection in connections:
-        connection.close()
+        yield new
 
 
-@pytest.mark.parametrize("connect", SERVERS, indirect=True)
-def test_a_refusal_on_the_wire(connect: Callable[[], Connection]) -> None:
-    """Refusals, kept-alive connections, HEAD and uploads look alike behind every server."""
-    refused_connection_stays_usable(connect())
-    head_is_answered_without_a_body(connect())
-    upload_gets_its_answer(connect(), b"x")
-
-
-# granian by itself ends a connection whose response has reached its length, whatever its application goes on to receive
-@pytest.mark.parametrize("connect", [name for name in SERVERS if name != "granian"], indirect=True)
-def test_an_upload_is_received_to_its_end(connect: Callable[[], Connection]) -> None:
-    """A client that uploads 16 MiB before it reads anything gets the refusal, not a reset connection."""
-    connection = connect()
-    upload_gets_its_answer(connection, MEBIBYTE)
-    for _ in range(15):
-        connection.send(MEBIBYTE)
-
-
-# hypercorn says "go on" by itself, before any application is asked
-@pytest.mark.parametrize("connect", ["uvicorn-h11", "uvicorn-httptools", "granian"], indirect=True)
-def test_a_client_that_asks_first_is_not_told_to_go_on(connect: Callable[[], Connection]) -> None:
-    """A client that asks first whether to upload is told no, and never "100 Continue"."""
-    connection = connect()
-    connection.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 16777216\r\n\r\n")
-    assert connection.answer()[0] == 401
+def answer(connection: socket.socket, request: bytes, method: str = "GET") -> tuple[int, Any, bytes]:
+    """Send a request, byte for byte, and return the status, headers and body of the response."""
+    connection.sendall(request)
+    with HTTPResponse(connection, method=method) as response:
+        response.begin()
+        lengths = response.headers.get_all("content-length", [])
+        assert len(lengths) <= 1, "clients reject a response with two lengths"
+        return response.status, response.headers, response.read() if lengths else b""
 
 
 @pytest.mark.parametrize("connect", SERVERS, indirect=True)
-def test_a_websocket_is_refused_before_the_upgrade(connect: Callable[[], Connection]) -> None:
-    """A WebSocket without a token gets a real 401 in place of the upgrade."""
+def test_denials_on_the_wire(connect: Callable[[], socket.socket]) -> None:
+    """Every server sends the same denials, leaves out the body of HEAD, and denies a WebSocket before the upgrade."""
     connection = connect()
-    connection.send(UPGRADE + b"\r\n")
-    assert connection.answer()[0] == 401
-
-
-def refused_connection_stays_usable(connection: Connection) -> None:
-    """Two refusals on one connection, the second after a small body."""
-    connection.send(b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n")
-    status, headers, body = connection.answer()
-    assert status == 401
-    assert headers["www-authenticate"] == 'bearer realm="freegpt_auth"'
+    status, headers, body = answer(connection, b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (status, headers["www-authenticate"]) == (401, 'Bearer realm="freegpt_auth"')
     assert headers["cache-control"] == "no-store"
     assert json.loads(body)["error"]["code"] == "invalid_api_key"
-    connection.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 2\r\n\r\nhi")
-    status, headers, body = connection.answer()
-    assert status == 401
-    assert headers["www-authenticate"] == 'bearer realm="freegpt_auth", error="invalid_token"'
+    wrong = b"POST /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 2\r\n\r\nhi"
+    status, headers, body = answer(connection, wrong)
+    assert (status, headers["www-authenticate"]) == (401, 'Bearer realm="freegpt_auth", error="invalid_token"')
     assert b"Invalid API key provided" in body
+    connection = connect()
+    status, headers, _ = answer(connection, b"HEAD /echo HTTP/1.1\r\nHost: x\r\n\r\n", "HEAD")
+    assert (status, headers["content-type"]) == (401, "application/json")
+    assert answer(connection, b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 401
+    assert answer(connect(), UPGRADE + b"\r\n")[0] == 401
+    assert answer(connect(), UPLOAD + b"\r\nx")[0] == 401
 
 
-def head_is_answered_without_a_body(connection: Connection) -> None:
-    """HEAD gets the headers, and the next response is not mistaken for a body."""
-    connection.send(b"HEAD /echo HTTP/1.1\r\nHost: x\r\n\r\n")
-    status, headers, _ = connection.answer(bodiless=True)
-    assert status == 401
-    assert headers["content-type"] == "application/json"
-    connection.send(b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert connection.answer()[0] == 401
+# granian itself closes a connection whose response has reached its length, although its application still receives
+@pytest.mark.parametrize("connect", [name for name in SERVERS if name != "granian"], indirect=True)
+def test_upload_is_received_to_its_end(connect: Callable[[], socket.socket]) -> None:
+    """A client in the middle of an upload of 16 MiB reads the denial, and is not reset."""
+    connection = connect()
+    status, _, body = answer(connection, UPLOAD + b"\r\n" + MEBIBYTE)
+    assert (status, json.loads(body)["error"]["code"]) == (401, "invalid_api_key")
+    for _ in range(15):
+        connection.sendall(MEBIBYTE)
 
 
-def upload_gets_its_answer(connection: Connection, begin: bytes) -> None:
-    """A client that has begun to upload 16 MiB with a bad token reads the refusal."""
-    connection.send(b"POST /echo HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer no\r\nContent-Length: 16777216\r\n\r\n")
-    connection.send(begin)
-    status, _, body = connection.answer()
-    assert status == 401
-    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+# hypercorn itself sends 100 Continue, before it calls an application
+@pytest.mark.parametrize("connect", ["uvicorn-h11", "uvicorn-httptools", "granian"], indirect=True)
+def test_expectation_is_denied(connect: Callable[[], socket.socket]) -> None:
+    """A client that sends ``Expect: 100-continue`` receives the denial and no "100 Continue"."""
+    connection = connect()
+    connection.sendall(UPLOAD + b"Expect: 100-continue\r\n\r\n")
+    assert connection.recv(12) == b"HTTP/1.1 401"
 
 
 STARTS = {
@@ -188,7 +142,7 @@ STARTING = APPLICATION.replace("Starlette(", "Starlette(lifespan=lambda _: open(
 
 @pytest.mark.parametrize("name", STARTS)
 def test_unusable_settings_end_the_server(tmp_path: Path, name: str) -> None:
-    """A server of any number of workers ends and shows the reason, and the application's own startup never runs."""
+    """A server with any number of workers ends with the reason, and the application is not started."""
     (tmp_path / "app.py").write_text(STARTING)
     module, *arguments = STARTS[name]
     address = ["--bind", "127.0.0.1:0"] if module == "hypercorn" else ["--port", "0"]
@@ -206,18 +160,18 @@ def test_unusable_settings_end_the_server(tmp_path: Path, name: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     assert "authentication is required, but no environment key is set" in output
     assert not (tmp_path / "started").exists()
-    assert ("Traceback" in output) is (module == "hypercorn")  # its own, whatever fails a startup
+    assert ("Traceback" in output) is (module == "hypercorn")  # its own, for any failure of a startup
 
 
 @pytest.mark.parametrize("name", ["uvicorn-h11", "hypercorn-trio"])
 def test_shutdown_without_a_lifespan_writes_usage(
     tmp_path: Path, serve: Callable[..., Any], keep: Callable[..., Any], name: str
 ) -> None:
-    """No use is lost at SIGTERM though the wrapped application, the README's, implements no lifespan."""
+    """No use is lost at SIGTERM, although the wrapped application has no lifespan."""
     token, secret = keep(FileTokenStore("api_tokens.json"))
     (tmp_path / "app.py").write_text(BARE)
     module, *arguments = STARTS[name]
     server = serve(*arguments, module=module)
     assert [server.get(token=secret) for _ in range(20)] == [204] * 20
     server.stop()
-    assert read_usage("api_tokens.usage.db")[token.id].use_count == 20
+    assert UsageDatabase("api_tokens.usage.db").read()[token.id].use_count == 20

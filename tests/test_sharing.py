@@ -18,7 +18,7 @@ from anyio import to_thread
 
 from freegpt_auth import UNRESOLVED, AuthMode, BearerTokenMiddleware, ConfigurationError, FileTokenStore, Survey
 from freegpt_auth.sharing import shared
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -39,7 +39,7 @@ def test_one_location_is_one_store(keep: Any, caplog: pytest.LogCaptureFixture) 
     caplog.set_level(logging.INFO, "freegpt_auth")
     keep(FileTokenStore(TOKEN_FILE))
     guards = [BearerTokenMiddleware(plain, store=store) for store in (TOKEN_FILE, os.path.abspath(TOKEN_FILE))]
-    for part in (lambda guard: guard._look_ups.verifier, lambda guard: guard._usage, lambda guard: guard._refusals):
+    for part in (lambda guard: guard._look_ups.source, lambda guard: guard._usage, lambda guard: guard._refusals):
         assert len({id(part(guard)) for guard in guards}) == 1
     assert len(caplog.messages) == 1
 
@@ -51,7 +51,7 @@ def test_named_default_is_one_store() -> None:
     with pytest.raises(ConfigurationError, match="authentication is required"):
         BearerTokenMiddleware(plain, required=True)
     second = BearerTokenMiddleware(plain, store=TOKEN_FILE)
-    assert second._look_ups.verifier is first._look_ups.verifier
+    assert second._look_ups.source is first._look_ups.source
     assert first._authenticator.mode is AuthMode.TOKEN_FILE
     assert BearerTokenMiddleware(plain, required=True)._authenticator is first._authenticator
 
@@ -90,7 +90,7 @@ def test_other_settings_are_not_shared(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     second = BearerTokenMiddleware(plain, **arguments)
-    assert (first._look_ups.verifier, first._usage) != (second._look_ups.verifier, second._usage)
+    assert (first._look_ups.source, first._usage) != (second._look_ups.source, second._usage)
 
 
 def test_another_directory_is_another_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -98,17 +98,17 @@ def test_another_directory_is_another_store(monkeypatch: pytest.MonkeyPatch, tmp
     first = BearerTokenMiddleware(plain)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert BearerTokenMiddleware(plain)._look_ups.verifier is not first._look_ups.verifier
+    assert BearerTokenMiddleware(plain)._look_ups.source is not first._look_ups.source
 
 
 def test_unused_parts_are_released() -> None:
     """The tokens leave memory with the last middleware over them."""
     guard = BearerTokenMiddleware(plain)
     twin = BearerTokenMiddleware(plain)
-    store = weakref.ref(guard._look_ups.verifier)
+    store = weakref.ref(guard._look_ups.source)
     del guard
     gc.collect()
-    assert store() is twin._look_ups.verifier
+    assert store() is twin._look_ups.source
     del twin
     gc.collect()
     assert store() is None
@@ -173,7 +173,7 @@ async def test_two_guards_count_one_use(ask: Ask, keep: Any, kind: str, interval
     for guard in (outer, inner, elsewhere):
         await to_thread.run_sync(guard._usage.flush)
     for place in ("api_tokens.usage.db", "elsewhere.db"):
-        assert (await to_thread.run_sync(read_usage, place))[token.id].use_count == 3
+        assert (await to_thread.run_sync(UsageDatabase(place).read))[token.id].use_count == 3
 
 
 @pytest.mark.anyio
@@ -185,7 +185,7 @@ async def test_two_tokens_are_two_uses(ask: Ask, keep: Any) -> None:
     headers = [(b"authorization", f"Bearer {secret}".encode()), (b"x-api-key", other.encode())]
     assert (await ask(outer, headers=headers)).status == 200
     await to_thread.run_sync(inner._usage.flush)
-    counted = await to_thread.run_sync(read_usage, "both.db")
+    counted = await to_thread.run_sync(UsageDatabase("both.db").read)
     assert {token_id: use.use_count for token_id, use in counted.items()} == {first.id: 1, second.id: 1}
 
 

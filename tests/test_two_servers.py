@@ -1,4 +1,4 @@
-"""The example of two servers with one database does what it says."""
+"""The example of two servers with one database keeps the promises that it prints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMAND = re.compile(r'^curl -i (\S+) -H "Authorization: Bearer (\S+)"$', re.MUL
 
 
 def is_up(url: str, token: str) -> bool:
-    """Tell whether a server answers anything."""
+    """Return whether a server answers at all."""
     try:
         return bool(status(url, token))
     except OSError:
@@ -55,10 +55,10 @@ def commands(cluster: object, database: str, tmp_path: Path) -> Iterator[list[tu
     process.wait(timeout=60)
 
 
-def test_a_token_works_on_both_servers_until_it_is_revoked(
+def test_revoked_token_fails_on_both_servers(
     commands: list[tuple[str, str]], command: Callable[..., subprocess.CompletedProcess[str]], database: str
 ) -> None:
-    """What the script says happens: both servers accept the token, and neither does once revoke has returned."""
+    """Both servers accept the token, and neither does once revoke has returned."""
     assert [status(*each) for each in commands] == [200, 200]
     assert command("--store", database, "revoke", commands[0][1]).returncode == 0
     assert [status(*each) for each in commands] == [401, 401]

@@ -1,4 +1,4 @@
-"""The tokens that the arguments of a command refer to: all of them are found before anything is changed."""
+"""References to tokens in the arguments of a command. All are resolved before the store is changed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ if TYPE_CHECKING:
     from ..tokens import Token
 
 STDIN = "-"
-"""The reference that stands for one line of stdin."""
+"""Reference that is replaced by the next line of stdin."""
 
 LINE_LIMIT = 4096
-"""Longest line that is read from stdin, in characters."""
+"""Longest line of stdin, in characters."""
 
 
 def resolve(store: TokenStore, references: Sequence[str]) -> list[Token]:
-    """Return the tokens of *store* that *references* mean: each token once, in the order of the references.
+    """Return the tokens of *store* that match *references*: each token once, in the order of the references.
 
-    Each ``-`` stands for the next line of stdin.
+    Args:
+        store: the store to search.
+        references: see :func:`freegpt_auth.tokens.find`; each ``-`` is replaced by the next line of stdin.
 
     Raises:
-        TokenNotFoundError: a reference means no token, or stdin holds none. The message gives the reference's place and
-            does not repeat the reference, which may be a secret.
-        AmbiguousTokenError: a reference means several tokens.
+        TokenNotFoundError: a reference matches no token, or a line of stdin cannot be used. The message gives the
+            position of the reference and not the reference, which may be a secret.
+        AmbiguousTokenError: a reference matches several tokens.
         StoreError: the tokens cannot be read.
     """
     tokens: dict[str, Token] = {}
@@ -59,7 +61,7 @@ def _only(store: TokenStore, reference: str, place: str) -> Token:
 
 def _next_line() -> str:
     try:
-        # A line without an end, as of /dev/zero, must not fill the memory.
+        # A limit: a line without an end, as from /dev/zero, would fill the memory.
         line = sys.stdin.readline(LINE_LIMIT + 1) if sys.stdin else ""
     except UnicodeDecodeError:
         raise TokenNotFoundError("stdin holds no token: it is not text; nothing was done") from None

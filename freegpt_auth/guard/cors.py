@@ -1,4 +1,4 @@
-"""Refusals that a web page may read (Fetch standard, "CORS protocol"), where the guard stands outside the CORS middleware. Pure."""
+"""CORS headers of a denial (Fetch standard, "CORS protocol"), for a guard outside the CORS middleware. Pure."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
 ANY = "*"
-"""The origin that stands for all: safe, because a page must add a bearer token itself and a refusal holds nothing private."""
+"""The origin that stands for all. Safe: a page must add a bearer token itself, and a denial holds nothing private."""
 
 EXPOSED = (
     "WWW-Authenticate, Retry-After, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, "
     "x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
-"""Headers of a refusal that a page may read. Browsers take whole names or ``*``, no prefixes."""
+"""Headers of a denial that a page may read. Browsers accept whole names or ``*``, no prefixes."""
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 def checked_origins(origins: Iterable[str]) -> frozenset[str]:
-    """Return *origins* for :func:`headers_for`.
+    """Return *origins* as a set, for :func:`headers_for`.
 
     Raises:
-        ConfigurationError: one of them is no origin as browsers send it (RFC 6454, section 6.2), so it would match none.
+        ConfigurationError: an origin is not in the form that browsers send (RFC 6454, section 6.2) and matches none.
     """
     if isinstance(origins, str):
         raise ConfigurationError(f"cors_origins must be a list of origins, not one string; write [{origins!r}]")
@@ -45,7 +45,7 @@ def checked_origins(origins: Iterable[str]) -> frozenset[str]:
 
 
 def headers_for(scope: Any, origins: Container[str]) -> list[tuple[bytes, bytes]]:
-    """Return the headers by which a page of one of the *origins* may read the answer to a request."""
+    """Return the headers that let a page of one of the *origins* read the response to the request of *scope*."""
     if ANY in origins:
         return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", EXPOSED.encode())]
     vary = (b"vary", b"Origin")

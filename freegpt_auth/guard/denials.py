@@ -1,7 +1,6 @@
-"""What a refusal looks like on the wire: statuses, challenges (RFC 6750, section 3) and error bodies. Pure.
+"""Denials, the responses for refusals: statuses, challenges (RFC 6750, section 3) and error bodies. Pure.
 
-The bodies are the ones that the clients of three protocols turn into their own errors: OpenAI's, Anthropic's and MCP's.
-Nothing that was presented is ever echoed, not even in part.
+Clients of OpenAI, Anthropic and MCP parse the bodies into their own errors. No part of a credential is echoed.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ if TYPE_CHECKING:
 REALM = "freegpt_auth"
 
 RETRY_AFTER = 5
-"""Seconds after which to try again while the tokens cannot be read. An hour would make some clients sleep an hour."""
+"""Seconds to wait before a retry while the store cannot be read. Some clients sleep for this long."""
 
 JSON_RPC_CODE = -32001
-"""Error code for MCP clients, of the range that MCP leaves to implementations (-32000 to -32019)."""
+"""Error code for MCP clients, in the range that MCP leaves to implementations (-32000 to -32019)."""
 
 _VERSIONS = {b"mcp-protocol-version": "mcp", b"anthropic-version": "anthropic"}
-_TELLING = frozenset({*_VERSIONS, b"accept"})
+_DIALECT_HEADERS = frozenset({*_VERSIONS, b"accept"})
 _OPENAI_OWNERS = frozenset({"threads", "completions"})
 
-# Both wordings are needed: "Invalid API key provided" is what our guide promises, and by "Incorrect API key provided"
-# LiteLLM, and aider through it, know an authentication error; without it their users read "bad request".
+# Both wordings are needed. The user's guide quotes "Invalid API key provided". LiteLLM, and aider through it, recognise
+# an authentication error by "Incorrect API key provided"; without it their users read "bad request".
 _INVALID = (
     "Invalid API key provided: it is unknown, revoked or expired. Ask whoever runs this server for a valid one. "
     "(Incorrect API key provided.)"
@@ -46,12 +45,12 @@ _UNAVAILABLE = "The server cannot check API keys at the moment. Try again later.
 
 
 class Denial(NamedTuple):
-    """One refusing response, ready to be sent.
+    """One response that denies a request, ready to be sent.
 
     Attributes:
-        status: the HTTP status code.
-        headers: its headers, as ASGI wants them.
-        body: its JSON body.
+        status: HTTP status code.
+        headers: as ASGI defines them.
+        body: JSON.
     """
 
     status: int
@@ -60,7 +59,16 @@ class Denial(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """One refusal in no protocol's form yet: *kind* is OpenAI's error type, *anthropic_kind* Anthropic's."""
+    """The content of a denial, before it is put into the form of a protocol.
+
+    Attributes:
+        status: HTTP status code.
+        message: for the user of the client.
+        kind: error type of OpenAI.
+        code: error code of OpenAI.
+        anthropic_kind: error type of Anthropic.
+        header: the one header that this content adds.
+    """
 
     status: int
     message: str
@@ -71,20 +79,20 @@ class _Answer(NamedTuple):
 
 
 def denial(scope: Any, reason: str) -> Denial:
-    """Return the refusal for a *reason* in the form that the client of *scope* reads.
+    """Return the denial for a *reason* of refusal, in the protocol of the client of *scope*.
 
-    ``missing``, ``malformed``, ``prefixed``, ``quoted`` and ``unavailable`` have answers of their own; every other reason
-    has the face of an invalid token, so that nobody learns which tokens once were valid.
+    ``missing``, ``malformed``, ``prefixed``, ``quoted`` and ``unavailable`` have denials of their own. All other
+    reasons share the one of an unknown token: a denial must not reveal formerly valid tokens.
     """
     answers = _DENIALS[_dialect(scope)]
     return answers.get(reason, answers["unknown"])
 
 
 def _dialect(scope: Any) -> str:
-    """Return the protocol of a client: by the version header that it sends, else by the path, else by its ``Accept``."""
+    """Return the protocol of a client, by its version header, else by the path, else by ``Accept``."""
     accept = b""
     for header in scope["headers"]:
-        if header[0] in _TELLING:
+        if header[0] in _DIALECT_HEADERS:
             if header[0] != b"accept":
                 return _VERSIONS[header[0]]
             accept = header[1]
@@ -96,9 +104,9 @@ def _dialect(scope: Any) -> str:
 
 
 def _is_messages(path: str) -> bool:
-    """Return whether *path* is Anthropic's ``…/messages`` or below it, and not one of OpenAI's.
+    """Return whether *path* is Anthropic's ``…/messages`` or below it.
 
-    OpenAI has ``/v1/threads/{id}/messages`` and ``/v1/chat/completions/{id}/messages``.
+    OpenAI's ``/v1/threads/{id}/messages`` and ``/v1/chat/completions/{id}/messages`` are not.
     """
     segments = path.split("/")
     if "messages" not in segments:
@@ -130,7 +138,7 @@ def _denial(answer: _Answer, form: Callable[[_Answer], object]) -> Denial:
 
 
 def _refused(status: int, message: str, error: str, anthropic_kind: str = "authentication_error") -> _Answer:
-    # RFC 6750, 3.1: no error attribute where no credentials came
+    # RFC 6750, 3.1: no error attribute for a request without credentials
     attribute = f', error="{error}"' if error else ""
     challenge = (b"www-authenticate", f'Bearer realm="{REALM}"{attribute}'.encode())
     return _Answer(status, message, "invalid_request_error", "invalid_api_key", anthropic_kind, challenge)

@@ -22,11 +22,11 @@ def route_path(scope: Any) -> str:
 
 
 def is_public(scope: Any, paths: Container[str]) -> bool:
-    """Return whether a request asks for one of the public *paths*.
+    """Return whether the path of a request is one of the public *paths*.
 
-    None is, where the client may have chosen the root path: daphne takes it from the header ``Daphne-Root-Path`` and hides
-    that header, so behind daphne no path is public below a root path of the server. A mount point is another matter:
-    Starlette keeps the server's root path beside it, in ``app_root_path``.
+    No path is public below a root path that the client may have chosen. daphne reads the root path from the request
+    header ``Daphne-Root-Path`` and hides that header: behind daphne no path is public below a root path of the server.
+    Below a mount point it is: Starlette keeps the server's own root path in ``app_root_path``.
     """
     if route_path(scope) not in paths:
         return False
@@ -38,7 +38,7 @@ def is_public(scope: Any, paths: Container[str]) -> bool:
 
 
 def is_preflight(scope: Any) -> bool:
-    """Return whether a browser asks to send the real request; by the Fetch standard it asks without credentials."""
+    """Return whether a request is a CORS preflight, which browsers send without credentials (Fetch standard)."""
     if scope["type"] != "http" or scope["method"] != "OPTIONS":
         return False
     names = {name for name, _ in scope["headers"]}

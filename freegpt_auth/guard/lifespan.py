@@ -1,7 +1,6 @@
-"""The lifespan of the wrapped application, with shutdown seen in every case.
+"""The lifespan of the wrapped application, completed for an application that has none.
 
-The ASGI specification lets an application refuse the lifespan: a server then goes on without, and sends no shutdown. The
-last uses would be lost, so the lifespan of such an application is completed here.
+ASGI allows an application to reject the lifespan: the server then sends no shutdown, and the last uses would be lost.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ _logger = logging.getLogger("freegpt_auth")
 
 
 class Lifespan:
-    """Passes the lifespan on to an application, and completes it where the application does not.
+    """Forwards the lifespan to an application, and completes it in place of an application that has none.
 
-    An application implements no lifespan if it returns without an answer, sends a message of another protocol, or raises
-    before it has received ``lifespan.startup``. Any other exception is its own failure, and the server's to handle.
+    An application has no lifespan if it returns without an answer, sends a message of another protocol, or raises
+    before it has received ``lifespan.startup``. Any other exception is the application's failure and reaches the server.
 
     Args:
-        receive: the server's.
-        send: the server's.
-        stop: awaited before the end of the shutdown is forwarded: a server stops its event loop on that message.
+        receive: of the server.
+        send: of the server.
+        stop: awaited before the answer to the shutdown is forwarded: the server stops its event loop on that message.
     """
 
     def __init__(self, receive: Receive, send: Send, stop: Callable[[Lifespan], Awaitable[None]]) -> None:
         self._receive = receive
         self._send = send
         self._stop = stop
-        self._due: str | None = None  # the event that waits for its answer
+        self._due: str | None = None  # the event without an answer yet
         self._has_answered = False
         self._is_over = False
         self._is_foreign = False

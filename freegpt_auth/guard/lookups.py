@@ -1,9 +1,8 @@
-"""The look-ups of one token source: a few at a time, in threads of their own."""
+"""The look-ups in one token source: a few at a time, in threads of their own."""
 
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,22 +11,17 @@ from anyio import to_thread
 from anyio.lowlevel import RunVar
 
 from ..stores.base import UNRESOLVED
-from .authenticator import Refusal
+from .refusal import UNAVAILABLE, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from starlette.types import Scope
-
-    from ..stores.base import TokenSource
-    from .authenticator import Decision
+    from ..stores.base import CompleteSource
+    from .authenticator import Authenticator
     from .callers import Caller
+    from .credentials import Presented
     from .lifespan import Lifespan
 
 LANE_WIDTH = 4
-"""Look-ups of one source and one event loop at the same time."""
-
-_UNAVAILABLE = Refusal("unavailable")
+"""Number of simultaneous look-ups per source and event loop."""
 
 _logger = logging.getLogger("freegpt_auth")
 
@@ -45,18 +39,17 @@ class Lane(NamedTuple):
 
 
 class LookUps:
-    """Queues look-ups in *verifier*, for each event loop in a lane of its own.
+    """Queues look-ups in *source*, for each event loop in a lane of its own.
 
     Args:
-        verifier: the token source. Its ``look_up_limit`` bounds the queue of each event loop.
+        source: the token source. Its ``look_up_limit`` bounds the queue of each event loop.
 
     Attributes:
-        verifier: the same.
+        source: the same.
     """
 
-    def __init__(self, verifier: TokenSource) -> None:
-        self.verifier = verifier
-        self._limit: float = getattr(verifier, "look_up_limit", math.inf)
+    def __init__(self, source: CompleteSource) -> None:
+        self.source = source
         self._lanes: RunVar[Lane] = RunVar("freegpt_auth")
         self._lacks_threads = False
         self._lifespans: weakref.WeakSet[Lifespan] = weakref.WeakSet()
@@ -69,50 +62,47 @@ class LookUps:
             self._lanes.set(lane)
         return lane
 
-    async def settle(
-        self, peek: Callable[[Scope], Decision], resolve: Callable[[Scope], Caller | Refusal], scope: Scope
-    ) -> Caller | Refusal:
-        """Decide about a request from the store, or from memory if an earlier look-up has filled it.
+    async def look_up(self, authenticator: Authenticator, presented: Presented) -> Caller | Refusal:
+        """Decide about *presented* from the store, or from memory if an earlier look-up has filled it.
 
         The decision is *unavailable* if the queue is full, or if the system has no thread left for the look-up.
         """
         lane = self.lane()
-        if lane.gate.statistics().tasks_waiting >= self._limit:
-            return _UNAVAILABLE
+        if lane.gate.statistics().tasks_waiting >= self.source.look_up_limit:
+            return UNAVAILABLE
         async with lane.gate:
-            decision = peek(scope)
+            decision = authenticator.peek(presented)
             if decision is not UNRESOLVED:
                 return decision
-            return await self._in_thread(resolve, scope, lane.threads)
+            return await self._in_thread(authenticator, presented, lane.threads)
 
     async def _in_thread(
-        self, resolve: Callable[[Scope], Caller | Refusal], scope: Scope, threads: anyio.CapacityLimiter
+        self, authenticator: Authenticator, presented: Presented, threads: anyio.CapacityLimiter
     ) -> Caller | Refusal:
-        started = False
+        is_started = False
 
-        def run() -> Caller | Refusal:
-            nonlocal started
-            started, self._lacks_threads = True, False
-            return resolve(scope)
+        def resolve() -> Caller | Refusal:
+            nonlocal is_started
+            is_started, self._lacks_threads = True, False
+            return authenticator.resolve(presented)
 
         try:
-            return await to_thread.run_sync(run, limiter=threads)
+            return await to_thread.run_sync(resolve, limiter=threads)
         except RuntimeError:
-            if started:  # an error of the source
+            if is_started:  # an error of the source
                 raise
         if not self._lacks_threads:
             self._lacks_threads = True
             _logger.error("a look-up found no free thread: the system allows this process no more. It is answered 503")
-        return _UNAVAILABLE
+        return UNAVAILABLE
 
     def open(self, lifespan: Lifespan) -> None:
         """Keep the source open for *lifespan*."""
         self._lifespans.add(lifespan)
-        self.lane()  # the first use of anyio imports for 90 ms: no request waits for that
+        self.lane()  # the first use of anyio imports modules for 90 ms, which would delay a request
 
     async def close(self, lifespan: Lifespan) -> None:
         """Close the source with the last lifespan: another server of this process may still use it."""
         self._lifespans.discard(lifespan)
-        close: Callable[[], None] | None = getattr(self.verifier, "close", None)
-        if close is not None and not self._lifespans:
-            await to_thread.run_sync(close)
+        if not self._lifespans:
+            await to_thread.run_sync(self.source.close)

@@ -1,4 +1,4 @@
-"""The modes of a server, and the line of the log that states the mode at the start."""
+"""The modes of a server, and their line in the log at the start."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ _logger = logging.getLogger("freegpt_auth")
 
 
 class AuthMode(StrEnum):
-    """What a server accepts, found when it starts."""
+    """The credentials that a server accepts, decided when it starts."""
 
     OPEN = "open"
     """Nothing is configured: every request passes."""
     ENVIRONMENT = "environment"
     """Only the environment key."""
     TOKEN_FILE = "token-file"  # noqa: S105
-    """The active tokens, of a file or of any other store, and the environment key if one is set."""
+    """The active tokens of a file or of one's own token source, and the environment key if one is set."""
+    DATABASE = "database"
+    """The active tokens of a database, and the environment key if one is set."""
 
 
 def announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> None:
@@ -34,11 +36,10 @@ def announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> None
             survey.source,
         )
         return
-    kind = "database" if "://" in survey.source else mode.value
     origin = f"the environment key from {key.source}" if key else "no environment key"
-    if mode is AuthMode.TOKEN_FILE and not survey.configured:
+    if mode is not AuthMode.ENVIRONMENT and not survey.configured:
         refused = f"{survey.source} is missing or holds no tokens, so requests are refused (there is {origin})"
         way_out = f"To create a first token, run: python -m freegpt_auth --store {quote(survey.source)} create NAME"
-        _logger.warning("%s mode: %s. %s", kind, refused, way_out)
+        _logger.warning("%s mode: %s. %s", mode, refused, way_out)
         return
-    _logger.info("%s mode: %d active token(s) from %s, and %s", kind, survey.active, survey.source, origin)
+    _logger.info("%s mode: %d active token(s) from %s, and %s", mode, survey.active, survey.source, origin)

@@ -1,7 +1,7 @@
-"""What refusals leave in the log: one record each, and few records for very many.
+"""Refusals in the log: one record each, and few records for a flood.
 
-A record names the client, the path, the reason and, where it is known, the token's id; never what was presented. Nothing in
-it that a client chose holds a space or a control character, so no client can forge a line, or a part of one.
+A record names the client, the path, the reason and, if known, the token's id; it holds no credential. Text that a
+client chose is quoted, without spaces and control characters: no client can forge a line or a part of one.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from urllib.parse import quote
 from ..names import printable
 
 if TYPE_CHECKING:
-    from .authenticator import Refusal
+    from .refusal import Refusal
 
 WINDOW = 60.0
-"""Seconds for which refusals are counted together."""
+"""Length of the period in which refusals are counted, in seconds."""
 
 SHOWN = 10
-"""Refusals of one client that are all logged within a window. After them only the 16th, the 32nd, the 64th … is."""
+"""Refusals of one client that are logged within a window. Of the later ones, only the 16th, 32nd, 64th … are logged."""
 
 CLIENT_LIMIT = 256
-"""Clients that are counted one by one within a window; all others are counted as one."""
+"""Clients that have their own count within a window. All others share one."""
 
 _CLIENT_LENGTH = 100
 _PATH_LENGTH = 200  # quoting a whole path of 60 KB takes milliseconds
@@ -33,10 +33,10 @@ _logger = logging.getLogger("freegpt_auth")
 
 
 class RefusalLog:
-    """Logs refusals for an operator, and for programs such as fail2ban, at level INFO.
+    """Logs refusals at level INFO, for operators and for programs such as fail2ban.
 
-    Each record carries its facts as attributes too: ``client``, ``path``, ``reason``, ``token_id`` (or ``None``) and
-    ``left_out``: how many refusals before it were not logged. A flood of a million from one client is 26 records.
+    Each record has the attributes ``client``, ``path``, ``reason``, ``token_id`` (or ``None``) and ``left_out``: the
+    number of refusals before it that were not logged. A million refusals of one client are 26 records.
     """
 
     def __init__(self) -> None:
@@ -44,16 +44,16 @@ class RefusalLog:
         self._counts: dict[str, int] = {}
         self._left_out = 0
 
-    def tell(self, scope: Any, refusal: Refusal) -> None:
-        """Log that *scope*'s request was refused, or count it for the record to come."""
+    def log(self, scope: Any, refusal: Refusal) -> None:
+        """Log the *refusal* of the request of *scope*, or count it for the next record."""
         if not _logger.isEnabledFor(logging.INFO):
             return
-        client = _quoted((scope.get("client") or ("unknown",))[0], _CLIENT_LENGTH)
+        client = str((scope.get("client") or ("unknown",))[0])[:_CLIENT_LENGTH]
         if not self._is_shown(client):
             self._left_out += 1
             return
         facts = {
-            "client": client,
+            "client": _quoted(client, _CLIENT_LENGTH),  # only here: quoting takes 0.6 µs
             "path": _quoted(scope["path"], _PATH_LENGTH),
             "reason": refusal.reason,
             "token_id": refusal.token_id and printable(refusal.token_id),
@@ -66,7 +66,7 @@ class RefusalLog:
         _logger.info(message, facts, extra=facts)
 
     def finish(self) -> None:
-        """Say how many were not logged since the last record; for a server that stops."""
+        """Log the number of refusals that were not logged since the last record. For a server that stops."""
         if self._left_out:
             _logger.info("%d more refusals are not shown", self._left_out, extra={"left_out": self._left_out})
             self._left_out = 0
@@ -84,5 +84,5 @@ class RefusalLog:
 
 
 def _quoted(text: object, length: int) -> str:
-    """Return *text* as in a URL, at most *length* characters of it."""
+    """Return the first *length* characters of *text*, quoted as in a URL."""
     return quote(str(text)[:length], safe=_SAFE, errors="surrogatepass")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..exceptions import ConfigurationError
-from ..location import driver_required, is_url
+from ..location import Location, driver_required
 from .base import CACHE_LIMIT, LEASE
 
 if TYPE_CHECKING:
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
 
 
 def open_store(
-    location: str, *, named: bool = False, lease: float = LEASE, cache_limit: int = CACHE_LIMIT
+    location: Location | str, *, named: bool = False, lease: float = LEASE, cache_limit: int = CACHE_LIMIT
 ) -> TokenStore:
-    """Return the store that *location* names: the path of a token file, or the ``postgresql://`` URL of a database.
+    """Return the store at *location*: a token file or a PostgreSQL database.
 
-    Nothing is read or written before the store is asked for something.
+    Nothing is read or written before the first call of one of its methods.
 
     Args:
         location: the path or the URL.
         named: a server was given this location, so the folder of a token file must exist.
-        lease: seconds for which a process that cannot reach the database, or cannot read a token file that may have
-            changed, goes on to accept the tokens that it knows.
-        cache_limit: how many tokens of a database a process keeps in memory.
+        lease: seconds for which known tokens are accepted while the database cannot be reached, or while a token file that
+            may have changed cannot be read.
+        cache_limit: number of tokens of a database that a process keeps in memory.
 
     Raises:
         ConfigurationError: *location* resembles the address of a database but is no URL of one, the URL cannot be read,
             its driver is not installed, or the folder of a *named* file does not exist.
     """
-    # Each imported when it is needed: a command imports no driver that it has no use for.
-    if is_url(location):
+    place = Location.of(location)
+    if place.is_database:  # each engine is imported on use: a command over a file needs no driver
         with driver_required():
             from .postgres import PostgresTokenStore  # noqa: PLC0415
-        return PostgresTokenStore(location, lease=lease, cache_limit=cache_limit)
+        return PostgresTokenStore(place.text, lease=lease, cache_limit=cache_limit)
     from .file import FileTokenStore  # noqa: PLC0415
 
     if named:
-        _check_folder(location)
-    return FileTokenStore(location, lease=lease)
+        _check_folder(place.text)
+    return FileTokenStore(place.text, lease=lease)
 
 
-def open_usage(location: str) -> UsageStore:
-    """Return the usage store at *location*: the path of a SQLite database, or the ``postgresql://`` URL of a token store.
+def open_usage(location: Location | str) -> UsageStore:
+    """Return the usage store at *location*: a SQLite database or a PostgreSQL database with tokens.
 
     Nothing is read or written before the first call of one of its methods.
 
@@ -54,13 +54,14 @@ def open_usage(location: str) -> UsageStore:
         ConfigurationError: *location* resembles the address of a database but is no URL of one, the URL cannot be read,
             or its driver is not installed.
     """
-    if is_url(location, "the usage database"):
+    place = Location.of(location, "the usage database")
+    if place.is_database:
         with driver_required():
             from .postgres.usage import PostgresUsage  # noqa: PLC0415
-        return PostgresUsage(location)
+        return PostgresUsage(place.text)
     from .file.usage import UsageDatabase  # noqa: PLC0415
 
-    return UsageDatabase(location)
+    return UsageDatabase(place.text)
 
 
 def _check_folder(path: str) -> None:
@@ -68,7 +69,7 @@ def _check_folder(path: str) -> None:
         is_folder = stat.S_ISDIR(Path(path).parent.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         is_folder = False
-    except OSError:  # the store meets it too, and recovers when it is over
+    except OSError:  # the store reports it, and recovers when the fault is over
         return
     if not is_folder:
         raise ConfigurationError(

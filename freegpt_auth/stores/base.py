@@ -1,13 +1,16 @@
-"""The contract that every store keeps; ``tests/stores`` holds the suite that every store must pass.
+"""The contracts of a token source and of a token store; ``tests/stores`` holds the suite that every store must pass.
 
-A store is plain synchronous code. The middleware calls :meth:`TokenSource.peek` on the event loop and the rest in a worker
-thread, several at once, so a store must be safe to call from several threads.
+A store is synchronous code. The middleware calls :meth:`TokenSource.peek` and :meth:`CompleteSource.state` on the event loop
+and every other method in worker threads, several at once: a store must be thread-safe.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from abc import abstractmethod
 from enum import Enum
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,29 +33,31 @@ class Unresolved(Enum):
 
 
 UNRESOLVED: Final = Unresolved.UNRESOLVED
-"""What ``peek`` answers when memory alone cannot tell: the store may have changed."""
+"""The answer of ``peek`` if memory cannot decide: the store may have changed."""
 
 
 class Survey(NamedTuple):
-    """What a store holds, as far as the choice of a mode and the line in the log need it.
+    """The contents of a store, for the choice of a mode and for its line in the log.
 
     Attributes:
-        configured: there are tokens, or there may be, or there were: requests must be authenticated.
-        active: how many tokens work now.
-        source: where they come from, in words for the log.
+        configured: it holds tokens, may hold some, or held some: requests must be authenticated.
+        active: number of tokens in force.
+        source: the place of the tokens, in words for the log.
+        kind: the mode of a server over it.
     """
 
     configured: bool
     active: int
     source: str
+    kind: Literal["token-file", "database"] = "token-file"
 
 
 class Merged(NamedTuple):
-    """What became of tokens that were put into a store.
+    """The effect of a merge.
 
     Attributes:
-        added: how many were not there.
-        revoked: how many were there, and are revoked now.
+        added: number of tokens that were new.
+        revoked: number of known tokens that are revoked now.
     """
 
     added: int
@@ -64,7 +69,7 @@ class Unseen(NamedTuple):
 
     Attributes:
         processes: their number.
-        seconds: until the last of them refuses every token that was revoked or deleted, at most.
+        seconds: time until the last of them refuses every revoked or deleted token, at most.
     """
 
     processes: int
@@ -72,59 +77,92 @@ class Unseen(NamedTuple):
 
 
 class TokenSource(Protocol):
-    """What the middleware needs of a token source. These three methods are enough to plug in one's own.
+    """The methods that a token source must have. The optional ones of :class:`CompleteSource` are used if it has them.
 
-    A token is answered whether or not it is revoked or expired; the caller looks at that. While nothing in the store
-    changes, a token should be the same object from call to call: what the application is told of it is made once for
-    each object.
-
-    Four more are used if they are there: ``now()``, the time in seconds since the epoch by the clock by which tokens end,
-    if that is not this host's, which may raise what ``resolve`` does; ``look_up_limit``, how many requests may wait for
-    ``resolve`` at the same time, where more are to be answered 503; ``cache_limit``, how many tokens it keeps in memory,
-    if that is not all of them; and ``close()``, called when the server shuts down.
+    The answer is the token itself, also if it is revoked or expired: the caller decides. While a token does not change, a
+    source should answer the same object: user and credentials of the application are made once per object.
     """
 
+    @abstractmethod
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
-        """Answer from memory: the token whose secret has this SHA-256 digest, ``None``, or :data:`UNRESOLVED`.
+        """Return the token whose secret has this SHA-256 digest, from memory; :data:`UNRESOLVED` if memory cannot decide.
 
-        It must not block; it runs on the event loop, once for every request. A server in open mode asks it for
-        ``b""``, which is no token's digest: answer :data:`UNRESOLVED` when ``survey`` may have something new to tell, and
-        from the moment on at which it would tell that the store is configured.
+        It runs on the event loop and must not block. A server in open mode passes ``b""``, the digest of no token: return
+        :data:`UNRESOLVED` while ``survey`` could now report a configured store.
 
         Raises:
-            StoreUnavailableError: it is known already that nothing can be known about this digest now.
+            StoreUnavailableError: the source cannot decide about this digest now.
         """
         ...
 
+    @abstractmethod
     def resolve(self, digest: bytes) -> Token | None:
-        """Answer from the store itself. It may block, and is called only after ``peek`` was unresolved.
+        """Return the token from the store itself. It may block, and is called only after ``peek`` was unresolved.
 
         Raises:
-            StoreUnavailableError: nothing can be known about this digest now.
+            StoreUnavailableError: the source cannot decide about this digest now.
         """
         ...
 
+    @abstractmethod
     def survey(self) -> Survey:
-        """Read the store and tell what it holds. It may block.
+        """Read the store and return its contents in numbers. It may block.
 
-        A store that cannot be read is *configured*: what cannot be known must not open a server. Once a store was
-        configured it stays so for as long as the process lives.
+        A store that cannot be read is *configured*: a fault must not open a server. Once configured, a store stays so for
+        the life of the process.
         """
         ...
 
 
-class TokenStore(TokenSource, Protocol):
-    """A store that can also be changed: what the commands need.
-
-    When a method that changes something has returned, the change is durable, and no server of this host decides
-    anything without it. A database has servers on several hosts: its store also has ``unseen``, an :class:`Unseen` after a
-    change that some of their processes have not confirmed, else ``None``.
+class CompleteSource(TokenSource, Protocol):
+    """A token source with all parts. Inherit from it for the defaults of the optional ones.
 
     Attributes:
-        source: where the tokens are, in words for the operator. No password is in it.
+        look_up_limit: number of requests that may wait for ``resolve``; further ones are answered 503. Default: no limit.
+        cache_limit: number of tokens in its memory, the limit of the callers kept ready too. Default: no limit.
+    """
+
+    look_up_limit: float = math.inf
+    cache_limit: float = math.inf
+
+    def now(self) -> float:
+        """Return the time by which tokens expire, in seconds since the epoch. Default: the clock of this host.
+
+        Raises:
+            StoreUnavailableError: the clock cannot be read now.
+        """
+        return time.time()
+
+    def close(self) -> None:
+        """Release open resources when the server shuts down; later calls reopen them. Default: nothing to release."""
+        return
+
+    def state(self) -> object | None:
+        """Return an object that is replaced after ``peek`` changes its answer for a digest.
+
+        While it stays the same object, a request with an accepted token needs no call of ``peek``. It runs on the event
+        loop and must neither block nor raise. Default: ``None``, only ``peek`` can decide.
+        """
+        return None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "peek" in vars(cls) and "state" not in vars(cls):  # an inherited state does not describe another peek
+            cls.state = CompleteSource.state  # type: ignore[method-assign]
+
+
+class TokenStore(CompleteSource, Protocol):
+    """A store whose tokens can be changed, as commands do.
+
+    When a method that makes a change has returned, the change is durable and in force in every server of this host.
+
+    Attributes:
+        source: the place of the tokens, in words for the operator. It holds no password.
+        unseen: server processes that have not confirmed the last change by this object; ``None`` if there are none.
     """
 
     source: str
+    unseen: Unseen | None = None
 
     def tokens(self) -> Mapping[bytes, Token]:
         """Return every token by its digest, oldest first.
@@ -143,35 +181,33 @@ class TokenStore(TokenSource, Protocol):
         ...
 
     def add(self, digest: bytes, token: Token) -> None:
-        """Keep a new token.
+        """Add a new token.
 
         Raises:
-            StoreError: it cannot be kept, or a token with this digest or id is there already.
+            StoreError: it cannot be written, or a token with this digest or id exists.
         """
         ...
 
     def revoke(self, token_id: str, at: datetime) -> Token:
-        """Refuse the token from now on and return its record. One that was revoked before keeps its first instant.
+        """Revoke the token and return its record. A revoked token keeps its first instant of revocation.
 
         Raises:
-            TokenNotFoundError: there is no such token.
+            TokenNotFoundError: no token has this id.
             StoreError: it cannot be changed.
         """
         ...
 
     def delete(self, token_id: str) -> Token:
-        """Remove the token's record and return it as it was.
+        """Remove the token's record and return it.
 
         Raises:
-            TokenNotFoundError: there is no such token.
+            TokenNotFoundError: no token has this id.
             StoreError: it cannot be changed.
         """
         ...
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
-        """Add the tokens that are not there, and revoke those that are revoked in *tokens*: all in one change, or none.
-
-        A token that is there keeps everything else, and nothing is un-revoked. So it makes no difference to do it twice.
+        """Add missing tokens and apply revocations, atomically. Existing tokens keep their other fields. Idempotent.
 
         Raises:
             StoreError: it cannot be done, or a new token has the id of another.
@@ -187,8 +223,7 @@ class AtOnce(Protocol):
         """Revoke tokens as ``revoke`` does, and return their records in the order of the ids.
 
         Raises:
-            TokenNotFoundError: one of them is not there.
-            StoreError: they cannot be changed.
+            TokenNotFoundError, StoreError: as ``revoke`` does.
         """
         ...
 
@@ -196,8 +231,7 @@ class AtOnce(Protocol):
         """Remove tokens as ``delete`` does, and return their records in the order of the ids.
 
         Raises:
-            TokenNotFoundError: one of them is not there.
-            StoreError: they cannot be changed.
+            TokenNotFoundError, StoreError: as ``delete`` does.
         """
         ...
 
@@ -207,9 +241,9 @@ class Migrating(Protocol):
     """A store whose tables change from release to release."""
 
     def migrate(self) -> tuple[int, int]:
-        """Bring it to this release's version; return the version it had, and has. Several may do so at once.
+        """Bring it to this release's version; return its versions before and after. Several may do so at once.
 
         Raises:
-            StoreError: it cannot be done, or its version is a later release's.
+            StoreError: it cannot be done, or its version is later.
         """
         ...

@@ -9,7 +9,7 @@ import msgspec
 
 from ..exceptions import TokenNotFoundError
 from ..tokens import find
-from .base import Merged, Survey
+from .base import Merged, Survey, TokenStore
 from .rules import count_active, duplicate_error, plan_merge
 
 if TYPE_CHECKING:
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from ..tokens import Token
 
 
-class MemoryTokenStore:
-    """A :class:`~freegpt_auth.stores.base.TokenStore` in memory. It always answers at once and is always configured."""
+class MemoryTokenStore(TokenStore):
+    """A :class:`~freegpt_auth.stores.base.TokenStore` in memory. It always decides at once and is always configured."""
 
     def __init__(self) -> None:
         self.source: str = "memory"
         self._lock = threading.Lock()
         self._tokens: dict[bytes, Token] = {}
+        self._state = object()
+
+    def state(self) -> object:
+        """Return an object that is replaced after each change."""
+        return self._state
 
     def peek(self, digest: bytes) -> Token | None:
         """Return the token with this digest."""
@@ -48,18 +53,20 @@ class MemoryTokenStore:
         return find(reference, self.tokens())
 
     def add(self, digest: bytes, token: Token) -> None:
-        """Keep a new token."""
+        """Add a new token."""
         with self._lock:
             if digest in self._tokens or any(token.id == other.id for other in self._tokens.values()):
                 raise duplicate_error(token)
             self._tokens[digest] = token
+            self._state = object()
 
     def revoke(self, token_id: str, at: datetime) -> Token:
-        """Refuse the token from now on."""
+        """Revoke the token."""
         with self._lock:
             digest, token = self._find(token_id)
             if token.revoked_at is None:
                 token = self._tokens[digest] = msgspec.structs.replace(token, revoked_at=at)
+                self._state = object()
             return token
 
     def delete(self, token_id: str) -> Token:
@@ -67,15 +74,17 @@ class MemoryTokenStore:
         with self._lock:
             digest, token = self._find(token_id)
             del self._tokens[digest]
+            self._state = object()
             return token
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
-        """Add the tokens that are not there, and revoke those that are revoked in *tokens*."""
+        """Add missing tokens and apply revocations."""
         with self._lock:
             new, revoked = plan_merge(tokens, self._tokens)
             self._tokens |= new
             for digest, at in revoked.items():
                 self._tokens[digest] = msgspec.structs.replace(self._tokens[digest], revoked_at=at)
+            self._state = object()
             return Merged(len(new), len(revoked))
 
     def _find(self, token_id: str) -> tuple[bytes, Token]:

@@ -44,7 +44,7 @@ class UsageStore(Protocol):
 
     source: str
 
-    def add(self, batch: Batch, timeout: float) -> None:
+    def write(self, batch: Batch, timeout: float) -> None:
         """Add to each token's count and move its last use forward: all of the batch, or nothing if it was added before.
 
         Args:

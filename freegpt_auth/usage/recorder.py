@@ -162,7 +162,7 @@ class UsageRecorder(Watched):
             self._counts = {}
         try:
             with thread_as_owner_of(self._store.source):
-                self._store.add(self._batch, timeout)
+                self._store.write(self._batch, timeout)
         except (StoreError, UsageError) as error:
             self._tell(f"usage cannot be written to {self._store.source}: {error}. It is kept in memory until it can")
             return False

@@ -1,1 +1,1 @@
-"""Attacks from outside: faults, crashes, by-passes, floods, a fleet whose links fail."""
+"""Attacks from outside: faults, crashes, bypasses, floods, a fleet whose links fail."""

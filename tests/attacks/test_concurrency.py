@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def compare(tickets: list[Ticket], counted: Counter[str], listed: list[dict[str,
     assert {token.id: digest for digest, token in FileTokenStore("api_tokens.json").tokens().items()} == {
         token_id: digest_of(ticket.secret) for token_id, ticket in kept.items()
     }
-    usage = read_usage("api_tokens.usage.db")
+    usage = UsageDatabase("api_tokens.usage.db").read()
     assert {token_id: used.use_count for token_id, used in usage.items()} == {
         token_id: count for token_id, count in counted.items() if token_id in kept
     }

@@ -23,6 +23,8 @@ import pytest
 from freegpt_auth import FileTokenStore
 from freegpt_auth.guard.authenticator import Authenticator
 from freegpt_auth.guard.callers import Caller
+from freegpt_auth.guard.credentials import Presented
+from freegpt_auth.guard.refusal import Refusal
 from freegpt_auth.stores.file.store import FRESHNESS, LOCK_TIMEOUT
 from freegpt_auth.tokens import digest_of
 
@@ -236,12 +238,12 @@ class Ledger:
     def _authenticate(self) -> None:
         authenticator = Authenticator(FileTokenStore(self._path), None)
         for name, secret in self.live.items():
-            caller = authenticator.resolve([digest_of(secret)])
+            caller = authenticator.resolve(Presented([digest_of(secret)]))
             assert isinstance(caller, Caller)
             assert caller.user.identity == self._rows[name]["id"]
             assert self._rows[name]["digest"] == f"sha256${sha256(secret.encode()).hexdigest()}"
         for secret in self.dead[-100:]:
-            assert not isinstance(authenticator.resolve([digest_of(secret)]), Caller)
+            assert isinstance(authenticator.resolve(Presented([digest_of(secret)])), Refusal)
 
 
 class Round:

@@ -36,7 +36,7 @@ import pytest
 from freegpt_auth import FileTokenStore
 from freegpt_auth.stores.file.disk import SIZE_LIMIT
 from freegpt_auth.stores.file.store import FRESHNESS, LOCK_TIMEOUT, RETRY_INTERVAL
-from freegpt_auth.stores.file.usage import UsageDatabase, read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, generate_secret
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import SHUTDOWN_TIMEOUT
@@ -601,7 +601,7 @@ def test_faulty_usage_database_fails_no_request(start: Start, secrets: dict[str,
     (Path("blocked") / USAGE.name).mkdir(parents=True)
     Path("disk").mkdir()
     link(USAGE.parent, "disk")
-    UsageDatabase(str(USAGE)).add(Batch("p", 1, {f"!{number:063}": (1, 0.0) for number in range(20_000)}), 5.0)
+    UsageDatabase(str(USAGE)).write(Batch("p", 1, {f"!{number:063}": (1, 0.0) for number in range(20_000)}), 5.0)
     watch = start(answers(), FREEGPT_AUTH_USAGE=str(USAGE))
     to_disk = partial(link, USAGE.parent, "disk")
     for make, mend, reason in (
@@ -631,7 +631,7 @@ def test_faulty_usage_database_fails_no_request(start: Start, secrets: dict[str,
     watch.change(lambda: lost.append(ruin(token_id)), answers(), corrupt, each=False)
     watch.stop()
     accepted = sum(answer.status == 200 and answer.asked == ("/", "valid") for answer in watch.given)
-    wait_until(lambda: lost[0] + read_usage(str(USAGE))[token_id].use_count == accepted)
+    wait_until(lambda: lost[0] + UsageDatabase(str(USAGE)).read()[token_id].use_count == accepted)
     assert stat.S_IMODE(USAGE.stat().st_mode) == 0o600
     watch.end()
 

@@ -180,7 +180,7 @@ def a_file(home: Path) -> None:
     for name, secret in ("kept", issue("kept", now=CREATED)[1]), ("doomed", SECRET):
         token, _ = issue(name, now=CREATED)
         store.add(digest_of(secret), token)
-    UsageDatabase(str(home / "api_tokens.usage.db")).add(Batch("p", 1, {token.id: (7, CREATED.timestamp())}), 1.0)
+    UsageDatabase(str(home / "api_tokens.usage.db")).write(Batch("p", 1, {token.id: (7, CREATED.timestamp())}), 1.0)
 
 
 def a_link(home: Path) -> None:

@@ -27,7 +27,7 @@ EACH = 4
 """Most sessions of one worker: one that follows the database, two for look-ups, one for usage."""
 
 HELD = 20.0
-"""Duration of the lock in seconds, times ``--rounds``: 40 s in the figures of the documentation."""
+"""Duration of the lock in seconds, times ``--rounds``: 40 s in the figures of docs/operations/faults.md."""
 
 
 class Crowd:

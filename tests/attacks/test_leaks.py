@@ -29,9 +29,8 @@ import pytest
 
 import freegpt_auth
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, FreeGPTAuthError, Settings
-from freegpt_auth.guard.credentials import SUBPROTOCOL, presented
-from freegpt_auth.names import checked_name
-from freegpt_auth.tokens import PREFIX_LENGTH, digest_of, find, generate_secret, issue
+from freegpt_auth.guard.credentials import SUBPROTOCOL
+from freegpt_auth.tokens import PREFIX_LENGTH, checked_name, digest_of, find, generate_secret, issue
 from tests.helpers.applications import LIFESPAN
 
 if TYPE_CHECKING:
@@ -415,10 +414,6 @@ BROKEN: dict[str, Callable[[str], object]] = {
     "a key that is too long": lambda s: Settings.from_env(environ={"OPENAI_API_KEY": s * 100}),
     "a key in place of its file": lambda s: Settings.from_env(environ={"FREEGPT_API_KEY_FILE": s}),
     "two keys": lambda s: Settings.from_env(environ={"FREEGPT_API_KEY": s, "FREEGPT_API_KEY_FILE": s}),
-    "a header twice": lambda s: presented({"type": "http", "headers": scope(s)["headers"] * 2}),
-    "a subprotocol twice": lambda s: presented(
-        {"type": "websocket", "headers": [], "subprotocols": [SUBPROTOCOL + s] * 2}
-    ),
     "a wrong record": lambda s: read_file(ancestral(s, '{"name": 5}')),
     "a wrong date": lambda s: read_file(ancestral(s, '{"name": "x", "created_at": "0001-01-01T00:00:00+14:00"}')),
     "no record": lambda s: read_file(ancestral(s, "5")),

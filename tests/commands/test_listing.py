@@ -1,4 +1,4 @@
-"""How tokens are shown: the lines for a person, and the record in JSON."""
+"""The output formats of tokens: lines for a person, and JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from freegpt_auth.commands.listing import entry, record, title
+from freegpt_auth.commands.listing import as_json, as_text, title
 from freegpt_auth.tokens import Token
 from freegpt_auth.usage.base import Usage
 
@@ -22,7 +22,7 @@ TOKEN = Token(id="a1b2c3d4e5f6", name="my-application", prefix="sk-a1b2c3d4e5f",
 
 @pytest.fixture(params=["XXX-14", "XXX+12"])
 def hours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put this machine into a time zone, and return how many hours it is ahead of UTC."""
+    """Set the time zone of this process; return its hours ahead of UTC."""
     monkeypatch.setenv("TZ", request.param)
     time.tzset()
     yield -int(request.param[3:])
@@ -39,12 +39,12 @@ def hours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
         (EARLY, EARLY, "✗ Revoked"),
     ],
 )
-def test_an_entry_has_the_lines_of_the_guide(
+def test_text_has_the_lines_of_the_guide(
     hours: int, expires_at: datetime | None, revoked_at: datetime | None, shown: str
 ) -> None:
-    """A person reads prefix, name and times by the clock on the wall, and "active" exactly while the token works.
+    """A person reads prefix, name and local times, and "active" exactly while the token is accepted.
 
-    Only a token that expires has a line more than the guide shows.
+    A token that expires has one line more than the guide shows.
     """
     token = replace(TOKEN, expires_at=expires_at, revoked_at=revoked_at)
 
@@ -53,20 +53,20 @@ def test_an_entry_has_the_lines_of_the_guide(
 
     wall = by_the_wall(CREATED)
     expires = f"   Expires: {by_the_wall(expires_at)}\n" if expires_at else ""
-    assert entry(12, token, Usage(3, CREATED.replace(microsecond=999_999)), NOW.timestamp()) == (
+    assert as_text(12, token, Usage(3, CREATED.replace(microsecond=999_999)), NOW.timestamp()) == (
         f"12. sk-a1b2c3d4e5f...\n   Name: my-application\n   Status: {shown}\n   Created: {wall}\n"
         f"{expires}   Last used: {wall}"
     )
-    assert entry(1, token, None, NOW.timestamp()).endswith("\n   Last used: Never")
-    assert record(token, None, NOW.timestamp())["status"] == shown[2:].lower()
+    assert as_text(1, token, None, NOW.timestamp()).endswith("\n   Last used: Never")
+    assert as_json(token, None, NOW.timestamp())["status"] == shown[2:].lower()
 
 
 @pytest.mark.parametrize(("imported", "recorded"), [(LATE, None), (None, LATE), (EARLY, LATE), (LATE, EARLY)])
-def test_a_record_is_json_with_offsets(hours: int, imported: datetime | None, recorded: datetime | None) -> None:
-    """A program finds every field, times in UTC with their offset; of an imported and a recorded use the later one."""
+def test_json_has_times_with_offsets(hours: int, imported: datetime | None, recorded: datetime | None) -> None:
+    """JSON has every field, with times in UTC; the last use is the later of the imported and the recorded one."""
     expires_at = LATE.astimezone(timezone(timedelta(hours=hours)))
     token = replace(TOKEN, expires_at=expires_at, revoked_at=EARLY, last_used_at=imported)
-    assert json.loads(json.dumps(record(token, recorded and Usage(7, recorded), NOW.timestamp()))) == {
+    assert json.loads(json.dumps(as_json(token, Usage(7, recorded) if recorded else None, NOW.timestamp()))) == {
         "id": "a1b2c3d4e5f6",
         "name": "my-application",
         "prefix": "sk-a1b2c3d4e5f",
@@ -82,16 +82,16 @@ def test_a_record_is_json_with_offsets(hours: int, imported: datetime | None, re
 @pytest.mark.usefixtures("hours")
 @pytest.mark.parametrize("offset", [-12, 14])
 @pytest.mark.parametrize("naive", [datetime.min, datetime.max])  # noqa: DTZ901  an offset is added
-def test_the_ends_of_the_calendar_can_be_shown(naive: datetime, offset: int) -> None:
-    """Every instant that a token file can hold can be shown, in every time zone."""
+def test_ends_of_the_calendar_are_shown(naive: datetime, offset: int) -> None:
+    """Every instant that a token file can hold is shown, in every time zone."""
     token = replace(TOKEN, created_at=naive.replace(tzinfo=timezone(timedelta(hours=offset))))
-    assert "   Created: " in entry(1, token, None, NOW.timestamp())
-    assert isinstance(record(token, None, NOW.timestamp())["created_at"], str)
+    assert "   Created: " in as_text(1, token, None, NOW.timestamp())
+    assert isinstance(as_json(token, None, NOW.timestamp())["created_at"], str)
 
 
-def test_nothing_shown_drives_a_terminal() -> None:
-    """Whatever a file holds for a name or a prefix, a token takes five lines, and all of them print."""
+def test_text_does_not_control_a_terminal() -> None:
+    """With any name and prefix in the file, a token is five lines of printable characters."""
     token = replace(TOKEN, name="\x1b[2J\u202eevil\n   Status: ✓ Active", prefix="sk-\x9bA\n")
-    lines = entry(1, token, None, NOW.timestamp()).split("\n")
+    lines = as_text(1, token, None, NOW.timestamp()).split("\n")
     assert len(lines) == 5
     assert all(line.isprintable() for line in [*lines, title(token)])

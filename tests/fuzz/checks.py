@@ -1,8 +1,8 @@
-"""What holds for any input at all: bytes in headers and files, text in subprotocols, arguments and names.
+"""Checks of one input: bytes in headers and files, text in subprotocols, arguments.
 
-Each ``check_…`` says what must hold for one input, and compares with a model that was written apart from the package.
-``test_properties.py`` feeds them what hypothesis makes up, ``fuzz.py`` what a fuzzer finds: for it :data:`TARGETS`
-makes inputs of any bytes. Nothing here needs pytest, so each ``assert`` says what was found.
+Each ``check_…`` compares the package with an independent model. ``test_properties.py`` calls the checks with inputs of
+hypothesis, ``fuzz.py`` with inputs of a fuzzer: :data:`TARGETS` converts bytes into inputs. The fuzzer runs without
+pytest, so each ``assert`` has its own message.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import logging
+import logging.handlers
 import os
 import re
 import sys
@@ -38,9 +39,9 @@ from freegpt_auth import (
 from freegpt_auth.cli import main
 from freegpt_auth.guard import refusal_log
 from freegpt_auth.guard.authenticator import Authenticator
-from freegpt_auth.guard.callers import Caller
+from freegpt_auth.guard.callers import ANONYMOUS, Caller
+from freegpt_auth.guard.credentials import Presented
 from freegpt_auth.stores.file import store as file_store
-from freegpt_auth.tokens import issue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,23 +55,22 @@ LIVE = [b"sk-live", b"another, with blanks", b"\xa0\xfc\x85", b"k" * 4096]
 DEAD = [b"sk-revoked", b"sk-expired", b"k" * 4097]
 FORGING = "\x1b[2J\nrefused 127.0.0.1 /: unknown"
 
-# The format characters of scripts: joiners, the soft hyphen, the Mongolian vowel separator and the signs that are seen.
+# The format characters of scripts: joiners, the soft hyphen, the Mongolian vowel separator and the visible signs.
 JOINERS = {"\u200c", "\u200d", "\u2060", "\xad", "\u180e", "\u06dd", "\u070f", "\u0890", "\u0891", "\u08e2"}
 JOINERS |= {chr(code) for start, end in ((0x600, 6), (0x13430, 16), (0x1BCA0, 4)) for code in range(start, start + end)}
 JOINERS |= {"\U000110bd", "\U000110cd"}
-BLANK = set("\u115f\u1160\u3164\uffa0\u2800\U0001d159\ufffc")
 
 SECRETS = ["sk-one", "two", "drei-ü", "sk-proj-four-4", "no token's"]
 GENERATED, IMPORTED = "sk-" + "0" * 43 + "3P9rQy", "sk-proj-imported-from_elsewhere"
-ENDS = {GENERATED: "P9rQy", IMPORTED: "imported-from_elsewhere"}  # which begin as no escaped character ends
+ENDS = {GENERATED: "P9rQy", IMPORTED: "imported-from_elsewhere"}  # their first characters end no escape sequence
 
 Headers = list[tuple[bytes, bytes]]
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Keep no refusal out of the log, let no writer wait for a server, and find no line of the log forged."""
-    logger, heard = logging.getLogger("freegpt_auth"), _Ear()
+    """Log every refusal, skip the wait of writers for servers, and fail if a line of the log is forged."""
+    logger, heard = logging.getLogger("freegpt_auth"), logging.handlers.BufferingHandler(sys.maxsize)
     level = logger.level
     with (
         mock.patch.object(file_store, "FRESHNESS", 0.0),
@@ -82,27 +82,17 @@ def watched() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-    forged = [text for text in heard.texts if not prints(text)]
+    forged = [record.getMessage() for record in heard.buffer if not prints(record.getMessage())]
     assert forged == [], forged
 
 
-class _Ear(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep what was said."""
-        self.texts.append(record.getMessage())
-
-
 def prints(text: str) -> bool:
-    """Tell whether nothing in the text moves a cursor, starts a line, turns the reading direction or hides."""
+    """Return whether no character of *text* moves a cursor, starts a line, changes the direction or is invisible."""
     return all(unicodedata.category(c) == "Zs" or unicodedata.category(c)[0] not in "CZ" or c in JOINERS for c in text)
 
 
 def digest(secret: str) -> bytes:
-    """Return what stands for a secret in a token file."""
+    """Return the digest of a secret, as in a token file."""
     return sha256(secret.encode()).digest()
 
 
@@ -111,10 +101,10 @@ def digest(secret: str) -> bytes:
 
 @functools.cache
 def guard() -> BearerTokenMiddleware:
-    """Return a middleware with the live and the dead secrets, and an environment key."""
+    """Return a middleware over the live and the dead secrets, with an environment key."""
     store = MemoryTokenStore()
     for number, secret in enumerate(LIVE + DEAD):
-        ends = {"revoked_at": PAST if number == 4 else None, "expires_at": PAST if number == 5 else None}
+        ends: dict[str, Any] = {4: {"revoked_at": PAST}, 5: {"expires_at": PAST}}.get(number, {})
         token = Token(id=f"{number}{FORGING}", name=f"token {number}", prefix="", created_at=PAST, **ends)
         store.add(sha256(secret).digest(), token)
     with mock.patch.dict(os.environ, FREEGPT_API_KEY=KEY.decode()):
@@ -125,7 +115,7 @@ NAMES = {**{secret: f"token {number}" for number, secret in enumerate(LIVE)}, KE
 
 
 def credentials(kind: str, headers: Headers, subprotocols: list[str]) -> tuple[list[bytes], bool]:
-    """Return the secrets that a request presents, and whether it is malformed, by the rules of the wire as we tell them."""
+    """Return the secrets that a request presents, and whether it is malformed, by the documented rules."""
     carriers = [(name, value) for name, value in headers if name in CARRIERS]
     forms = {b"authorization": rb"(?is)[ \t]*bearer [ \t]*(.*?)[ \t]*"}
     matches = [re.fullmatch(forms.get(name, rb"(?s)[ \t]*(.*?)[ \t]*"), value) for name, value in carriers]
@@ -139,7 +129,7 @@ def credentials(kind: str, headers: Headers, subprotocols: list[str]) -> tuple[l
 
 
 def expected(kind: str, method: str, headers: Headers, subprotocols: list[str]) -> object:
-    """Return the name of the caller, or how the request is refused, by the rules of the wire as we tell them."""
+    """Return the name of the caller, or status and error of the refusal, by the documented rules."""
     values, malformed = credentials(kind, headers, subprotocols)
     callers = [NAMES[value] for value in values if value in NAMES] * (not malformed)
     if not callers and kind == "http" and method == "OPTIONS" and {*PREFLIGHT} <= {name for name, _ in headers}:
@@ -149,7 +139,7 @@ def expected(kind: str, method: str, headers: Headers, subprotocols: list[str]) 
 
 
 def check_request(kind: str, method: str, path: str, headers: Headers, subprotocols: list[str]) -> None:
-    """A request reaches the application with the right caller and no valid secret, or gets the right, complete refusal."""
+    """Check that a request reaches the application with its caller and no valid secret, or gets the expected denial."""
     offer = ", ".join(subprotocols).encode("latin-1", "replace")
     scope: dict[str, Any] = {"type": kind, "path": path, "headers": [*headers, (b"sec-websocket-protocol", offer)]}
     if kind == "http":
@@ -169,7 +159,7 @@ def check_request(kind: str, method: str, path: str, headers: Headers, subprotoc
 
 
 async def _answer(scope: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Return the scopes that the application sees, and the messages that are sent in its place."""
+    """Return the scopes that the application receives, and the messages of a denial."""
     seen: list[Any] = []
     sent: list[Any] = []
 
@@ -189,7 +179,7 @@ async def _answer(scope: dict[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def refusal(kind: str, method: str, sent: list[Any]) -> object:
-    """Return status and error of a refusal, which is a whole response as ASGI defines it."""
+    """Return status and error of a denial; check that it is a complete response by the ASGI specification."""
     start, *bodies = sent
     stem = "http.response" if kind == "http" else "websocket.http.response"
     assert [message["type"] for message in sent] == [f"{stem}.start", *[f"{stem}.body"] * len(bodies)], sent
@@ -207,7 +197,7 @@ def refusal(kind: str, method: str, sent: list[Any]) -> object:
 
 
 def row(secret: str, **fields: object) -> dict[str, Any]:
-    """Return a record as it stands in a token file."""
+    """Return a record of a token file."""
     number = digest(secret).hex()
     known = {
         "id": number[:12],
@@ -225,7 +215,7 @@ def written(rows: list[Any]) -> bytes:
 
 
 def active(content: bytes) -> set[bytes]:
-    """Return the digests of the tokens that work, as Python's own JSON reader sees the file."""
+    """Return the digests of the active tokens, read by Python's own JSON parser."""
     document = json.loads(content.decode("utf-8", "surrogateescape"), parse_int=str)
     if "version" not in document:
         return {digest(secret) for secret, entry in document.items() if entry.get("active", True)}
@@ -239,12 +229,12 @@ def active(content: bytes) -> set[bytes]:
 
 
 def is_past(instant: str | None) -> bool:
-    """Tell whether a moment has come. RFC 3339 has the letters in a date in either case, Python in one."""
+    """Return whether an instant has passed. RFC 3339 allows the letters of a date in either case, Python in one."""
     return instant is not None and datetime.fromisoformat(instant.upper()) <= datetime.now(UTC)
 
 
-def says_nothing(content: bytes) -> bool:
-    """Tell whether the file is an empty JSON object, which is as good as no file."""
+def is_empty_object(content: bytes) -> bool:
+    """Return whether the file is an empty JSON object, which counts as no file."""
     try:
         return bool(json.loads(content.decode()) == {})
     except (ValueError, RecursionError):
@@ -252,13 +242,17 @@ def says_nothing(content: bytes) -> bool:
 
 
 def check_file(content: bytes) -> set[str]:
-    """No bytes in the place of a token file raise, open a server, or let a secret in that is not listed as active."""
+    """Check that no content of a token file opens a server or accepts more than its active secrets; return those."""
     with watched(), tempfile.TemporaryDirectory() as folder:
-        path, nothing = Path(folder, "any.json"), says_nothing(content)
+        path, nothing = Path(folder, "any.json"), is_empty_object(content)
         path.write_bytes(content)
         store = FileTokenStore(path)
         authenticator = Authenticator(store, None)
-        opened = [authenticator.mode is AuthMode.OPEN, authenticator.resolve_open(), not store.survey().configured]
+        opened = [
+            authenticator.mode is AuthMode.OPEN,
+            authenticator.resolve(Presented([])) is ANONYMOUS,
+            not store.survey().configured,
+        ]
         assert opened == [nothing] * 3, opened
         accepted = {secret for secret in SECRETS if is_accepted(authenticator, digest(secret))}
         assert not accepted or {digest(secret) for secret in accepted} <= active(content), accepted
@@ -272,16 +266,18 @@ def check_file(content: bytes) -> set[str]:
 
 
 def is_accepted(authenticator: Authenticator, digest: bytes) -> bool:
-    """Tell whether a request with this secret passes, decided step by step as the middleware does."""
-    decision = authenticator.recognise(digest) or authenticator.peek([digest])
-    return isinstance(authenticator.resolve([digest]) if decision is UNRESOLVED else decision, Caller)
+    """Return whether a request with this secret is accepted, in the steps of the middleware."""
+    decision = authenticator.recognise(digest) or authenticator.peek(Presented([digest]))
+    if decision is UNRESOLVED:
+        decision = authenticator.resolve(Presented([digest]))
+    return isinstance(decision, Caller) and decision is not ANONYMOUS
 
 
-# --- arguments and names
+# --- arguments
 
 
 def run(arguments: list[str], content: bytes) -> tuple[object, str, str]:
-    """Run a command in a folder of its own, and return its exit status, its output, and what it said."""
+    """Run a command in a folder of its own; return its exit status, stdout and stderr."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     with (
         watched(),
@@ -290,7 +286,7 @@ def run(arguments: list[str], content: bytes) -> tuple[object, str, str]:
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "stdin", io.StringIO(f"{GENERATED}\n")),
     ):
-        place = Path(folder, "a", "b")  # so deep that ".." reaches nothing else
+        place = Path(folder, "a", "b")  # two levels, for arguments with ".."
         place.mkdir(parents=True)
         with contextlib.chdir(place):
             Path("api_tokens.json").write_bytes(content)
@@ -304,46 +300,24 @@ def run(arguments: list[str], content: bytes) -> tuple[object, str, str]:
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """A command ends with 0, 1 or 2, and if it fails with one line that shows no secret."""
+    """Check that a command ends with 0, 1 or 2, and on failure prints one line without a secret."""
     tokens = [row(GENERATED, prefix=GENERATED[:14]), row(IMPORTED, prefix=IMPORTED[:10])]
     status, out, err = run(arguments, written(tokens))
     assert status in (0, 1, 2), status
     line, stop, more = err.partition("\n")
     assert not status or (prints(line), stop, more, out) == (True, "\n", "", ""), (out, err)
     for secret, end in ENDS.items():
-        harmless = any(each.count(end) > each.count(secret) for each in arguments)  # the end alone is no secret
+        harmless = any(
+            each.count(end) > each.count(secret) for each in arguments
+        )  # an argument that is only the end of a secret
         assert not status or harmless or end not in err, err
 
 
-def check_name(name: str) -> None:
-    """A name that could drive a terminal is never given to a token, and never shown where a file holds it."""
-    try:
-        given = issue(name, now=NOW)[0].name
-    except ValueError as error:
-        given = str(error)
-    is_seen = any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in name)
-    good = prints(name) and is_seen and len(name) <= 200
-    assert given == name if good else given.startswith("a token's name must not"), given
-    twins = [
-        row(secret, name=name, prefix=name, id=f"{number}{name[:60]}") for number, secret in enumerate(SECRETS[:2])
-    ]
-    is_text = not any(unicodedata.category(character) == "Cs" for character in name)
-    status, *texts = run(["list"], written(twins))
-    shape = (status, *(len(text.split("\n")) for text in texts))
-    assert shape == ((0, 14, 1) if is_text else (1, 1, 2)), shape
-    for reference in (name, f"0{name[:60]}", SECRETS[0]):
-        status, out, err = run(["delete", "--", reference], written(twins))
-        assert (status in (0, 1, 2), out) == (True, ""), (status, out)
-        texts.append(err)
-    bare = [line for text in texts for line in text.split("\n") if not prints(line)]
-    assert bare == [], bare
-
-
-# --- what a fuzzer's bytes mean
+# --- inputs of the fuzzer
 
 
 def _request(raw: bytes) -> None:
-    """Read a request's head, as in HTTP: a method (``WEBSOCKET`` is one) and a path, then names and values."""
+    """Check a request: a line with a method (``WEBSOCKET`` is one) and a path, then lines of headers."""
     start, *lines = raw.split(b"\n")
     method, _, path = start.decode("utf-8", "surrogateescape").partition(" ")
     pairs = [(name.lower(), value) for name, _, value in (line.partition(b":") for line in lines)]
@@ -353,9 +327,9 @@ def _request(raw: bytes) -> None:
 
 
 def _arguments(raw: bytes) -> None:
-    """Read one argument a line; none has a slash, so that no command leaves its folder."""
+    """Check arguments, one per line. Slashes are removed: no command may write outside its folder."""
     check_arguments([os.fsdecode(line) for line in raw.translate(None, b"\0/").split(b"\n")])
 
 
 TARGETS: dict[str, Callable[[bytes], object]] = {"file": check_file, "request": _request, "arguments": _arguments}
-"""What each folder of the corpus is fed to."""
+"""The check of each folder of the corpus."""

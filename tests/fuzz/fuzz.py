@@ -1,11 +1,11 @@
-"""A coverage-guided run: what a fuzzer makes of the corpus goes into the checks that the tests share.
+"""A coverage-guided fuzzer of the checks that the tests share, starting from the corpus.
 
 ::
 
     python tests/fuzz/fuzz.py [TARGET …] [--seconds N | --runs N]
 
-Ends with 0 if nothing was found. An input that breaks a promise is left in a folder for temporary files; give it to
-``--replay``, and once the fault is mended put it into ``corpus``, where every run of the tests tries it.
+Exits with 0 if every check passed. An input that fails a check is kept in a temporary folder: reproduce the failure
+with ``--replay``, and add the input to ``corpus`` once the fault is fixed.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris
+import atheris  # type: ignore[import-untyped]
 
 HERE = Path(__file__).parent
 TARGETS = sorted(folder.name for folder in (HERE / "corpus").iterdir())
 MEMORY = Path("/dev/shm")
 HUNG = 60
-"""Seconds after which one input is taken for an endless loop."""
+"""Time limit of one input, in seconds."""
 
 
 def main() -> int:
-    """Fuzz one target after the other, and tell whether anything was found."""
+    """Fuzz the targets in turn; return 1 if a check failed."""
     parser = argparse.ArgumentParser(description="Fuzz freegpt_auth.")
     parser.add_argument("target", nargs="*", choices=TARGETS, help="what to fuzz; by default everything")
     limit = parser.add_mutually_exclusive_group()
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def in_own_process(target: str, limits: list[str], replay: Path | None) -> int:
-    """Fuzz in a process of its own, since a fuzzer ends the one it runs in, and return its exit status."""
+    """Fuzz in a child, since the fuzzer ends its process; return the exit status."""
     left = tempfile.mkdtemp(prefix=f"freegpt_auth-fuzz-{target}-")
     with tempfile.TemporaryDirectory() as grown:
         child = os.fork()
@@ -55,10 +55,10 @@ def in_own_process(target: str, limits: list[str], replay: Path | None) -> int:
 
 
 def fuzz(target: str, arguments: list[str]) -> None:
-    """Hand this process over to the fuzzer, which is guided by the branches of the package that an input reaches."""
+    """Run the fuzzer, guided by the branches of the package that an input reaches. It does not return."""
     with atheris.instrument_imports(include=["freegpt_auth"]):
-        sys.path.append(str(HERE))
-        import checks  # noqa: PLC0415  only what is imported here is instrumented
+        sys.path.append(str(HERE.parent.parent))
+        from tests.fuzz import checks  # noqa: PLC0415  only imports within the block are instrumented
     if MEMORY.is_dir():
         tempfile.tempdir = str(MEMORY)  # three times as many inputs
     words = f"-dict={HERE / f'{target}.dict'}"

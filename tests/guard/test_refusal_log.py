@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth.guard import refusal_log
-from freegpt_auth.guard.authenticator import Refusal
+from freegpt_auth.guard.refusal import Refusal
 from freegpt_auth.guard.refusal_log import CLIENT_LIMIT, SHOWN, WINDOW, RefusalLog
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def test_each_refusal_is_a_record_with_its_facts(caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.DEBUG, "freegpt_auth")
     log = RefusalLog()
     for refusal in (UNKNOWN, Refusal("revoked", "t1")):
-        log.tell(_scope("2001:db8::1", "/v1/é?"), refusal)
+        log.log(_scope("2001:db8::1", "/v1/é?"), refusal)
     first, second = caplog.records
     assert first.getMessage() == "refused 2001:db8::1 /v1/%C3%A9%3F: unknown"
     assert second.getMessage() == "refused 2001:db8::1 /v1/%C3%A9%3F: revoked (t1)"
@@ -80,7 +80,7 @@ def test_each_refusal_is_a_record_with_its_facts(caplog: pytest.LogCaptureFixtur
 )
 def test_no_client_can_forge_a_line(lines: Callable[[], list[str]], client: str | None, path: str) -> None:
     """Whatever a client calls itself or asks for: the record is one short line of four words, with the client second."""
-    RefusalLog().tell(_scope(client, path), UNKNOWN)
+    RefusalLog().log(_scope(client, path), UNKNOWN)
     (line,) = lines()
     word, shown, where, reason = line.split(" ")
     assert (word, shown[:9], where[:1], reason) == ("refused", (client or "unknown")[:9], "/", "unknown")
@@ -94,8 +94,8 @@ def test_a_million_refusals_are_few_lines(lines: Callable[[], list[str]], clock:
     log = RefusalLog()
     flood, twice = 1_000_000, 2
     for _ in range(flood):
-        log.tell(_scope(), UNKNOWN)
-    log.tell(_scope("192.0.2.8"), UNKNOWN)
+        log.log(_scope(), UNKNOWN)
+    log.log(_scope("192.0.2.8"), UNKNOWN)
     told = lines()
     assert len(told) == 26 + 1
     assert told[SHOWN - 1] == "refused 192.0.2.7 /v1/models: unknown"
@@ -104,7 +104,7 @@ def test_a_million_refusals_are_few_lines(lines: Callable[[], list[str]], clock:
     assert len(told) + sum(map(_left_out, told)) == flood + 1
     clock.now += WINDOW
     for _ in range(twice * SHOWN):
-        log.tell(_scope(), UNKNOWN)
+        log.log(_scope(), UNKNOWN)
     assert len(lines()) == SHOWN + 1
     log.finish()
     log.finish()
@@ -119,11 +119,11 @@ def test_a_flood_from_everywhere_takes_little_memory(lines: Callable[[], list[st
     """An attacker with very many addresses gets few lines and little memory, and hides nobody for more than a minute."""
     log = RefusalLog()
     for number in range(100_000):
-        log.tell(_scope(f"2001:db8::{number:x}"), UNKNOWN)
+        log.log(_scope(f"2001:db8::{number:x}"), UNKNOWN)
     assert len(lines()) == CLIENT_LIMIT + SHOWN + 13
     assert len(log._counts) == CLIENT_LIMIT + 1
     clock.now += WINDOW
-    log.tell(_scope("192.0.2.9"), UNKNOWN)
+    log.log(_scope("192.0.2.9"), UNKNOWN)
     assert lines()[0].startswith("refused 192.0.2.9 ")
     assert len(log._counts) == 1
 
@@ -133,7 +133,7 @@ def test_nothing_is_counted_where_nothing_is_shown(lines: Callable[[], list[str]
     log = RefusalLog()
     logging.getLogger("freegpt_auth").setLevel(logging.WARNING)
     for _ in range(SHOWN + 1):
-        log.tell(_scope(), UNKNOWN)
+        log.log(_scope(), UNKNOWN)
     log.finish()
     assert lines() == []
     assert clock.now - log._began == float("inf")

@@ -18,9 +18,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from starlette.authentication import UnauthenticatedUser
 
 from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, MemoryTokenStore
-from freegpt_auth.guard.callers import Caller, caller_of
+from freegpt_auth.guard.callers import MARK, Caller, caller_of
 from freegpt_auth.guard.credentials import SUBPROTOCOL
-from freegpt_auth.guard.judging import MARK
 from freegpt_auth.tokens import digest_of, issue
 
 Ask = Callable[..., Awaitable[Any]]

@@ -434,7 +434,7 @@ def test_many_threads_may_change_one_store(opener: Opener, keep: Keep) -> None:
 def test_a_store_in_memory_is_never_open_and_always_answers_at_once(keep: Keep) -> None:
     """It is configured even when it is empty, and ``peek`` knows every token, as the object that was put in."""
     store = MemoryTokenStore()
-    assert store.survey() == (True, 0, "memory")
+    assert store.survey()[:3] == (True, 0, "memory")
     token, secret = keep(store)
     assert store.peek(digest_of(secret)) is store.resolve(digest_of(secret)) is token
     assert store.peek(UNKNOWN) is None

@@ -66,7 +66,7 @@ class OneToken:
 
 
 own_source = BearerTokenMiddleware(app, store=OneToken(b""))
-verifier: TokenSource = OneToken(b"")
+source: TokenSource = OneToken(b"")
 store: TokenStore = MemoryTokenStore()
 store = FileTokenStore("api_tokens.json")
 answer = store.peek(b"")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth.exceptions import UsageError
-from freegpt_auth.location import is_url
+from freegpt_auth.location import Location
 from freegpt_auth.stores import open_store, open_usage
 from freegpt_auth.tokens import Token
 from freegpt_auth.usage.base import Batch, Usage
@@ -105,9 +105,9 @@ def test_the_source_names_the_place_without_a_password(store: UsageStore, locati
 def test_counts_add_up_and_the_last_use_moves_forward(opener: Opener) -> None:
     """Each batch of each process adds to the counts, and none turns the last use back."""
     store, other = opener(), opener()
-    store.add(batch(t0=(2, 10.0), t1=(1, 5.0)), 1.0)
-    store.add(batch(2, t0=(3, 20.0)), 1.0)
-    other.add(batch(1, "q", t0=(1, 0.0), t2=(4, 30.0)), 1.0)
+    store.write(batch(t0=(2, 10.0), t1=(1, 5.0)), 1.0)
+    store.write(batch(2, t0=(3, 20.0)), 1.0)
+    other.write(batch(1, "q", t0=(1, 0.0), t2=(4, 30.0)), 1.0)
     for each in (store, other, opener()):
         usage = each.read()
         assert {token_id: one.use_count for token_id, one in usage.items()} == {"t0": 6, "t1": 1, "t2": 4}
@@ -120,17 +120,17 @@ def test_a_batch_that_is_given_again_counts_once(opener: Opener) -> None:
     """However often a process gives a batch, an old one too, it counts once; other processes' are their own."""
     store, other = opener(), opener()
     for each in (store, store, other):
-        each.add(batch(1, t0=(2, 0.0)), 1.0)
-    store.add(batch(2, t0=(10, 0.0), t1=(1, 0.0)), 1.0)
+        each.write(batch(1, t0=(2, 0.0)), 1.0)
+    store.write(batch(2, t0=(10, 0.0), t1=(1, 0.0)), 1.0)
     for sequence in (1, 2):
-        store.add(batch(sequence, t0=(100, 0.0)), 1.0)
-    other.add(batch(1, "q", t0=(1000, 0.0)), 1.0)
+        store.write(batch(sequence, t0=(100, 0.0)), 1.0)
+    other.write(batch(1, "q", t0=(1000, 0.0)), 1.0)
     assert counts(store) == {"t0": 1012, "t1": 1}
 
 
 def test_merged_usage_is_raised_to_and_not_added(store: UsageStore) -> None:
     """Copied usage is at least what was given, never less than what is there, and the same when it is copied again."""
-    store.add(batch(t0=(5, 0.0), t1=(1, 60.0)), 1.0)
+    store.write(batch(t0=(5, 0.0), t1=(1, 60.0)), 1.0)
     given = {"t0": Usage(2, at(90.0)), "t1": Usage(9, at(1.0)), "t2": Usage(3, at(2.5))}
     for _ in range(2):
         store.merge(given)
@@ -145,11 +145,11 @@ def test_merged_usage_is_raised_to_and_not_added(store: UsageStore) -> None:
 def test_usage_of_a_deleted_token_stays_away(opener: Opener, location: str) -> None:
     """A deleted token has no usage, not even by uses before its deletion that a server writes afterwards."""
     store, server = opener(), opener()
-    server.add(batch(1, t0=(5, 0.0), t1=(1, 0.0)), 1.0)
-    if is_url(location):
+    server.write(batch(1, t0=(5, 0.0), t1=(1, 0.0)), 1.0)
+    if Location.of(location).is_database:
         open_store(location).delete("t0")
     store.forget(["t0"])
-    server.add(batch(2, t0=(2, 0.0), t1=(1, 0.0)), 1.0)
+    server.write(batch(2, t0=(2, 0.0), t1=(1, 0.0)), 1.0)
     assert counts(store) == {"t1": 2}
 
 
@@ -160,7 +160,7 @@ def test_several_threads_may_add_at_the_same_time(opener: Opener) -> None:
     def write(number: int) -> None:
         for sequence in range(1, 11):
             uses = {f"t{(number + step) % 8}": (1, 0.0) for step in range(8)}  # each thread in another order
-            stores[number % 2].add(batch(sequence, f"p{number}", **uses), 5.0)
+            stores[number % 2].write(batch(sequence, f"p{number}", **uses), 5.0)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))
@@ -219,10 +219,10 @@ use()
 def test_after_it_was_closed_it_opens_again(store: UsageStore) -> None:
     """Closing lets go of what is held open, and loses nothing: a server that stops late may still write."""
     store.close()
-    store.add(batch(t0=(1, 0.0)), 1.0)
+    store.write(batch(t0=(1, 0.0)), 1.0)
     store.close()
     store.close()
-    store.add(batch(2, t0=(1, 0.0)), 1.0)
+    store.write(batch(2, t0=(1, 0.0)), 1.0)
     assert counts(store) == {"t0": 2}
 
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_done_is_an_error_of_one_line(request: pytest.FixtureRequ
     spoil(location)
     store = open_usage(location)
     request.addfinalizer(store.close)
-    for call in (lambda: store.add(batch(t0=(1, 0.0)), 0.1), store.read, lambda: store.merge({"t0": Usage(1, at())})):
+    for call in (lambda: store.write(batch(t0=(1, 0.0)), 0.1), store.read, lambda: store.merge({"t0": Usage(1, at())})):
         with pytest.raises(UsageError, match=r"^[^\n]+$") as caught:
             call()
         assert "password" not in str(caught.value)

@@ -22,7 +22,7 @@ import pytest
 from freegpt_auth.exceptions import UsageError
 from freegpt_auth.stores.file import usage
 from freegpt_auth.stores.file.lock import locked
-from freegpt_auth.stores.file.usage import UsageDatabase, read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.stores.file.usage_header import APPLICATION_ID
 from freegpt_auth.usage.base import Batch, Usage
 from freegpt_auth.usage.recorder import UsageRecorder
@@ -46,7 +46,7 @@ def recorder_of(uses: dict[str, int], path: str = PATH) -> UsageRecorder:
 
 def counts(path: str = PATH) -> dict[str, int]:
     """Return the use counts in the database."""
-    return {token_id: usage.use_count for token_id, usage in read_usage(path).items()}
+    return {token_id: usage.use_count for token_id, usage in UsageDatabase(path).read().items()}
 
 
 def wait_for(expected: dict[str, int]) -> None:
@@ -94,7 +94,7 @@ def test_counts_add_up() -> None:
     restarted.record(("a", 25.0))
     restarted.record(("b", 40.0))
     restarted.flush()
-    assert read_usage(PATH) == {
+    assert UsageDatabase(PATH).read() == {
         "a": Usage(4, datetime(1970, 1, 1, 0, 0, 30, 500_000, UTC)),
         "b": Usage(2, datetime(1970, 1, 1, 0, 0, 40, 0, UTC)),
     }
@@ -147,7 +147,7 @@ class Fickle:
         self.answers = True
         self.closed = 0
 
-    def add(self, batch: Batch, timeout: float) -> None:
+    def write(self, batch: Batch, timeout: float) -> None:
         """Keep a batch, and answer or not."""
         assert 0 <= timeout <= 5
         self.given.append(batch._replace(counts=dict(batch.counts)))
@@ -271,13 +271,13 @@ def test_where_nothing_happens_nothing_is_written_or_read(tmp_path: Path) -> Non
     """A server that nobody uses makes no database, and a missing, empty or new one holds no usage."""
     UsageRecorder(UsageDatabase(PATH), interval=NEVER).flush()
     recorder = recorder_of({"a": 1})
-    assert read_usage(PATH) == {}
+    assert UsageDatabase(PATH).read() == {}
     assert not list(tmp_path.iterdir())
     Path(PATH).touch()
-    assert read_usage(PATH) == {}
+    assert UsageDatabase(PATH).read() == {}
     with contextlib.closing(sqlite3.connect(PATH)) as connection:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    assert read_usage(PATH) == {}
+    assert UsageDatabase(PATH).read() == {}
     recorder.flush()
     assert counts() == {"a": 1}
     assert {path.name for path in tmp_path.iterdir()} == {PATH, f"{PATH}.lock"}
@@ -546,7 +546,7 @@ def test_a_corrupt_database_is_moved_aside(log: Callable[[int], list[str]], spoi
     spoil()
     content = Path(PATH).read_bytes()
     with pytest.raises(UsageError, match=r"^it (is damaged|holds a count or an instant)"):
-        read_usage(PATH)
+        UsageDatabase(PATH).read()
     Path(f"{PATH}-journal").write_bytes(b"old pages")
     recorder_of({"a": 2}).flush()
     assert counts() == {"a": 2}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -28,6 +28,7 @@ class Snapshot:
         retry_at: when to read again even though the signature is the same, by the store's clock.
         lease_ends: when *tokens* end, because a change may be hidden; :data:`NEVER` if none is.
         fingerprint: of the bytes that were read.
+        state: another object for each reading of other bytes.
     """
 
     tokens: table.Table
@@ -36,6 +37,7 @@ class Snapshot:
     retry_at: float = NEVER
     lease_ends: float = NEVER
     fingerprint: bytes = b""
+    state: object = field(default_factory=object, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

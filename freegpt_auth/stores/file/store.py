@@ -19,7 +19,7 @@ from ... import clock as clocks
 from ...exceptions import FileError, StoreUnavailableError
 from ...forks import Watched
 from ...tokens import find
-from ..base import LEASE, UNRESOLVED, Merged, Survey, Unresolved
+from ..base import LEASE, UNRESOLVED, Merged, Survey, TokenStore, Unresolved
 from ..steps import release
 from . import disk, editing, snapshot, table, ticks, workers
 from .access import exposure
@@ -47,7 +47,7 @@ _logger = logging.getLogger("freegpt_auth")
 _T = TypeVar("_T")
 
 
-class FileTokenStore(Watched):
+class FileTokenStore(TokenStore, Watched):
     """A :class:`~freegpt_auth.stores.base.TokenStore` in a token file. Nothing is read before it is asked.
 
     Args:
@@ -78,6 +78,12 @@ class FileTokenStore(Watched):
         self._loading = threading.Lock()
         self._snapshot = replace(self._snapshot, signature=None)
         self._fresh_until = float("-inf")
+
+    def state(self) -> object | None:
+        """Return an object of the last reading if the file has not changed since."""
+        if self._clock() >= self._fresh_until and not self._is_unchanged():
+            return None
+        return self._snapshot.state
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
         """Answer from the snapshot, if the file is as it was; see :class:`~freegpt_auth.stores.base.TokenSource`."""

@@ -20,7 +20,7 @@ ENTER = """
     INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT (process) DO UPDATE SET
         sequence = excluded.sequence, written_at = excluded.written_at WHERE sequence < excluded.sequence
 """
-# A later use than the deletion is one of a token that was restored.
+# A use after the deletion belongs to a token that was restored: it counts.
 ADD = """
     INSERT INTO usage SELECT * FROM (SELECT ? AS id, ? AS uses, ? AS latest)
         WHERE NOT EXISTS (SELECT 1 FROM forgotten WHERE token_id = id AND forgotten_at >= latest)
@@ -34,3 +34,4 @@ RAISE = """
 FORGET = """
     INSERT INTO forgotten VALUES (?, ?) ON CONFLICT (token_id) DO UPDATE SET forgotten_at = excluded.forgotten_at
 """
+EXPIRE = ("DELETE FROM batches WHERE written_at < ?", "DELETE FROM forgotten WHERE forgotten_at < ?")

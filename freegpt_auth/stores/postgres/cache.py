@@ -52,12 +52,14 @@ class TokenCache:
     Attributes:
         revision: the revision that memory is at; -1 before the first load.
         complete: memory holds every token, so one that is not in it does not exist.
+        state: replaced after each change of a token in memory, and after each eviction.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit: int = limit
         self.revision: int = -1
         self.complete: bool = False
+        self.state: object = object()
         self._young: dict[bytes, Token] = {}
         self._old: dict[bytes, Token] = {}
         self._changed: dict[bytes, int] = {}
@@ -113,6 +115,7 @@ class TokenCache:
             self.complete = False  # before anything is let go of: who misses it must not take it for unknown
             self._young, self._old = kept, {}
             self._changed, self._log, self._floor = {}, deque(), revision
+            self.state = object()
             self.revision, self.complete = revision, complete
         for each in before:
             _shed(each)
@@ -126,6 +129,7 @@ class TokenCache:
                 self._floor, digest = self._log.popleft()
                 if self._changed[digest] == self._floor:
                     del self._changed[digest]
+            self.state = object()  # after the change: a request may read both at this moment
             self.revision = revision
             shed = self._turned()
         _shed(shed)
@@ -169,8 +173,11 @@ class TokenCache:
         """Remember a token; return it, or the equal one that another thread has read: it stays the same object."""
         same = self.same(digest, token)
         if same is token:
+            is_other = digest in self._young or digest in self._old
             self._young[digest] = token
             self._old.pop(digest, None)
+            if is_other:
+                self.state = object()
         return same
 
     def _turned(self) -> dict[bytes, Token]:
@@ -179,6 +186,7 @@ class TokenCache:
         if len(self._young) > (self.limit if self.complete else self.limit // 2):
             self.complete = False  # first, as in load
             shed, self._old, self._young = self._old, self._young, {}
+            self.state = object()
         for digest in [*itertools.islice(self._old, max(0, len(self) - self.limit))]:
             del self._old[digest]
         return shed

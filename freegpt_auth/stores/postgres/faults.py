@@ -15,7 +15,7 @@ _START = "try again once it runs"
 _ADVICE = {
     "25006": "connect to the primary, or remove default_transaction_read_only",
     "3D000": "create the database, or correct its name in the URL",
-    "42501": "use a role of the database that may do this (docs/postgresql.md)",
+    "42501": "use a role of the database that may do this (docs/guide/fleet.md)",
     "42704": _RUN_MIGRATE,
     "42703": _RUN_MIGRATE,
     "42883": _RUN_MIGRATE,

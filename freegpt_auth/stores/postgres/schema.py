@@ -156,7 +156,7 @@ BEGIN
 END
 $$;
 
--- Each role is given what it needs (docs/postgresql.md), and nobody anything by a default. The functions of triggers are
+-- Each role is given what it needs (docs/guide/fleet.md), and nobody anything by a default. The functions of triggers are
 -- not harmless: in a trigger on a table of its own, with a type and a cast of its own, a role could run its code as ours.
 REVOKE ALL ON SCHEMA freegpt_auth FROM PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA freegpt_auth FROM PUBLIC;

@@ -17,7 +17,7 @@ from ...clock import elapsed
 from ...exceptions import StoreError, StoreUnavailableError, TokenNotFoundError
 from ...forks import Watched, keep
 from ...tokens import find
-from ..base import CACHE_LIMIT, LEASE, UNRESOLVED, Merged, Survey, Unresolved
+from ..base import CACHE_LIMIT, LEASE, UNRESOLVED, Merged, Survey, TokenStore, Unresolved
 from ..rules import count_active
 from . import reads, schema, writes
 from .cache import TokenCache
@@ -45,7 +45,7 @@ _ATTEMPTS = 5
 _PAUSE = 1.0  # seconds without look-ups after one that failed
 
 
-class PostgresTokenStore(Watched):
+class PostgresTokenStore(TokenStore, Watched):
     """A :class:`~freegpt_auth.stores.base.TokenStore` in a PostgreSQL database. Nothing is read before it is asked.
 
     Args:
@@ -63,7 +63,7 @@ class PostgresTokenStore(Watched):
         ConfigurationError: *url* cannot be read.
     """
 
-    look_up_limit: int = LOOK_UP_LIMIT
+    look_up_limit: float = LOOK_UP_LIMIT
 
     def __init__(
         self,
@@ -76,10 +76,11 @@ class PostgresTokenStore(Watched):
     ) -> None:
         self._address = Address(url)
         self._lease = lease
+        self._limit = cache_limit
         self._clock = clock
         self._confirmation = Confirmation(confirmation)
         self.unseen: Unseen | None = None
-        self.cache_limit: int = cache_limit
+        self.cache_limit: float = cache_limit
         self.source: str = self._address.shown
         self._pool = Pool(self._address, _CONNECTIONS)
         self._paused_until = 0.0
@@ -87,13 +88,19 @@ class PostgresTokenStore(Watched):
         self.watch_forks()
 
     def _begin(self) -> None:
-        self._cache = TokenCache(self.cache_limit)
+        self._cache = TokenCache(self._limit)
         self._follower = Follower(self._address, self._cache, self._lease, self._pool.renew, self._clock)
 
     def after_fork_in_child(self) -> None:
         """Follow the database anew."""
         keep(self._follower)
         self._begin()
+
+    def state(self) -> object | None:
+        """Return the state of the cache while ``peek`` can rely on it."""
+        cache, follower = self._cache, self._follower
+        until = follower.certain_until if cache.complete else follower.leased_until
+        return cache.state if self._clock() < until else None
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
         """Answer from memory, for as long as it may be relied on; see :class:`~freegpt_auth.stores.base.TokenSource`."""
@@ -136,7 +143,7 @@ class PostgresTokenStore(Watched):
         if not self._cache.complete and not self._follower.trouble:
             with contextlib.suppress(psycopg.Error, StoreError):
                 active = self._pool.ask(reads.count_active)
-        return Survey(configured=True, active=active, source=self.source)
+        return Survey(configured=True, active=active, source=self.source, kind="database")
 
     def now(self) -> float:
         """Return the time by the database's clock, by which tokens end, in seconds since the epoch."""

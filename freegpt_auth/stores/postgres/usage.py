@@ -50,7 +50,7 @@ class PostgresUsage:
         self.source: str = address.shown
         self._pool = Pool(address, 1)
 
-    def add(self, batch: Batch, timeout: float) -> None:  # noqa: ARG002  the pool has a shorter one
+    def write(self, batch: Batch, timeout: float) -> None:  # noqa: ARG002  the pool has a shorter one
         """Add a batch, unless it was added before. Of tokens that are not there any more nothing is kept."""
         now = time.time()
         ids, counts = list(batch.counts), [count for count, _ in batch.counts.values()]

@@ -42,7 +42,7 @@ def test_merging_is_all_or_nothing() -> None:
 def test_merging_moves_a_damaged_database_aside() -> None:
     """Copying into a damaged usage database keeps that one under another name, as writing does."""
     store = UsageDatabase("usage.db")
-    store.add(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(2000)}), 1.0)
+    store.write(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(2000)}), 1.0)
     content = Path("usage.db").read_bytes()
     Path("usage.db").write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
     store.merge({"a": Usage(3, NOON)})
@@ -53,10 +53,10 @@ def test_merging_moves_a_damaged_database_aside() -> None:
 def test_a_restored_token_is_counted_again() -> None:
     """A token that is restored from a backup after it was deleted counts its later uses, and its earlier ones stay away."""
     store = UsageDatabase("usage.db")
-    store.add(Batch("p", 1, {"a": (5, 0.0)}), 1.0)
+    store.write(Batch("p", 1, {"a": (5, 0.0)}), 1.0)
     store.forget(["a"])
-    store.add(Batch("p", 2, {"a": (7, time.time() - 60)}), 1.0)
-    store.add(Batch("p", 3, {"a": (2, time.time() + 60)}), 1.0)
+    store.write(Batch("p", 2, {"a": (7, time.time() - 60)}), 1.0)
+    store.write(Batch("p", 3, {"a": (2, time.time() + 60)}), 1.0)
     assert store.read()["a"].use_count == 2
 
 
@@ -71,7 +71,7 @@ def test_a_link_stays_a_link() -> None:
     Path("data").mkdir()
     Path("usage.db").symlink_to("data/real.db")
     store = UsageDatabase("usage.db")
-    store.add(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(2000)}), 1.0)
+    store.write(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(2000)}), 1.0)
     with Path("data/real.db").open("r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * 4096)
@@ -113,7 +113,7 @@ def test_reading_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None
     """A database that another program has locked is one sentence, after a while."""
     monkeypatch.setattr(usage, "READ_TIMEOUT", 0.05)
     store = UsageDatabase("usage.db")
-    store.add(Batch("p", 1, {"a": (1, 0.0)}), 1.0)
+    store.write(Batch("p", 1, {"a": (1, 0.0)}), 1.0)
     with contextlib.closing(sqlite3.connect("usage.db", isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UsageError, match=r"^another program holds its lock; end that program"):
@@ -133,7 +133,7 @@ def test_sqlite_messages_are_not_repeated(code: int) -> None:
 def test_passing_read_error_moves_nothing_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read error of the disk, which SQLite calls damage, is tried again before a healthy database is moved aside."""
     store = UsageDatabase("usage.db")
-    store.add(Batch("p", 1, {"a": (1, 0.0)}), 1.0)
+    store.write(Batch("p", 1, {"a": (1, 0.0)}), 1.0)
     connect, error = sqlite3.connect, sqlite3.DatabaseError()
     error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
     failing = iter([error])
@@ -145,7 +145,7 @@ def test_passing_read_error_moves_nothing_aside(monkeypatch: pytest.MonkeyPatch)
         return connection
 
     monkeypatch.setattr(sqlite3, "connect", once_broken)
-    store.add(Batch("p", 2, {"a": (1, 0.0)}), 1.0)
+    store.write(Batch("p", 2, {"a": (1, 0.0)}), 1.0)
     assert store.read()["a"].use_count == 2
     assert not list(Path().glob("usage.db.corrupt-*"))
 
@@ -163,7 +163,7 @@ def test_what_is_no_database_says_what_it_is(tmp_path: Path) -> None:
 def test_a_last_use_that_is_no_instant_is_an_error() -> None:
     """A row that nobody can read is one error, and no traceback in the middle of a list."""
     store = UsageDatabase("usage.db")
-    store.add(Batch("p", 1, {"a": (1, 1e20)}), 1.0)
+    store.write(Batch("p", 1, {"a": (1, 1e20)}), 1.0)
     with pytest.raises(UsageError, match="it holds a count or an instant that cannot be read"):
         store.read()
     with contextlib.closing(sqlite3.connect("usage.db")) as connection:
@@ -173,7 +173,7 @@ def test_a_last_use_that_is_no_instant_is_an_error() -> None:
 def test_a_writer_that_is_killed_in_the_middle_takes_nothing_with_it(unprivileged: Path) -> None:
     """What it had begun is taken back by whoever looks next; who may not write is told why, and what was there stays."""
     whole, path = str(unprivileged / "whole.db"), str(unprivileged / "usage.db")
-    UsageDatabase(whole).add(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(5000)}), 1.0)
+    UsageDatabase(whole).write(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(5000)}), 1.0)
     with contextlib.closing(sqlite3.connect(whole, isolation_level=None)) as connection:
         connection.execute("PRAGMA cache_size = 2")  # changes reach the disk before they are committed
         connection.execute("BEGIN EXCLUSIVE")
@@ -194,13 +194,13 @@ def test_processes_that_ended_are_forgotten() -> None:
     """The database does not grow with each process: its last batch is forgotten after 30 days, when another one begins."""
     store = UsageDatabase("usage.db")
     for process in ("ended", "alive"):
-        store.add(Batch(process, 1, {"a": (1, 0.0)}), 1.0)
+        store.write(Batch(process, 1, {"a": (1, 0.0)}), 1.0)
     with contextlib.closing(sqlite3.connect("usage.db", isolation_level=None)) as connection:
         connection.execute("UPDATE batches SET written_at = written_at - 30 * 86400 - 1 WHERE process = 'ended'")
         connection.execute("INSERT INTO forgotten VALUES ('old', unixepoch() - 30 * 86400 - 1), ('new', unixepoch())")
-        store.add(Batch("alive", 2, {"a": (1, 0.0)}), 1.0)
+        store.write(Batch("alive", 2, {"a": (1, 0.0)}), 1.0)
         assert connection.execute("SELECT count(*) FROM batches").fetchone() == (2,)
-        store.add(Batch("new", 1, {"a": (1, 0.0)}), 1.0)
+        store.write(Batch("new", 1, {"a": (1, 0.0)}), 1.0)
         assert connection.execute("SELECT process FROM batches ORDER BY 1").fetchall() == [("alive",), ("new",)]
         assert connection.execute("SELECT token_id FROM forgotten").fetchall() == [("new",)]
     assert store.read()["a"].use_count == 4

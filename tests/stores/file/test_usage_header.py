@@ -43,7 +43,7 @@ def database(script: str) -> None:
 
 def without_header() -> None:
     """Make a usage database whose header is overwritten."""
-    UsageDatabase(str(PATH)).add(USED, 1.0)
+    UsageDatabase(str(PATH)).write(USED, 1.0)
     with PATH.open("r+b") as file:
         file.write(b"no database" * 10)
 
@@ -85,7 +85,7 @@ def test_foreign_file_is_left_alone(tmp_path: Path, kind: str) -> None:
         return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".lock"}
 
     before, store = state(), UsageDatabase(str(PATH))
-    for call in (lambda: store.add(USED, 1.0), store.read, lambda: store.merge({}), lambda: store.forget(["a"])):
+    for call in (lambda: store.write(USED, 1.0), store.read, lambda: store.merge({}), lambda: store.forget(["a"])):
         with pytest.raises(UsageError, match=r"^it is no usage database .*; move it away, or name another file in"):
             call()
     with pytest.raises(ConfigurationError, match=f"^{tmp_path}/usage.db cannot hold usage: it is no usage database"):
@@ -115,7 +115,7 @@ from freegpt_auth.exceptions import FreeGPTAuthError
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.stores.file.usage import UsageDatabase
 store = UsageDatabase({str(PATH)!r})
-for call in (store.check, store.read, lambda: store.forget(["a"]), lambda: store.add(Batch("p", 1, {{}}), 1.0)):
+for call in (store.check, store.read, lambda: store.forget(["a"]), lambda: store.write(Batch("p", 1, {{}}), 1.0)):
     try:
         call()
     except FreeGPTAuthError as error:
@@ -135,7 +135,7 @@ def test_database_of_the_first_release_is_adopted(*, spoilt: bool) -> None:
         PATH.write_bytes(PATH.read_bytes()[:4096].ljust(PATH.stat().st_size, b"\xff"))
     store = UsageDatabase(str(PATH))
     store.check()
-    store.add(Batch("p", 1, {"t7": (1, 0.0)}), 1.0)
+    store.write(Batch("p", 1, {"t7": (1, 0.0)}), 1.0)
     assert store.read()["t7"].use_count == (1 if spoilt else 5)
     assert PATH.read_bytes()[68:72] == b"fgua"
     assert bool(list(Path().glob("usage.db.corrupt-*"))) is spoilt
@@ -147,7 +147,7 @@ def test_threads_take_turns() -> None:
     A child that is forked meanwhile is not held up by its parent's threads.
     """
     store = UsageDatabase(str(PATH))
-    store.add(USED, 1.0)
+    store.write(USED, 1.0)
     with usage_header.turn(str(PATH.absolute()), 1.0):
         other = threading.Thread(target=_meets_another, args=(store,))
         other.start()
@@ -155,12 +155,12 @@ def test_threads_take_turns() -> None:
     program = f"""
 import os, threading
 from freegpt_auth.stores.file import usage_header
-from freegpt_auth.stores.file.usage import read_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 turn = usage_header.turn({str(PATH.absolute())!r}, 1.0)
 threading.Thread(target=turn.__enter__).run()
 child = os.fork()
 if not child:
-    os._exit(len(read_usage({str(PATH)!r})))
+    os._exit(len(UsageDatabase({str(PATH)!r}).read()))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
@@ -169,4 +169,4 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def _meets_another(store: UsageDatabase) -> None:
     with pytest.raises(UsageError, match="other processes write to it for too long"):
-        store.add(USED, 0.01)
+        store.write(USED, 0.01)

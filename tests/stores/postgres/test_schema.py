@@ -1,4 +1,4 @@
-"""The schema: it is made and migrated whole or not at all, and each role may do what docs/postgresql.md says, and no more."""
+"""The schema: it is made and migrated whole or not at all, and each role may do what docs/guide/fleet.md says, and no more."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def test_a_server_recovers_when_the_version_is_put_right(
 
 @dataclass
 class Roles:
-    """The database ``tokens`` as docs/postgresql.md makes it.
+    """The database ``tokens`` as docs/guide/fleet.md makes it.
 
     Attributes:
         owner: its URL with the role that migrates.
@@ -319,7 +319,7 @@ def _psql(statements: str, url: str) -> None:
 def roles(cluster: Any) -> Iterator[Roles]:
     """Paste the two blocks of the page, with ``migrate`` between them, as the page says."""
     names = ("freegpt_owner", "freegpt_admin", "freegpt_server")
-    before, after = [block.code for block in blocks("docs/postgresql.md") if block.heading == "Roles"]
+    before, after = [block.code for block in blocks("docs/guide/fleet.md") if block.heading == "Roles"]
     _psql(before, cluster.url("postgres"))
     for name in names:
         cluster.sql(f"ALTER ROLE {name} PASSWORD '{PASSWORD}'")
@@ -369,7 +369,7 @@ def test_the_servers_role_lists_without_usage(roles: Roles, command: Command) ->
     assert f" {secret[:14]}...\n   Name: listed\n" in done.stdout
     assert "usage cannot be read and is left out: " in done.stderr
     assert done.stderr.endswith(
-        ": permission denied for table usage; use a role of the database that may do this (docs/postgresql.md)\n"
+        ": permission denied for table usage; use a role of the database that may do this (docs/guide/fleet.md)\n"
     )
     assert done.stderr.count("\n") == 1
 
@@ -391,7 +391,7 @@ def test_a_command_with_the_servers_role_says_that_it_is_the_wrong_one(
     store = [] if arguments[0] == "copy" else ["--store", roles.server]
     done = command(*store, *(argument.format(**values) for argument in arguments))
     assert one_line(done, "permission denied ")
-    assert done.stderr.endswith("; use a role of the database that may do this (docs/postgresql.md)\n")
+    assert done.stderr.endswith("; use a role of the database that may do this (docs/guide/fleet.md)\n")
     assert _contents(cluster) == before
 
 
@@ -494,7 +494,7 @@ def test_the_admins_role_does_every_command(roles: Roles, command: Command, keep
     file = FileTokenStore("t.json")
     token, secret = keep(file)
     revoked, _ = keep(file)
-    UsageDatabase("t.usage.db").add(Batch("p", 1, {token.id: (3, 1764153923.0)}), 1.0)
+    UsageDatabase("t.usage.db").write(Batch("p", 1, {token.id: (3, 1764153923.0)}), 1.0)
     PostgresTokenStore(roles.admin).merge(file.tokens())
     file.revoke(revoked.id, NOW)
     made = command("--store", roles.admin, "create", "ci").stdout.strip()

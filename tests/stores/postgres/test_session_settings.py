@@ -159,7 +159,7 @@ def test_hostile_defaults_change_no_server(hostile: str, keep: Callable[..., Any
         assert found.status(server.now()) == "expired"
         operator.revoke(token.id, NOW)
         _until(lambda: getattr(server.resolve(digest), "revoked_at", None) == NOW)
-        usage.add(Batch("p", 1, {token.id: (3, time.time())}), 1.0)
+        usage.write(Batch("p", 1, {token.id: (3, time.time())}), 1.0)
         usage.merge({token.id: Usage(2, FULL.last_used_at or NOW)})
         assert usage.read()[token.id].use_count == 3
         assert abs(usage.read()[token.id].last_used_at.timestamp() - time.time()) < 60

@@ -17,8 +17,10 @@ from freegpt_auth import UNRESOLVED, AuthMode, ConfigurationError, StoreError, S
 from freegpt_auth.clock import elapsed
 from freegpt_auth.environment_key import EnvironmentKey
 from freegpt_auth.exceptions import StoreBusyError, TokenNotFoundError
-from freegpt_auth.guard.authenticator import Authenticator, Refusal
+from freegpt_auth.guard.authenticator import Authenticator
 from freegpt_auth.guard.callers import Caller
+from freegpt_auth.guard.credentials import Presented
+from freegpt_auth.guard.refusal import Refusal
 from freegpt_auth.stores.postgres import PostgresTokenStore, follower, reads, schema
 from freegpt_auth.tokens import digest_of, issue
 from tests.helpers.ports import free_port
@@ -186,12 +188,12 @@ def test_a_process_that_is_cut_off_accepts_for_the_lease_and_recovers_by_itself(
     good, bad, key = digest_of(secret), UNKNOWN, KEY.digest
 
     def ask(digest: bytes) -> str:
-        decision = server.peek([digest])
-        decision = server.resolve([digest]) if decision is UNRESOLVED else decision
+        decision = server.peek(Presented([digest]))
+        decision = server.resolve(Presented([digest])) if decision is UNRESOLVED else decision
         assert isinstance(decision, (Caller, Refusal))
         return decision.reason if isinstance(decision, Refusal) else "accepted"
 
-    assert server.mode is AuthMode.TOKEN_FILE
+    assert server.mode is AuthMode.DATABASE
     assert [ask(each) for each in (good, bad, key)] == ["accepted", "unknown", "accepted"]
     mortal.kill()
     _until(lambda: store._follower.trouble)
@@ -362,8 +364,8 @@ def test_a_server_with_a_database_is_never_open(
         _sql(database, "DROP SCHEMA freegpt_auth CASCADE")
     store = opener(nowhere if kind == "away" else database)
     server = Authenticator(store, KEY)
-    assert store.survey() == (True, 0, store.source)
-    assert server.mode is AuthMode.TOKEN_FILE
+    assert store.survey()[:3] == (True, 0, store.source)
+    assert server.mode is AuthMode.DATABASE
     [line] = _said(caplog, "ERROR")
     expected = {
         "away": "does not answer: ",
@@ -373,10 +375,10 @@ def test_a_server_with_a_database_is_never_open(
     assert line.startswith(f"{store.source} {expected}")
     assert "\n" not in line
     assert PASSWORD not in caplog.text
-    refused = server.resolve([UNKNOWN])
+    refused = server.resolve(Presented([UNKNOWN]))
     assert isinstance(refused, Refusal)
     assert refused.reason == "unavailable"
-    assert isinstance(server.resolve([KEY.digest]), Caller)
+    assert isinstance(server.resolve(Presented([KEY.digest])), Caller)
 
 
 def test_the_survey_counts_what_memory_does_not_hold(

@@ -157,22 +157,22 @@ def test_a_batch_is_added_whole_or_not_at_all(cluster: Any, filled: str, usage: 
     name = filled.rpartition("/")[2]
     cluster.sql("ALTER TABLE freegpt_auth.usage ADD CONSTRAINT no_b CHECK (token_id <> 'b')", name)
     with pytest.raises(UsageError):
-        usage.add(batch(1, a=1, b=1), 1.0)
+        usage.write(batch(1, a=1, b=1), 1.0)
     assert counts(filled) == {}
     cluster.sql("ALTER TABLE freegpt_auth.usage DROP CONSTRAINT no_b", name)
-    usage.add(batch(1, a=1, b=1), 1.0)
+    usage.write(batch(1, a=1, b=1), 1.0)
     assert counts(filled) == {"a": 1, "b": 1}
 
 
 def test_servers_do_not_wait_for_each_other_in_a_circle(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """Whatever the order in which a server has counted tokens, it writes them in one order, so that all can go on."""
     fill(filled, "c", "d")
-    usage.add(batch(1, a=1, b=1, c=1, d=1), 1.0)
+    usage.write(batch(1, a=1, b=1, c=1, d=1), 1.0)
     name = filled.rpartition("/")[2]
     waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND wait_event_type = 'Lock'"
     with psycopg.connect(filled) as other, ThreadPoolExecutor(1) as pool:
         other.execute("SELECT FROM freegpt_auth.usage WHERE token_id = 'b' FOR UPDATE")
-        adding = pool.submit(usage.add, batch(2, d=1, c=1, b=1, a=1), 1.0)
+        adding = pool.submit(usage.write, batch(2, d=1, c=1, b=1, a=1), 1.0)
         wait_until(lambda: cluster.sql(waiting) or adding.done())
         free = cluster.sql("SELECT token_id FROM freegpt_auth.usage ORDER BY 1 FOR UPDATE SKIP LOCKED", name)
         other.rollback()
@@ -183,10 +183,10 @@ def test_servers_do_not_wait_for_each_other_in_a_circle(cluster: Any, filled: st
 
 def test_of_deleted_tokens_nothing_is_kept(filled: str, usage: PostgresUsage) -> None:
     """Deleting a token forgets its usage, and what a server writes of it later is dropped, not the rest of the batch."""
-    usage.add(batch(1, a=1, b=1), 1.0)
+    usage.write(batch(1, a=1, b=1), 1.0)
     PostgresTokenStore(filled).delete("a")
     assert counts(filled) == {"b": 1}
-    usage.add(batch(2, a=5, b=1, never=1), 1.0)
+    usage.write(batch(2, a=5, b=1, never=1), 1.0)
     usage.merge(usage.read())
     assert counts(filled) == {"b": 2}
 
@@ -195,11 +195,11 @@ def test_the_names_of_processes_are_not_kept_for_ever(cluster: Any, filled: str,
     """What a process left that wrote last 30 days ago is cleared away when another begins, and no other's."""
     name = filled.rpartition("/")[2]
     for process in ("old", "young"):
-        usage.add(batch(1, process, a=1), 1.0)
+        usage.write(batch(1, process, a=1), 1.0)
     change = "UPDATE freegpt_auth.usage_batches SET written_at = now() - interval '{} days' WHERE process = '{}'"
     for days, process in ((31, "old"), (29, "young")):
         cluster.sql(change.format(days, process), name)
-    usage.add(batch(1, "new", a=1), 1.0)
+    usage.write(batch(1, "new", a=1), 1.0)
     assert cluster.sql("SELECT process FROM freegpt_auth.usage_batches ORDER BY 1", name) == [("new",), ("young",)]
     assert counts(filled) == {"a": 3}
 
@@ -216,13 +216,13 @@ def test_what_a_server_writes_spoils_nothing(cluster: Any, filled: str, usage: P
         assert usage.read()["a"].last_used_at <= datetime.fromtimestamp(time.time() + 60, UTC)
     assert counts(filled) == {"a": 6}
     cluster.sql(call.format(8, largest, "0"), filled.rpartition("/")[2])
-    usage.add(batch(1, a=1, b=1), 1.0)
+    usage.write(batch(1, a=1, b=1), 1.0)
     assert counts(filled) == {"a": largest, "b": 1}
 
 
 def test_an_instant_outside_the_calendar_is_one_line(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """A last use that no calendar here has, in a table without its checks, is an error that says what to correct."""
-    usage.add(batch(1, a=1), 1.0)
+    usage.write(batch(1, a=1), 1.0)
     unchecked = "ALTER DOMAIN freegpt_auth.instant DROP CONSTRAINT instant_check"
     cluster.sql(f"{unchecked}; UPDATE freegpt_auth.usage SET last_used_at = '12000-01-01'", filled.rpartition("/")[2])
     with pytest.raises(UsageError, match=r"outside the years 1 to 9999; correct freegpt_auth\.usage with psql"):
@@ -328,10 +328,10 @@ def test_a_database_that_hangs_holds_up_a_stopping_server_for_seconds_only(
 
 def test_an_idle_connection_that_was_ended_is_made_anew(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """A firewall or an operator that ends the connection between two writes costs no warning and no use."""
-    usage.add(batch(1, a=1), 1.0)
+    usage.write(batch(1, a=1), 1.0)
     ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}' AND application_name <> ''"
     cluster.sql(ended.format(filled.rpartition("/")[2]))
-    usage.add(batch(2, a=1), 1.0)
+    usage.write(batch(2, a=1), 1.0)
     assert counts(filled) == {"a": 2}
 
 
@@ -366,7 +366,7 @@ def test_no_connection_is_left_behind(cluster: Any, filled: str, usage: Postgres
     query = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND application_name = 'freegpt_auth'"
     wait_until(lambda: not cluster.sql(query))
     for sequence in range(1, 4):
-        usage.add(batch(sequence, a=1), 1.0)
+        usage.write(batch(sequence, a=1), 1.0)
     assert len(cluster.sql(query)) == 1
     usage.close()
     wait_until(lambda: not cluster.sql(query))
