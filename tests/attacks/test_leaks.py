@@ -30,7 +30,8 @@ import pytest
 import freegpt_auth
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, FreeGPTAuthError, Settings
 from freegpt_auth.guard.credentials import SUBPROTOCOL
-from freegpt_auth.tokens import PREFIX_LENGTH, checked_name, digest_of, find, generate_secret, issue
+from freegpt_auth.names import checked_name
+from freegpt_auth.tokens import PREFIX_LENGTH, digest_of, find, generate_secret, issue
 from tests.helpers.applications import LIFESPAN
 
 if TYPE_CHECKING:
