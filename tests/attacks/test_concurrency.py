@@ -232,7 +232,7 @@ def test_concurrent_commands_lose_nothing(
         stable = [*pool.map(lambda _: create(shell, ()), range(AT_ONCE))]
     server = serve("app:app", "--workers", str(WORKERS), "--log-level", "warning")
     clients, tickets = Clients(server.address), [*stable]
-    ends = [ENDS[number % len(ENDS)] for number in range(30 * rounds)]
+    ends = [ENDS[number % len(ENDS)] for number in range(3 * len(ENDS) * rounds)]
     with ThreadPoolExecutor(CLIENTS) as crowd:
         pouring = [crowd.submit(use_all, clients, stable, tickets, over) for _ in range(CLIENTS)]
         try:

@@ -300,7 +300,7 @@ def test_killed_writers_break_no_promise(
 
     The token file shows that, and so does a server of two workers that reads it meanwhile.
     """
-    rounds *= 30 if launcher.cold else 100
+    rounds *= 30 if launcher.cold else 60
     folder = tmp_path / "tokens"
     folder.mkdir()
     ledger = Ledger(folder / "api_tokens.json")

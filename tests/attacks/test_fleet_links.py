@@ -224,7 +224,6 @@ def test_full_database_closes_only_cut_hosts(tmp_path: Path, fleet: StartFleet, 
             ours.watch.expect(USUAL, [1])
         back = ours.watch.expect(USUAL)
         ours.end()
-        assert any("too many clients" in line for line in ours.hosts[0].warnings())
         assert not any(line.startswith("ERROR") for line in ours.hosts[1].warnings())
     record(back_after=back)
 
