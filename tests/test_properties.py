@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from freegpt_auth import Token
-from freegpt_auth.stores.file.decoding import read
+from freegpt_auth.stores.file.decoding import decode
 from freegpt_auth.stores.file.document import Document
 
 from .fuzz.checks import (
