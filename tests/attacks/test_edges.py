@@ -108,9 +108,9 @@ NOTES = [
 ]
 # A container that shares /dev/shm and removes the notes of stopped servers.
 NEIGHBOUR = """
-from freegpt_auth.stores.file import workers
-for folder in workers._folders():
-    workers._prepare(folder)
+from freegpt_auth.stores.file import worker_notes
+for folder in worker_notes._folders():
+    worker_notes._prepare(folder)
 """
 GUNICORN = (
     """

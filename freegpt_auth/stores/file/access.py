@@ -1,4 +1,4 @@
-"""Access to a file: the part that its successor keeps, and warnings about access that is too wide.
+"""Permissions of a file: the part that its replacement keeps, and warnings about permissions that are too wide.
 
 A server that could read the old file must be able to read the new one, or it would never see a revocation.
 """
@@ -45,7 +45,7 @@ class Access(NamedTuple):
     labels: tuple[tuple[str, bytes], ...] = ()
 
     def grant(self, fd: int, path: str) -> None:
-        """Give the new file behind *fd* this access. *path* is for the error.
+        """Give the new file behind *fd* this access; *path* names it in errors.
 
         Raises:
             FileError: its group, ACL or labels cannot be kept.
@@ -54,8 +54,8 @@ class Access(NamedTuple):
         _own(fd, path, self)
         if self.acl is None and _attribute(fd, _ACL) is not None:  # inherited: the folder's default ACL
             os.removexattr(fd, _ACL)
-        os.fchmod(fd, self.mode)  # whatever the umask
-        # A label counts only where new files get one too: SELinux that was turned off leaves labels behind.
+        os.fchmod(fd, self.mode)  # not subject to the umask
+        # A label matters only if new files get one too: SELinux leaves its labels behind when it is turned off.
         wanted = [(name, value) for name, value in self.labels if _attribute(fd, name) not in (None, value)]
         if self.acl is not None:
             wanted.append((_ACL, self.acl))
@@ -67,13 +67,13 @@ class Access(NamedTuple):
                 raise FileError(path, f"{problem}; nothing was changed") from None
 
 
-def to_keep(target: Path) -> Access:
-    """Return the access of the file that takes the place of *target*: all permissions to read, and only its owner's to write.
+def kept_access(target: Path) -> Access:
+    """Return the access for the replacement of *target*: every permission to read, but only the owner's to write.
 
-    A new file is for its owner only, whatever the default ACL of its folder.
+    The first file is for its owner only: the default ACL of its folder does not count.
 
     Raises:
-        OSError: it cannot be read, or another user owns the file.
+        OSError: the access of *target* cannot be read, or another user owns it.
     """
     try:
         status = target.stat()
@@ -93,7 +93,7 @@ def to_keep(target: Path) -> Access:
 
 
 def written_by_others(place: str, status: os.stat_result, trusted_group: int | None = None) -> bool:
-    """Return whether a user other than the owner may write. The owning group is left out if it is the *trusted_group*."""
+    """Return whether a user other than the owner may write. An owning group that is the *trusted_group* does not count."""
     if status.st_mode & stat.S_IWOTH:
         return True
     if not status.st_mode & stat.S_IWGRP:  # with an ACL these bits are its mask
@@ -108,7 +108,7 @@ def written_by_others(place: str, status: os.stat_result, trusted_group: int | N
 
 
 def exposure(path: str, status: os.stat_result) -> str | None:
-    """Return a warning about a file that others may write, or that every user may read although this one can change that."""
+    """Return a warning if others may write the file, or if every user may read it although this process can change that."""
     with contextlib.suppress(OSError):
         written = written_by_others(path, status)
         readable = status.st_mode & stat.S_IROTH and _is_changeable(path)
@@ -120,7 +120,7 @@ def exposure(path: str, status: os.stat_result) -> str | None:
 
 
 def _is_changeable(path: str) -> bool:
-    """Return whether this process may change the file; a Secret that Kubernetes mounts, readable by all, it may not."""
+    """Return whether this process may change the file. A Secret that Kubernetes mounts is readable by all and unchangeable."""
     target = Path(path).resolve()
     return any(os.access(place, os.W_OK, effective_ids=True) for place in (target, target.parent))
 
@@ -132,14 +132,14 @@ def _own(fd: int, path: str, access: Access) -> None:
     try:
         os.fchown(fd, access.owner, access.group)
     except PermissionError:
-        # A group without any permission may change: Docker's -u 1000 gives files the group 0, which user 1000 cannot.
+        # A group without permissions need not be kept: Docker's -u 1000 makes files of group 0, and user 1000 cannot.
         if status.st_uid != access.owner or access.mode & stat.S_IRWXG or access.acl is not None:
             kept = f"user {status.st_uid} cannot keep its owner and group ({access.owner}:{access.group})"
             raise FileError(path, f"{kept}; change them, or add the user to the group") from None
 
 
 def _attribute(place: str | int, name: str) -> bytes | None:
-    """Return an extended attribute; none where the file or the system has none."""
+    """Return an extended attribute; ``None`` if the file or the system has none."""
     try:
         return os.getxattr(place, name) if hasattr(os, "getxattr") else None
     except OSError as error:
@@ -153,7 +153,7 @@ def _entries(acl: bytes) -> Iterator[_Entry]:
 
 
 def _read_only(acl: bytes) -> bytes:
-    """Return the ACL without any permission to write but the owner's."""
+    """Return the ACL with no permission to write but the owner's."""
     kept = (
         entry._replace(permissions=_READ | _WRITE if entry.tag == _OWNER else entry.permissions & _READ)
         for entry in _entries(acl)

@@ -1,4 +1,4 @@
-"""What stands in ``api_tokens.json``: from its bytes to tokens. Pure. The way back is in :mod:`.document`.
+"""The format of ``api_tokens.json``: decodes its bytes to tokens. Pure. :mod:`.document` encodes them.
 
 ::
 
@@ -7,12 +7,12 @@
     {…}
     ]}
 
-One token per line makes a difference easy to read. It also lets a large file be decoded some lines at a time, so that
-the interpreter lock is given up in between; the whole decoded in one piece by a thread holds the event loop 80 ms at
-100,000 tokens. Any other layout of the same JSON is read too, with or without a byte order mark.
+Commands call :func:`decode` with the whole content. Servers load a large file in steps, by :func:`decode_batches`: they
+release the interpreter lock between two batches of lines, while decoding 100,000 tokens at once blocks the event loop for
+80 ms. :mod:`.table` does that.
 
-The format of this project's ancestor is read as well: ``{"<plain token>": {"name", "created_at", "last_used",
-"active"}}``.
+One token per line also makes differences easy to read. Any other layout of the same JSON is read too, with or without a byte
+order mark, and so is the format of this project's ancestor: ``{"<plain token>": {"name", "created_at", "last_used", "active"}}``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 VERSION = 1
-"""Of the format."""
+"""Version of the format."""
 
-# The layout: what stands before the first token, after the last, and between two.
+# The layout: the bytes before the first token, after the last, and between two.
 HEAD = b'{"version": 1, "tokens": [\n'
 FOOT = b"\n]}\n"
 SEPARATOR = b",\n"
@@ -48,12 +48,12 @@ _Tokens = TypeVar("_Tokens")
 
 
 class Contents(NamedTuple, Generic[_Tokens]):
-    """What a token file says.
+    """The contents of a token file.
 
     Attributes:
         tokens: every token by its digest.
-        blank: the file is an empty JSON object, which says nothing at all.
-        ancestral: it is in the ancestor's format and holds plain tokens.
+        blank: the file is an empty JSON object, which does not configure authentication.
+        ancestral: the file is in the ancestor's format and holds plain tokens.
     """
 
     tokens: _Tokens
@@ -62,7 +62,7 @@ class Contents(NamedTuple, Generic[_Tokens]):
 
 
 class StoredToken(Token, frozen=True, kw_only=True, gc=False):
-    """A token's record as it stands in a file."""
+    """A token's record in a file."""
 
     digest: str
 
@@ -84,24 +84,24 @@ _decode_any = msgspec.json.Decoder().decode
 _set = msgspec.structs.force_setattr
 
 
-def read(content: bytes) -> Contents[dict[bytes, Token]]:
-    """Return what the bytes of a token file say: its tokens oldest first.
+def decode(content: bytes) -> Contents[dict[bytes, Token]]:
+    """Decode the bytes of a token file, its tokens oldest first.
 
     Raises:
-        ValueError: they are no token file; the message says what is wrong and where.
+        ValueError: the bytes are no token file; the message gives the fault and its place.
     """
     with contextlib.suppress(ValueError):
-        return Contents(_index(chain.from_iterable(batches([content]))))
+        return Contents(_index(chain.from_iterable(decode_batches([content]))))
     content = content.removeprefix(BOM_UTF8)
     with explained(content):
-        return _read_whole(content)
+        return _decode_any_layout(content)
 
 
-def batches(pieces: Iterable[bytes]) -> Iterator[tuple[StoredToken, ...]]:
-    """Yield the records of a file in this library's own layout, those of one piece of it at a time.
+def decode_batches(pieces: Iterable[bytes]) -> Iterator[tuple[StoredToken, ...]]:
+    """Yield the records of a file in this library's own layout, one batch for each of its *pieces*.
 
     Raises:
-        ValueError: it is in another layout, or there is an error whose place only the whole file shows.
+        ValueError: the file is in another layout, or has a fault; :func:`decode` finds its place.
     """
     following = iter(pieces)
     first = next(following, b"").removeprefix(BOM_UTF8)
@@ -110,7 +110,7 @@ def batches(pieces: Iterable[bytes]) -> Iterator[tuple[StoredToken, ...]]:
     rest = first[len(HEAD) :]
     for piece in following:
         lines, separator, line = rest.rpartition(SEPARATOR)
-        if not separator:  # such long lines are not worth the copies that joining piece to piece would take
+        if not separator:  # a line longer than a piece: not worth joining pieces
             raise ValueError
         yield _decode_batch(lines)
         rest = line + piece
@@ -126,7 +126,7 @@ def _decode_batch(lines: bytes) -> tuple[StoredToken, ...]:
         raise ValueError from None
 
 
-def _read_whole(content: bytes) -> Contents[dict[bytes, Token]]:
+def _decode_any_layout(content: bytes) -> Contents[dict[bytes, Token]]:
     document = _decode_any(content)
     if not isinstance(document, dict):
         raise ValueError("it is not a JSON object")  # noqa: TRY004  one kind of error for every bad file
@@ -145,15 +145,15 @@ def _read_whole(content: bytes) -> Contents[dict[bytes, Token]]:
 
 
 def take_digest(token: StoredToken) -> bytes:
-    """Take the digest out of a record. It is the key from here on; a second copy of it would cost 120 bytes.
+    """Remove the digest from a record and return it: it becomes the key, and a second copy would take 120 bytes.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the field is no digest.
     """
     text = token.digest
-    if text[:_DIGEST_START] == DIGEST_ALGORITHM and len(text) == _DIGEST_END:  # startswith takes 70 ns more
+    if text[:_DIGEST_START] == DIGEST_ALGORITHM and len(text) == _DIGEST_END:  # startswith takes 70 ns longer
         digest = bytes.fromhex(text[_DIGEST_START:])
-        if len(digest) == _DIGEST_SIZE:  # blanks are no digits, and are skipped
+        if len(digest) == _DIGEST_SIZE:  # fromhex skips blanks
             _set(token, "digest", "")
             return digest
     raise ValueError
@@ -179,7 +179,7 @@ def _index(stored: Iterable[StoredToken]) -> dict[bytes, Token]:
 
 def _from_ancestor(document: dict[str, Any]) -> Iterable[StoredToken]:
     for number, (secret, value) in enumerate(document.items(), start=1):
-        entry = f"entry {number} of a file of plain tokens"  # not the key it stands under: that is the plain token
+        entry = f"entry {number} of a file of plain tokens"  # not its key: that is the plain token
         fault = record_fault(value, _AncestralToken, f"{entry}: ")
         if fault is not None:
             raise ValueError(fault)
@@ -193,7 +193,7 @@ def _from_ancestor(document: dict[str, Any]) -> Iterable[StoredToken]:
         except OverflowError:
             raise ValueError(f"{entry}: a date is out of range") from None
         yield StoredToken(
-            id=digest.hex()[:12],  # the same at every reading
+            id=digest.hex()[:12],  # the same in every reading
             name=record.name,
             prefix=prefix_of(secret),
             digest=DIGEST_ALGORITHM + digest.hex(),

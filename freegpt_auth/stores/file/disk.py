@@ -1,7 +1,4 @@
-"""Reading and replacing one small file so that neither a crash nor a hostile path can hurt.
-
-Written for POSIX. Nothing here knows what the file holds.
-"""
+"""Reading and replacing one file, safe against crashes and hostile paths. POSIX only; independent of the file's format."""
 
 from __future__ import annotations
 
@@ -15,15 +12,15 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ...exceptions import FileError
 from ...regular_file import UnsuitableFileError, open_regular
-from . import ticks
-from .access import to_keep
+from . import timestamps
+from .access import kept_access
 from .reserve import Reserve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 SIZE_LIMIT = 512 * 1024 * 1024
-"""Bytes of a file that is still read; a larger one is a mistake or an attack."""
+"""Size of the largest file that is read, in bytes; a larger one is a mistake or an attack."""
 
 _PROBLEMS = {
     errno.EACCES: "permission denied; run this as the user who owns it, or change its permissions",
@@ -40,20 +37,20 @@ _PROBLEMS = {
     errno.EOVERFLOW: "its modification time is the last that the file system can hold; run touch on it",
 }
 
-_LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
-"""Errors that describe the path itself. Any other, such as EMFILE, EACCES or EIO, may hide a change of the file."""
+_PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV)
+"""Errors about the path itself. Any other error, such as EMFILE, EACCES or EIO, may hide a change of the file."""
 
 _NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP)  # some file systems have no hard links
 
-_ATTEMPTS = 5  # a writer can replace the file while it is read, but not five times in a row
+_ATTEMPTS = 5  # a writer may replace the file during a reading, but not during five in a row
 
 Signature = tuple[int, ...]
-"""What tells one state of a file from another: compared for equality only, since a restored file can be older."""
+"""Identifies one state of a file. Compared for equality only: a restored file can be older."""
 
 _T = TypeVar("_T")
 
 MISSING: Signature = ()
-"""The signature of a path at which nothing is."""
+"""The signature of a path without a file."""
 
 
 def signature_of(status: os.stat_result) -> Signature:
@@ -62,9 +59,9 @@ def signature_of(status: os.stat_result) -> Signature:
 
 
 def signature_at(path: str) -> Signature:
-    """Return the signature of what is at *path* now: :data:`MISSING`, the file's, or one for the error met."""
+    """Return the signature of the file at *path*, :data:`MISSING`, or the number of the error of ``stat``."""
     try:
-        return signature_of(os.stat(path))  # noqa: PTH116  a Path costs 1 us more, on the request path
+        return signature_of(os.stat(path))  # noqa: PTH116  pathlib takes 1 us more, on the request path
     except OSError as error:
         if error.errno == errno.ENOENT and not os.path.lexists(path):
             return MISSING
@@ -75,24 +72,24 @@ _NO_RESERVE = Reserve()
 
 
 def read_file(path: str, parse: Callable[[BinaryIO], _T], reserve: Reserve = _NO_RESERVE) -> tuple[os.stat_result, _T]:
-    """Return the status of a regular file and what *parse* makes of its content, both of the same moment.
+    """Parse a regular file; return its status and the parsed value, both of one state of the file.
 
     Args:
-        path: the file.
-        parse: makes a value of the open file.
-        reserve: descriptors to open it with when the process has none left.
+        path: of the file.
+        parse: reads the open file and returns a value.
+        reserve: descriptors for a process that has no other left.
 
     Raises:
         ValueError: *parse* raised it.
-        FileNotFoundError: nothing is at *path*, not even a dangling link; or what is there was deleted elsewhere.
-        FileError: it cannot be read, is no regular file, is too large, or changed meanwhile.
+        FileNotFoundError: there is no file and no dangling link at *path*, or the file was deleted behind its mount.
+        FileError: the file cannot be read, is not regular, is too large, or changed during the reading.
     """
     for _ in range(_ATTEMPTS - 1):
         before = signature_at(path)
         try:
             return _read_once(path, parse, reserve)
         except (FileNotFoundError, FileError):
-            # A writer that replaces the file in this very moment makes it neither missing nor broken.
+            # A file that was replaced meanwhile is neither missing nor broken: try again.
             if signature_at(path) == before:
                 break
     return _read_once(path, parse, reserve)
@@ -112,7 +109,7 @@ def _read_once(path: str, parse: Callable[[BinaryIO], _T], reserve: Reserve) -> 
         with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
             try:
                 parsed = parse(file)
-            finally:  # what is half of one content and half of another need not be well-formed
+            finally:  # also after an error of parse: a mixture of two states need not be well-formed
                 if signature_of(os.fstat(fd)) != signature_of(status):
                     raise FileError(path, "it changed while it was read", transient=True)
     except FileNotFoundError:
@@ -127,20 +124,20 @@ def _read_once(path: str, parse: Callable[[BinaryIO], _T], reserve: Reserve) -> 
 
 
 def _unreadable(path: str, error: OSError) -> FileError:
-    return FileError(path, explain(error), transient=error.errno not in _LASTING)
+    return FileError(path, explain(error), transient=error.errno not in _PERMANENT)
 
 
 def _check_readable(path: str, status: os.stat_result) -> None:
     if status.st_nlink == 0:
-        # A file mounted by itself goes on showing its old content after it was replaced on the host.
+        # A file mounted by itself keeps its old content after it was replaced on the host.
         raise FileNotFoundError(errno.ENOENT, "was replaced behind its mount (mount its directory instead)", path)
 
 
 def real_path(path: str) -> str:
-    """Return what is to be replaced in the place of *path*: a symbolic link stays one, and what it points to is replaced.
+    """Return the path of the file that *path* leads to: a write replaces the target of a symbolic link, not the link.
 
     Raises:
-        FileError: it cannot be told.
+        FileError: a link cannot be followed.
     """
     try:
         return os.path.realpath(path, strict=True)
@@ -151,30 +148,30 @@ def real_path(path: str) -> str:
 
 
 def replace_file(path: str, content: bytes) -> None:
-    """Put *content* in the place of the file at *path*, whole or not at all.
+    """Replace the file at *path* by one with *content*, atomically. The caller holds the lock.
 
-    The caller holds the lock. When this has returned, the new content survives a power failure. A new file is readable
-    and writable by its owner only; one that was there keeps its owner, group, permissions to read and POSIX ACL.
-    Its modification time is later than that of the file replaced, whatever the clock: two files never have one signature.
+    Once this has returned, the new content survives a power failure. A first file is readable and writable by its owner
+    only; a replacement keeps owner, group, permissions to read and POSIX ACL. Its modification time is later than that of
+    the old file, whether or not the clock has advanced: two files never have the same signature.
 
     Raises:
-        FileError: it could not be done, and what was there is still there. (Only on a file system that has no hard
-            links and then cannot sync the folder, *content* is in its place and may not survive a power failure.)
+        FileError: the file could not be replaced, and the old one is unchanged. (One exception: on a file system without
+            hard links whose folder cannot be synced, *content* is in place but may not survive a power failure.)
     """
     target = Path(path)
     _remove_leftovers(target)
     temporary, old = (target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp") for _ in range(2))
     try:
-        # Opened first: a folder that may be written but not listed is refused before anything has changed.
+        # Opened first: a folder that can be written but not opened is then refused before any change.
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             _write_new(temporary, content, target)
-            put_back = _way_back(target, old)
+            roll_back = _prepare_rollback(target, old)
             temporary.replace(target)
             try:
                 _sync_folder(folder)
             except OSError:
-                put_back()
+                roll_back()
                 raise
         finally:
             with contextlib.suppress(OSError):
@@ -187,8 +184,8 @@ def replace_file(path: str, content: bytes) -> None:
                 leftover.unlink(missing_ok=True)
 
 
-def _way_back(target: Path, old: Path) -> Callable[[], object]:
-    """Keep what is at *target* under a second name, and return what puts it back."""
+def _prepare_rollback(target: Path, old: Path) -> Callable[[], object]:
+    """Link the file at *target* to the name *old*; return a function that restores it."""
     try:
         os.link(target, old)
     except FileNotFoundError:
@@ -201,14 +198,14 @@ def _way_back(target: Path, old: Path) -> Callable[[], object]:
 
 
 def _write_new(path: Path, content: bytes, target: Path) -> None:
-    access = to_keep(target)
+    access = kept_access(target)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "wb") as file:
         access.grant(fd, str(target))
         file.write(content)
         file.flush()
         with contextlib.suppress(FileNotFoundError):
-            ticks.set_later(fd, target.stat().st_mtime_ns)
+            timestamps.set_later(fd, target.stat().st_mtime_ns)
         os.fsync(fd)
 
 
@@ -221,13 +218,13 @@ def _sync_folder(folder: int) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what a killed writer left behind; nobody else can be writing while the caller holds the lock."""
+    """Remove the temporary files of killed writers: while the caller holds the lock there is no other writer."""
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             leftover.unlink()
 
 
 def explain(error: Exception) -> str:
-    """Return what an operating-system error means for the operator, in words that follow the path."""
+    """Return the meaning of an operating-system error for an operator, in words that follow the path."""
     number = getattr(error, "errno", None)
     return _PROBLEMS.get(number) or os.strerror(number).lower() if number else str(error)

@@ -1,4 +1,4 @@
-"""A token file that is being changed: what commands do to it, and its bytes afterwards. Pure."""
+"""A token file that a command changes: its records, the changes, and the new bytes. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from ...exceptions import TokenNotFoundError
 from ..base import Merged
 from ..rules import duplicate_error, plan_merge
-from .decoding import DIGEST_ALGORITHM, FOOT, HEAD, SEPARATOR, Contents, read
+from .decoding import DIGEST_ALGORITHM, FOOT, HEAD, SEPARATOR, Contents, decode
 from .faults import explained
 
 if TYPE_CHECKING:
@@ -26,18 +26,21 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Document:
-    """A token file that is being changed: the records as they stand, with every field that this release does not know.
+    """A token file that a command changes. Its records keep the fields that this release does not know.
+
+    Args:
+        content: the bytes of the file; ``None`` if there is none yet.
 
     Attributes:
-        changed: it must be written: something was changed since it was read, or it held plain tokens.
+        changed: the file must be written: it was changed since it was read, or it held plain tokens.
 
     Raises:
-        ValueError: the bytes are no token file.
+        ValueError: *content* is no token file.
     """
 
     def __init__(self, content: bytes | None) -> None:
         content = content and content.removeprefix(BOM_UTF8)
-        contents = _read_all(content) if content is not None else Contents({})
+        contents = _decode_with_unknown_fields(content) if content is not None else Contents({})
         self.changed: bool = contents.ancestral
         self._tokens = contents.tokens
         self._others: dict[str, msgspec.Raw] = {}
@@ -59,15 +62,15 @@ class Document:
         """Add a record at the end.
 
         Raises:
-            StoreError: a token with this digest or id is there already.
-            ValueError: it cannot be written.
+            StoreError: a token with this digest or id exists already.
+            ValueError: the record cannot be encoded.
         """
         if digest in self._tokens or token.id in self._rows:
             raise duplicate_error(token)
         self._enter(digest, token)
 
     def revoke(self, token_id: str, at: datetime) -> Token:
-        """Enter in a record when its token was revoked, unless it was before; return what it says.
+        """Set the instant of revocation in a record, unless it has one; return its token.
 
         Raises:
             TokenNotFoundError: there is no such token.
@@ -80,7 +83,7 @@ class Document:
         return token
 
     def remove(self, token_id: str) -> Token:
-        """Remove a record, and return what it said.
+        """Remove a record, and return its token.
 
         Raises:
             TokenNotFoundError: there is no such token.
@@ -91,7 +94,7 @@ class Document:
         return token
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
-        """Add the tokens that are not there, and revoke those that are revoked in *tokens*.
+        """Add missing tokens and apply revocations; see :func:`freegpt_auth.stores.rules.plan_merge`.
 
         Raises:
             StoreError: a new token has the id of another.
@@ -104,15 +107,15 @@ class Document:
         return Merged(len(new), len(revoked))
 
     def encode(self) -> bytes:
-        """Return the bytes of the file as it is now.
+        """Return the new bytes of the file.
 
         Raises:
-            ValueError: they could not be read again, and so must not be written.
+            ValueError: they could not be decoded again, so they must not be written.
         """
         others = _encode(self._others)[1:-1]
         head = b'{"version": 1, ' + others + b', "tokens": [\n' if others else HEAD
         content = head + SEPARATOR.join(self._rows.values()) + FOOT
-        read(content)
+        decode(content)
         return content
 
     def _find(self, token_id: str) -> Token:
@@ -127,31 +130,31 @@ class Document:
 
 
 def tokens_in(content: bytes | None) -> dict[bytes, Token]:
-    """Return the tokens of a file that is not going to be changed, which takes half as long as a :class:`Document`.
+    """Return the tokens of a file that is only read, in half the time of a :class:`Document`; none if *content* is ``None``.
 
     Raises:
-        ValueError: the bytes are no token file.
+        ValueError: *content* is no token file.
     """
-    return read(content).tokens if content is not None else {}
+    return decode(content).tokens if content is not None else {}
 
 
-def _read_all(content: bytes) -> Contents[dict[bytes, Token]]:
-    """Read the fields that this release does not know too, as far as they could make the file unreadable."""
-    contents = read(content)
+def _decode_with_unknown_fields(content: bytes) -> Contents[dict[bytes, Token]]:
+    """Decode a file whose unknown fields are UTF-8 too: they are written back, and a bad one would spoil the file."""
+    contents = decode(content)
     with explained(content):
         content.decode()
     return contents
 
 
 def _rows_in_lines(content: bytes) -> list[bytes]:
-    """Return the records of a file that has each in a line of its own; of another, none."""
+    """Return the records of a file with one record per line; an empty list for any other layout."""
     if not content.startswith(HEAD) or not content.endswith(FOOT):
         return []
     lines = content[len(HEAD) : -len(FOOT)].split(SEPARATOR)
     try:
         for line in lines:
             _decode_row(line)
-    except msgspec.MsgspecError:  # a record in two lines, or two in one
+    except msgspec.MsgspecError:  # a record spans two lines, or two share one
         return []
     return lines
 

@@ -1,4 +1,4 @@
-"""Reading and changing a token file by a command: under its lock, whole or not at all."""
+"""Reading and changing the token file by a command. A change holds the lock and is atomic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 def read(path: str, parse: Callable[[bytes | None], _T]) -> _T:
-    """Parse the bytes of the file, or ``None`` if there is no file.
+    """Return ``parse(content)``, where *content* is the bytes of the file, or ``None`` if there is no file.
 
     Raises:
         FileError: the file cannot be read, or *parse* raised a ``ValueError``.
@@ -24,7 +24,7 @@ def read(path: str, parse: Callable[[bytes | None], _T]) -> _T:
     try:
         return disk.read_file(path, lambda file: parse(file.read()))[1]
     except FileNotFoundError as error:
-        if disk.signature_at(path) != disk.MISSING:  # never start afresh over a file that was not read
+        if disk.signature_at(path) != disk.MISSING:  # an unread file must not be replaced by a new one
             raise FileError(path, f"it {error.strerror}") from None
         return parse(None)
     except ValueError as error:
@@ -32,15 +32,15 @@ def read(path: str, parse: Callable[[bytes | None], _T]) -> _T:
 
 
 def change(path: str, edit: Callable[[Document], _T], lock_timeout: float) -> _T:
-    """Replace the file by the edited one, if *edit* changed it; return the result of *edit*.
+    """Edit the file, and replace it if *edit* changed the document; return the result of *edit*.
 
     Args:
-        path: the file; it need not exist.
+        path: of the file, which need not exist.
         edit: changes the document.
         lock_timeout: seconds to wait for another writer.
 
     Raises:
-        StoreError: it cannot be done, and the file is as it was.
+        StoreError: the file cannot be changed, and is as before.
     """
     target = disk.real_path(path)
     with locked(target, lock_timeout):

@@ -1,7 +1,7 @@
-"""Why bytes are no token file, in one sentence for an operator. Pure.
+"""The reason why bytes are no token file, in one sentence for an operator. Pure.
 
-msgspec gives the place of an error only in its message, and rewords messages between releases. The place is therefore found
-here: of a syntax error by the standard library's parser, whose errors carry a position, and of a wrong field by converting
+msgspec gives the place of an error only in its message, and rewords messages between releases. This module finds the place
+itself: of a syntax error by the standard library's parser, whose errors carry a position, and of a wrong field by converting
 one field at a time.
 """
 
@@ -36,22 +36,22 @@ _decode_rows = msgspec.json.Decoder(_Rows).decode
 
 @contextlib.contextmanager
 def explained(content: bytes) -> Generator[None]:
-    """Raise one kind of error, with the cause and the place, where decoding *content* fails.
+    """Turn each error of a block that decodes *content* into one kind, with the cause and the place.
 
     Raises:
-        ValueError: *content* is no JSON; the message says why and where.
+        ValueError: *content* is not JSON; the message gives the cause and the place.
     """
     try:
         try:
             yield
-        except (UnicodeDecodeError, msgspec.MsgspecError):  # the second a ValueError only from msgspec 0.21 on
+        except (UnicodeDecodeError, msgspec.MsgspecError):  # MsgspecError is a ValueError only since msgspec 0.21
             raise ValueError(_syntax_fault(content)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 def shape_fault(content: bytes, kind: type[msgspec.Struct]) -> str:
-    """Return why the tokens of a JSON object cannot be decoded as a list of *kind*."""
+    """Return the reason why the tokens of a JSON object cannot be decoded as a list of *kind*."""
     try:
         rows = _decode_rows(content).tokens
     except msgspec.MsgspecError:
@@ -69,7 +69,7 @@ def shape_fault(content: bytes, kind: type[msgspec.Struct]) -> str:
 
 
 def record_fault(record: dict[str, Any], kind: type[msgspec.Struct], place: str) -> str | None:
-    """Return why a decoded object cannot be converted to *kind*: its first wrong field, *place* before its name."""
+    """Return the first field of a decoded object that prevents its conversion to *kind*; *place* precedes its name."""
     for field in msgspec.structs.fields(kind):
         if field.name in record:
             try:

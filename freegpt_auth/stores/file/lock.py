@@ -1,6 +1,6 @@
-"""The lock beside a file: one writer at a time, over all processes of a host. It is never deleted.
+"""The lock file beside a file: one writer at a time, over all processes of a host. The lock file is never deleted.
 
-Readers do not take it: a file is replaced whole.
+Readers need no lock: a file is replaced whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 _POLL_INTERVAL = 0.001
-"""Seconds after which a writer looks again whether it is its turn. filelock's own 50 ms are longer than most writes."""
+"""Seconds between two attempts of a waiting writer. filelock's default, 50 ms, is longer than most writes."""
 
 
 @contextlib.contextmanager
@@ -25,13 +25,13 @@ def locked(path: str, seconds: float) -> Generator[None]:
     """Hold the lock beside the file at *path*.
 
     Raises:
-        StoreBusyError: somebody else held it for longer than *seconds*.
-        FileError: it cannot be taken there.
+        StoreBusyError: another process held it for longer than *seconds*.
+        FileError: the lock file cannot be made or locked.
     """
     # Importing filelock takes 48 ms, and commands that only read need no lock.
     from filelock import Timeout, UnixFileLock  # noqa: PLC0415
 
-    _check_folder(path)  # filelock would make it
+    _check_folder(path)  # filelock would create it
     # No soft lock where flock is missing: a reused inode breaks it, and two writers lose tokens.
     lock = UnixFileLock(f"{path}.lock", timeout=seconds, mode=0o600, fallback_to_soft=False)
     try:
@@ -43,9 +43,8 @@ def locked(path: str, seconds: float) -> Generator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # the work is done, or its own error counts; at its end a process loses all locks
+        # The result of the block stands: the lock ends with the process at the latest.
+        with contextlib.suppress(OSError):
             lock.release()
 
 

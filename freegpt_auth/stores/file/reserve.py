@@ -1,4 +1,4 @@
-"""File descriptors held in reserve, to read the token file when the process has none left.
+"""File descriptors held in reserve, to read the token file when the process has no other left.
 
 A flood of idle connections takes every descriptor of a server. Without a reserve it could not read a revocation.
 """
@@ -14,10 +14,10 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
 
 class Reserve:
-    """Two spare descriptors, the ends of one pipe. Empty until :meth:`fill`; an empty reserve opens and closes plainly.
+    """Two reserved descriptors, the ends of one pipe. Empty until :meth:`fill`; an empty reserve opens and closes plainly.
 
-    A thread that accepts connections may take a number in the moment between its release and the opening of the file:
-    then the second spare is released. Not safe for several threads at once; a fork duplicates the reserve.
+    A thread that accepts connections may take the number between its release and the opening of the file: then the second
+    descriptor is released. Not safe for several threads at once; a fork duplicates the reserve.
     """
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class Reserve:
         weakref.finalize(self, _close_all, self._held).atexit = False
 
     def fill(self) -> None:
-        """Take the descriptors, if none is held and two are free."""
+        """Reserve two descriptors, if none is held and two are free."""
         if not self._held:
             with contextlib.suppress(OSError):  # none is free: the next call tries again
                 self._held.extend(os.pipe())
                 self._identity = _identity(self._held[0])
 
     def open(self, path: str, flags: int) -> int:
-        """Open a file, with a spare descriptor if no other is left.
+        """Open a file, with a reserved descriptor if no other is left.
 
         Raises:
             OSError: it cannot be opened.
@@ -46,19 +46,19 @@ class Reserve:
                     raise
 
     def close(self, fd: int) -> None:
-        """Close a descriptor of :meth:`open`, or turn it into a spare if one is missing: its number is never free."""
-        with contextlib.suppress(OSError):  # a file that was only read has nothing left to lose
+        """Close a descriptor of :meth:`open`. If the reserve lacks one, *fd* refills it, and its number is never free."""
+        with contextlib.suppress(OSError):  # closing a file that was only read loses nothing
             if len(self._held) == 1:
                 self._held.append(os.dup2(self._held[0], fd, inheritable=False))
             else:
                 os.close(fd)
 
     def _release(self) -> bool:
-        """Free a descriptor; return whether there was one."""
+        """Close one reserved descriptor; return whether there was one."""
         while self._held:
             fd = self._held.pop()
             with contextlib.suppress(OSError):
-                # A daemon that closed every descriptor may have given this number to something else.
+                # A daemon that closed every descriptor may have reused this number: such a descriptor is not ours.
                 if _identity(fd) == self._identity:
                     os.close(fd)
                     return True

@@ -1,4 +1,4 @@
-"""One reading of the token file by a server: its tokens, a fingerprint of its bytes, and how long they may be relied on."""
+"""A server's reading of the token file: one state of the file with its tokens, and how long they may be relied on."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Memory of one state of the file; replaced whole, never changed.
+    """One state of the file in memory; replaced whole, never changed.
 
     Attributes:
-        tokens: the tokens of the last good reading.
+        tokens: the tokens of the last successful reading.
         signature: of the state that was read; ``None`` before the first reading.
-        problem: why that state could not be read.
-        retry_at: when to read again even though the signature is the same, by the store's clock.
-        lease_ends: when *tokens* end, because a change may be hidden; :data:`NEVER` if none is.
-        fingerprint: of the bytes that were read.
+        problem: the reason why that state could not be read.
+        retry_at: instant of the next reading even if the signature is the same, by the store's clock.
+        lease_ends: instant at which *tokens* are no longer accepted, because the file may hide a change; :data:`NEVER`
+            while it cannot.
+        fingerprint: hash of the bytes that were read.
         state: another object for each reading of other bytes.
     """
 
@@ -42,12 +43,12 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one reading of the file found.
+    """The result of one reading of the file.
 
     Attributes:
         status: of the file.
-        contents: its tokens; ``None`` if its bytes are those of the snapshot.
-        fingerprint: of its bytes.
+        contents: its tokens; ``None`` if its bytes are those of the last snapshot.
+        fingerprint: hash of its bytes.
     """
 
     status: os.stat_result
@@ -55,13 +56,13 @@ class Reading:
     fingerprint: bytes
 
 
-def read(path: str, reserve: Reserve, snapshot: Snapshot, signature: disk.Signature) -> Reading:
-    """Read the file at *path*, whose signature was *signature* just before. Bytes known from *snapshot* are not decoded.
+def read(path: str, reserve: Reserve, last: Snapshot, signature: disk.Signature) -> Reading:
+    """Read the file at *path*, whose signature was *signature* just before. The bytes of *last* are not decoded again.
 
     Raises:
         ValueError, FileNotFoundError, FileError: as :func:`.disk.read_file` and :func:`.table.read` do.
     """
-    known = snapshot.fingerprint if signature == snapshot.signature and snapshot.problem is None else None
+    known = last.fingerprint if signature == last.signature and last.problem is None else None
 
     def parse(file: BinaryIO) -> tuple[table.Contents | None, bytes]:
         if known:
@@ -77,13 +78,20 @@ def read(path: str, reserve: Reserve, snapshot: Snapshot, signature: disk.Signat
     return Reading(status, contents, fingerprint)
 
 
-def failed(
+def after_failure(
     last: Snapshot, signature: disk.Signature, error: Exception, *, now: float, lease: tuple[float, float], retry: float
 ) -> tuple[Snapshot, str]:
-    """Return the snapshot after a failed reading at the instant *now*, and its effect in words for the log.
+    """Return the snapshot that follows *last* after a failed reading, and the effect of the failure in words for the log.
 
-    The last good tokens stay. If *error* may hide a change, they end with the *lease*, given by its length and its end.
-    The next attempt is *retry* seconds later.
+    The tokens of *last* stay. If *error* may hide a change, they stay until the end of the lease only.
+
+    Args:
+        last: the snapshot before.
+        signature: of the file that could not be read.
+        error: of the reading.
+        now: the instant of the reading.
+        lease: its length in seconds, and the instant of its end.
+        retry: seconds until the next reading.
     """
     length, lease_ends = lease
     problem = str(error)
@@ -101,13 +109,13 @@ def failed(
 
 def _fingerprint(file: BinaryIO) -> bytes:
     hashing = _Hashing(file)
-    while hashing.read(table.PIECE):
+    while hashing.read(table.PIECE_SIZE):
         pass
     return hashing.hash.digest()
 
 
 class _Hashing:
-    """A file that is hashed while it is read."""
+    """A file that is hashed during a reading."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

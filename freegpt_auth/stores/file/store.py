@@ -1,9 +1,8 @@
-"""Tokens in ``api_tokens.json``, in force in every process as soon as they are written.
+"""The store of tokens in ``api_tokens.json``. A change is in force in every process of the host once its command returns.
 
-No task polls and no thread watches. An answer may rest on what is in memory only if the file was looked at less than
-10 ms ago, so the look is taken by the requests themselves: a ``stat`` at most every 10 ms, about 2 µs. Writers return
-after twice that time: when ``revoke`` has returned, no process of this host accepts the token. Requests never take the
-lock and never write.
+No task polls and no thread watches the file. Memory may answer only if the file was checked less than 10 ms ago, so
+requests check it themselves: one ``stat`` at most every 10 ms, about 2 µs. Commands return after twice that time: when
+``revoke`` has returned, no process of this host accepts the token. Requests never take the lock and never write.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ...forks import Watched
 from ...tokens import find
 from ..base import LEASE, UNRESOLVED, Merged, Survey, TokenStore, Unresolved
 from ..steps import release
-from . import disk, editing, snapshot, table, ticks, workers
+from . import disk, editing, snapshot, table, timestamps, worker_notes
 from .access import exposure
 from .document import tokens_in
 from .reserve import Reserve
@@ -35,46 +34,62 @@ if TYPE_CHECKING:
     from .document import Document
 
 FRESHNESS = 0.010
-"""Seconds for which a look at the file may be relied on. A look takes 2 µs, so they cost 0.02 % of a processor."""
+"""Default time between two checks of the file, in seconds. A check takes 2 µs: 0.02 % of a processor."""
 
 RETRY_INTERVAL = 1.0
-"""Seconds after which a file that could not be read is tried again even though it looks the same."""
+"""Default time until a file that could not be read is read again although its signature is the same, in seconds."""
 
 LOCK_TIMEOUT = 10.0
-"""Seconds that a writer waits for another."""
+"""Default limit of a writer's wait for another writer, in seconds."""
 
 _logger = logging.getLogger("freegpt_auth")
 _T = TypeVar("_T")
 
 
 class FileTokenStore(TokenStore, Watched):
-    """A :class:`~freegpt_auth.stores.base.TokenStore` in a token file. Nothing is read before it is asked.
+    """A :class:`~freegpt_auth.stores.base.TokenStore` in a token file. The constructor reads nothing.
 
     Args:
-        path: the token file. It need not exist: the first token makes it.
-        lease: seconds for which known tokens are accepted after the file changed or was lost from sight, and cannot be
-            opened or read. They count from the last look that found it unchanged.
-        clock: returns seconds that count the time a host sleeps.
+        path: of the token file, which need not exist: the first token makes it.
+        lease: seconds for which known tokens are accepted while the file may have changed but cannot be opened or read.
+            They count from the last check that found it unchanged.
+        freshness: seconds between two checks of the file; default: :data:`FRESHNESS`.
+        retry_interval: seconds until a file that could not be read is read again although its signature is the same.
+        lock_timeout: seconds that a writer waits for another.
+        clock: returns seconds, including the time a host sleeps.
+        sleep: waits for a number of seconds of the same clock.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, lease: float = LEASE, clock: Callable[[], float] = clocks.elapsed
+        self,
+        path: str | os.PathLike[str],
+        *,
+        lease: float = LEASE,
+        freshness: float | None = None,
+        retry_interval: float = RETRY_INTERVAL,
+        lock_timeout: float = LOCK_TIMEOUT,
+        clock: Callable[[], float] = clocks.elapsed,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.path: str = os.path.abspath(path)  # a server may change its directory later
         self.source: str = self.path
         self._lease = lease
+        self._freshness = FRESHNESS if freshness is None else freshness
+        self._retry_interval = retry_interval
+        self._lock_timeout = lock_timeout
         self._clock = clock
+        self._sleep = sleep
         self._snapshot = Snapshot(table.EMPTY, signature=None)
         self._fresh_until = float("-inf")
         self._confirmed_at = clock()
         self._configured = False
         self._loading = threading.Lock()
         self._reserve = Reserve()
-        self._told: str | None = None
+        self._last_logged: str | None = None
         self.watch_forks()
 
     def after_fork_in_child(self) -> None:
-        """Read the file anew at the first request: a sibling process may have been closed since the parent read it."""
+        """Read the file again at the first request: another worker may require authentication since the parent read it."""
         self._loading = threading.Lock()
         self._snapshot = replace(self._snapshot, signature=None)
         self._fresh_until = float("-inf")
@@ -86,43 +101,43 @@ class FileTokenStore(TokenStore, Watched):
         return self._snapshot.state
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
-        """Answer from the snapshot, if the file is as it was; see :class:`~freegpt_auth.stores.base.TokenSource`."""
+        """Answer from the snapshot if the file is unchanged; see :class:`~freegpt_auth.stores.base.TokenSource`."""
         if self._clock() >= self._fresh_until and not self._is_unchanged():
             return UNRESOLVED
-        if not digest:  # a thread may have read the first token, and the server not yet have been told
+        if not digest:  # a request in open mode: unresolved, if another thread has read the first token since
             return UNRESOLVED if self._configured else None
         snapshot = self._snapshot
-        token = snapshot.tokens.shards[digest[0]].get(digest)  # find() would cost 50 ns more
-        return self._answer(digest) if token is None and snapshot.problem is not None else token
+        token = snapshot.tokens.shards[digest[0]].get(digest)  # Table.find takes 50 ns more
+        return self._find(digest) if token is None and snapshot.problem is not None else token
 
     def resolve(self, digest: bytes) -> Token | None:
-        """Answer from the file, read again if it changed; several threads wait for one reading."""
+        """Read the file again if it changed, and answer from it; several threads share one reading."""
         self._refresh()
-        return self._answer(digest)
+        return self._find(digest)
 
     def survey(self) -> Survey:
-        """Read the file if it changed, and tell what it holds."""
+        """Read the file again if it changed, and return its survey."""
         self._refresh()
         return Survey(self._configured, self._snapshot.tokens.count_active(), self.path)
 
     def tokens(self) -> Mapping[bytes, Token]:
-        """Return every token by its digest, oldest first. A missing file holds none."""
+        """Return every token by its digest, oldest first; none if the file is missing."""
         return editing.read(self.path, tokens_in)
 
     def find(self, reference: str) -> list[Token]:
-        """Return the tokens that *reference* may mean; see :func:`freegpt_auth.tokens.find`."""
+        """Return the tokens that match *reference*; see :func:`freegpt_auth.tokens.find`."""
         return find(reference, self.tokens())
 
     def add(self, digest: bytes, token: Token) -> None:
-        """Keep a new token, in a new file if there was none."""
+        """Add a new token, in a new file if there is none."""
         self._change(lambda document: document.append(digest, token))
 
     def revoke(self, token_id: str, at: datetime) -> Token:
-        """Refuse the token from now on, in every process of this host."""
+        """Revoke the token in every process of this host, and return its record."""
         return self.revoke_all([token_id], at)[0]
 
     def delete(self, token_id: str) -> Token:
-        """Remove the token, in every process of this host. The file stays, and keeps authentication on."""
+        """Remove the token in every process of this host. The file stays, and keeps authentication on."""
         return self.delete_all([token_id])[0]
 
     def revoke_all(self, token_ids: Sequence[str], at: datetime) -> list[Token]:
@@ -134,13 +149,13 @@ class FileTokenStore(TokenStore, Watched):
         return self._change(lambda document: [document.remove(token_id) for token_id in token_ids])
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
-        """Add the tokens that are not there, and revoke those that are revoked in *tokens*."""
+        """Add missing tokens and apply revocations, in one rewrite of the file."""
         return self._change(lambda document: document.merge(tokens))
 
-    # --- reading: what servers do
+    # --- reading, by servers
 
-    def _answer(self, digest: bytes) -> Token | None:
-        snapshot = self._snapshot  # once: another thread may replace it
+    def _find(self, digest: bytes) -> Token | None:
+        snapshot = self._snapshot  # read once: another thread may replace it
         token = snapshot.tokens.find(digest)
         if token is None and snapshot.problem is not None:
             raise StoreUnavailableError(snapshot.problem)
@@ -151,7 +166,7 @@ class FileTokenStore(TokenStore, Watched):
         snapshot = self._snapshot
         if now >= snapshot.retry_at or disk.signature_at(self.path) != snapshot.signature:
             return False
-        self._rely_on(snapshot, now)
+        self._mark_fresh(snapshot, now)
         return True
 
     def _refresh(self) -> None:
@@ -159,14 +174,14 @@ class FileTokenStore(TokenStore, Watched):
             if self._is_unchanged():
                 return
             self._reserve.fill()
-            now = self._clock()  # before the file is looked at, so that its age is never taken for less
+            now = self._clock()  # before the check of the file: its age must not be underestimated
             snapshot, old = self._load(now), self._snapshot.tokens.all_parts()
             self._snapshot = snapshot
-            self._rely_on(snapshot, now)
+            self._mark_fresh(snapshot, now)
         release(old)
 
-    def _rely_on(self, snapshot: Snapshot, now: float) -> None:
-        self._fresh_until = now + FRESHNESS
+    def _mark_fresh(self, snapshot: Snapshot, now: float) -> None:
+        self._fresh_until = now + self._freshness
         if snapshot.lease_ends == NEVER:
             self._confirmed_at = now
 
@@ -175,66 +190,68 @@ class FileTokenStore(TokenStore, Watched):
         try:
             found = snapshot.read(self.path, self._reserve, self._snapshot, signature)
         except FileNotFoundError as error:
-            return self._gone(error, signature, now)
+            return self._missing(error, signature, now)
         except (FileError, ValueError) as error:
             return self._failed(error, signature, now)
         if found.contents is None:
             return self._snapshot if now < self._snapshot.retry_at else replace(self._snapshot, retry_at=NEVER)
-        if not found.contents.blank or self._was_closed():
-            self._close()
-        self._tell_loaded(found.status, found.contents)
+        if not found.contents.blank or self._has_note():
+            self._require_authentication()
+        self._log_loaded(found.status, found.contents)
         signature = disk.signature_of(found.status)
-        # From the end of the reading: a change within the same tick may have come at any moment of it.
-        compare_at = self._clock() + ticks.length(found.status.st_ctime_ns)
+        # Counted from the end of the reading: a change within the same tick may have happened at any moment of it.
+        compare_at = self._clock() + timestamps.tick_length(found.status.st_ctime_ns)
         return Snapshot(found.contents.tokens, signature, retry_at=compare_at, fingerprint=found.fingerprint)
 
-    def _gone(self, error: FileNotFoundError, signature: disk.Signature, now: float) -> Snapshot:
+    def _missing(self, error: FileNotFoundError, signature: disk.Signature, now: float) -> Snapshot:
         if self._configured:
-            workers.remember(self.path)  # again each second: the note may be gone too
-        elif signature != disk.MISSING or self._was_closed():
-            self._close()
+            worker_notes.leave(self.path)  # again at each retry: the note may have been deleted
+        elif signature != disk.MISSING or self._has_note():
+            self._require_authentication()
         if not self._configured:
             return Snapshot(table.EMPTY, signature)
         what_to_do = "its tokens are refused until it is back. To open this server, restart it without the file"
-        self._tell(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
-        return Snapshot(table.EMPTY, signature, retry_at=now + RETRY_INTERVAL)
+        self._log(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
+        return Snapshot(table.EMPTY, signature, retry_at=now + self._retry_interval)
 
     def _failed(self, error: Exception, signature: disk.Signature, now: float) -> Snapshot:
-        self._close()
-        lease = self._lease, self._confirmed_at + self._lease
-        found, effect = snapshot.failed(self._snapshot, signature, error, now=now, lease=lease, retry=RETRY_INTERVAL)
-        self._tell(logging.ERROR, f"{self.path} cannot be used: {found.problem}{effect}")
+        self._require_authentication()
+        lease, retry = (self._lease, self._confirmed_at + self._lease), self._retry_interval
+        found, effect = snapshot.after_failure(self._snapshot, signature, error, now=now, lease=lease, retry=retry)
+        self._log(logging.ERROR, f"{self.path} cannot be used: {found.problem}{effect}")
         return found
 
-    def _was_closed(self) -> bool:
-        return not self._configured and workers.remembered(self.path)
+    def _has_note(self) -> bool:
+        """Return whether another worker of this server required authentication, if this one does not yet."""
+        return not self._configured and worker_notes.found(self.path)
 
-    def _close(self) -> None:
-        """Ask for authentication from now on, here and in every worker that this server starts."""
+    def _require_authentication(self) -> None:
+        """Require authentication from now on, here and in every worker that this server starts later."""
         if not self._configured:
             self._configured = True
-            workers.remember(self.path)
+            worker_notes.leave(self.path)
 
-    def _tell_loaded(self, status: os.stat_result, contents: table.Contents) -> None:
+    def _log_loaded(self, status: os.stat_result, contents: table.Contents) -> None:
         if self._snapshot.signature is not None and _logger.isEnabledFor(logging.INFO):
             _logger.info("%s was read again: %d active token(s)", self.path, contents.tokens.count_active())
         if contents.ancestral:
-            self._tell(logging.WARNING, f"{self.path} holds plain tokens; the next create, revoke or delete mends it")
+            self._log(logging.WARNING, f"{self.path} holds plain tokens; the next create, revoke or delete mends it")
         elif warning := exposure(self.path, status):
-            self._tell(logging.WARNING, warning)
+            self._log(logging.WARNING, warning)
         else:
-            self._told = None
+            self._last_logged = None
 
-    def _tell(self, level: int, message: str) -> None:
-        """Log once for each cause, not once for each reading."""
-        if message != self._told:
-            self._told = message
+    def _log(self, level: int, message: str) -> None:
+        """Log once per cause, not once per reading."""
+        if message != self._last_logged:
+            self._last_logged = message
             _logger.log(level, "%s", message)
 
-    # --- writing: what commands do
+    # --- writing, by commands
 
     def _change(self, edit: Callable[[Document], _T]) -> _T:
-        result = editing.change(self.path, edit, LOCK_TIMEOUT)
-        # Who looked just before relies on that for FRESHNESS; and who made the change that was found may still be waiting.
-        time.sleep(2 * FRESHNESS)
+        result = editing.change(self.path, edit, self._lock_timeout)
+        # A server that checked the file just before the change relies on it for FRESHNESS. Wait even if another command
+        # made the change already: that command may still be waiting too.
+        self._sleep(2 * self._freshness)
         return result

@@ -1,8 +1,10 @@
-"""The tokens that a server keeps in memory: read, counted and dropped in small steps, so that its event loop goes on.
+"""The tokens of a server in memory: loaded, counted and released in short steps, to keep its event loop responsive.
 
-While a thread works, the event loop waits for the interpreter lock: 5 ms each time it wants it back, and longer where one
-step takes longer. A million records dropped in one piece take 100 ms and more, a dict of as many that moves to a larger
-place 10-40 ms. So a table is many small dicts, and between two steps the lock is given up.
+Commands call :func:`.decoding.decode` instead, in one step.
+
+While a thread works, the event loop waits for the interpreter lock: 5 ms at each attempt, and longer if one step takes
+longer. Releasing a million records at once takes 100 ms and more, and growing a dict of as many 10-40 ms. A table is
+therefore many small dicts, and the thread releases the lock between two steps.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ if TYPE_CHECKING:
 
 SHARDS = 256
 
-PIECE = 128 * 1024
-"""Bytes that are read and decoded at a time, which takes less than a millisecond."""
+PIECE_SIZE = 128 * 1024
+"""Bytes that are read and decoded in one step, which takes less than a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Every token, twice; never changed once it is read.
+    """Every token, twice; never changed once it is loaded.
 
     Attributes:
-        shards: by its digest, in the dict of the digest's first byte.
-        parts: in the order of the file, in which all of them are counted and dropped 4 times as fast, since they lie in
-            memory in that order.
+        shards: the tokens by digest; the first byte of a digest is the index of its dict.
+        parts: the tokens in the order of the file, which is their order in memory: counting and releasing them in this
+            order takes a quarter of the time.
     """
 
     shards: tuple[dict[bytes, Token], ...]
@@ -49,7 +51,7 @@ class Table:
         return self.shards[digest[0] if digest else 0].get(digest)
 
     def count_active(self) -> int:
-        """Count the tokens that work now."""
+        """Count the tokens that are in force now."""
         return sum(count_active(part) for part in in_steps(self.parts))
 
     def all_parts(self) -> list[object]:
@@ -60,19 +62,19 @@ class Table:
 EMPTY = Table(({},) * SHARDS)
 
 Contents = decoding.Contents[Table]
-"""What a token file says, in a table."""
+"""The contents of a token file, its tokens in a table."""
 
 
 def read(file: BinaryIO) -> Contents:
-    """Return what a token file says.
+    """Read a token file in steps, or at once if it is in another layout than this library's.
 
     Raises:
-        ValueError: it is none; the message says what is wrong and where.
+        ValueError: it is no token file; the message gives the fault and its place.
     """
     with contextlib.suppress(ValueError):
-        return Contents(_read_batches(iter(partial(file.read, PIECE), b"")))
+        return Contents(_read_batches(iter(partial(file.read, PIECE_SIZE), b"")))
     file.seek(0)
-    contents = decoding.read(file.read())
+    contents = decoding.decode(file.read())
     shards = _new_shards()
     for digest, token in contents.tokens.items():
         shards[digest[0]][digest] = token
@@ -87,29 +89,29 @@ def _read_batches(pieces: Iterable[bytes]) -> Table:
     """Read a file in this library's own layout.
 
     Raises:
-        ValueError: it is in another, or something is wrong with it.
+        ValueError: the file is in another layout, or has a fault.
     """
     shards, parts = _new_shards(), []
     ids: list[set[str]] = [set() for _ in range(SHARDS)]
-    for batch in in_steps(decoding.batches(pieces)):
+    for batch in in_steps(decoding.decode_batches(pieces)):
         for token in batch:
             digest = decoding.take_digest(token)
             shards[digest[0]][digest] = token
             token_id = token.id
             ids[hash(token_id) % SHARDS].add(token_id)
         parts.append(batch)
-        _let_gc_forget()
+        _collect_young_generation()
     table = Table(shards, tuple(parts))
-    if not sum(map(len, ids)) == sum(map(len, shards)) == len(table):
+    if not sum(map(len, ids)) == sum(map(len, shards)) == len(table):  # an id or a digest occurs twice
         raise ValueError
     release(ids)
     return table
 
 
-def _let_gc_forget() -> None:
-    """Show what was just made to the garbage collector, which sees that there is nothing to collect in it for ever.
+def _collect_young_generation() -> None:
+    """Collect the young generation now, while it is small; the collector then never scans the tokens in one long pass.
 
-    By itself it would look when hundreds of batches are there, and hold the lock 25 ms at a million tokens.
+    Left alone it would wait for hundreds of batches, and hold the interpreter lock for 25 ms at a million tokens.
     """
     if gc.isenabled():
         gc.collect(0)

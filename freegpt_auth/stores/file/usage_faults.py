@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
-"""Codes of a damaged database. SQLITE_ERROR is one: the statements are ours and correct, so the tables are not."""
+"""Codes of a damaged database. SQLITE_ERROR is one: the statements are correct, so the tables must be wrong."""
 
 _WORDS = {
     **dict.fromkeys(DAMAGED, "it is damaged; the next write of a server moves it aside"),
@@ -32,10 +32,10 @@ _WORDS = {
 
 @contextlib.contextmanager
 def explained() -> Generator[None]:
-    """Turn each error of the file, of its lock and of SQLite into a :class:`UsageError`. SQLite's message is not repeated.
+    """Turn each error of the file, its lock and SQLite into a :class:`UsageError` without SQLite's own message.
 
     Raises:
-        UsageError: any of them.
+        UsageError: the block raised such an error.
     """
     try:
         yield
@@ -52,13 +52,13 @@ def explained() -> Generator[None]:
 
 
 def code_of(error: sqlite3.Error) -> int:
-    """Return the primary result code of *error*; 0 if it did not come from SQLite itself."""
+    """Return the primary result code of *error*; 0 if the error is not SQLite's own."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF  # an extended code has more bits
 
 
 def damage() -> sqlite3.DatabaseError:
-    """Return the error of a damaged database, for damage that only the sqlite3 module found."""
+    """Return the error of a damaged database, for damage that the sqlite3 module found and SQLite did not."""
     error = sqlite3.DatabaseError()
     error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
     return error

@@ -1,12 +1,12 @@
 """A note to restarted workers of the same server: authentication was on.
 
-A worker that is started in the place of another must not open a server whose token file was moved away meanwhile. A
-server that an operator stops and starts again must. So a note belongs to the process that starts the workers, and means
-nothing under any other: an empty file, named by that process and the path of the token file.
+A worker that replaces another must not open a server whose token file was moved away meanwhile. A server that an operator
+stops and starts again must open. A note therefore belongs to the process that starts the workers, and has no meaning for
+any other: it is an empty file, named after that process and the path of the token file.
 
-Each note is kept in two folders, since either may be cleared: systemd removes a user's files from ``/dev/shm`` at the last
+Each note is kept in two folders, because either may be cleared: systemd removes a user's files from ``/dev/shm`` at the last
 logout (logind.conf(5), RemoveIPC), and old files from the folder for temporary files. Each namespace of process ids has
-folders of its own: a container that shares ``/dev/shm`` would take the servers of another for stopped.
+folders of its own: a container that shares ``/dev/shm`` would take the servers of another container for stopped ones.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("freegpt_auth")
 
 
-class _ForeignFolderError(PermissionError):
-    """Another user made the folder, or may write in it."""
+class _UnsafeFolderError(PermissionError):
+    """The folder belongs to another user, or others have access to it."""
 
 
 class _Server(NamedTuple):
@@ -42,19 +42,19 @@ class _Server(NamedTuple):
     secret: bytes
 
 
-def remember(path: str) -> None:
-    """Note for later workers that the token file at *path* asked for authentication. Without workers nothing is noted."""
+def leave(path: str) -> None:
+    """Leave a note that the token file at *path* required authentication. A server without workers leaves none."""
     for server in _servers(os.getpid())[:1]:
         for folder in _folders():
-            with contextlib.suppress(OSError):  # a worker that finds no usable folder stays closed
+            with contextlib.suppress(OSError):  # without any note a new worker is closed, too
                 _prepare(folder)
                 _note(folder, server, path).touch(mode=0o600)
 
 
-def remembered(path: str) -> bool:
-    """Return whether a worker of this server noted so, or whether that cannot be known; the latter is logged.
+def found(path: str) -> bool:
+    """Return whether a worker of this server left a note for *path*, or whether none could have been left.
 
-    It cannot be known if no folder can hold a note, or one of them is another user's.
+    The latter is logged: no folder can hold a note, or one of them is open to another user, and might have lost notes.
     """
     servers = _servers(os.getpid())
     if not servers:
@@ -69,7 +69,7 @@ def remembered(path: str) -> bool:
             _check_writable(folder)
         except OSError as error:
             problems.append(error)
-    is_unknown = len(problems) == len(folders) or any(isinstance(error, _ForeignFolderError) for error in problems)
+    is_unknown = len(problems) == len(folders) or any(isinstance(error, _UnsafeFolderError) for error in problems)
     if is_unknown:
         _logger.warning(
             "the workers of this server cannot leave notes for those that replace them (%s), so none of them is open. "
@@ -86,11 +86,11 @@ def _note(folder: Path, server: _Server, path: str) -> Path:
 
 @functools.cache
 def _servers(_process: int) -> tuple[_Server, ...]:
-    """Return the server of this process, and the one that it takes over from. There is none if it has no workers.
+    """Return the server of this process, then the server that it takes over from; none if this process is no worker.
 
-    Found once in each process, while the process that started it is alive: its parent is another one afterwards.
+    Found once per process, while its parent is alive: afterwards it has another parent.
     """
-    import multiprocessing  # noqa: PLC0415  commands need it not
+    import multiprocessing  # noqa: PLC0415  commands do not need it
 
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:  # uvicorn, hypercorn, granian
@@ -98,26 +98,26 @@ def _servers(_process: int) -> tuple[_Server, ...]:
     arbiter = _arbiter()
     if arbiter is None:
         return ()
-    start, parent = _life(arbiter)
-    # At SIGUSR2 an arbiter starts its successor, and is the parent of it until it quits.
-    return _Server(arbiter, start), _Server(parent, _life(parent)[0])
+    start, parent = _start_and_parent(arbiter)
+    # At SIGUSR2 an arbiter starts its successor, and stays its parent until it quits.
+    return _Server(arbiter, start), _Server(parent, _start_and_parent(parent)[0])
 
 
-def _life(process: int) -> tuple[bytes, int]:
-    """Return the start of a process, which no later process of its id shares, and its parent."""
+def _start_and_parent(process: int) -> tuple[bytes, int]:
+    """Return the start of a process, which no later process with its id shares, and its parent."""
     try:
         # proc_pid_stat(5), from field 3 on; field 22 counts from the boot.
         fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
         return fields[19] + Path("/proc/sys/kernel/random/boot_id").read_bytes(), int(fields[1])
-    except OSError:  # no /proc, or none that shows processes of other users: proc(5), hidepid
-        return str(hash(__name__)).encode(), 0  # its seed is random, and the workers are forked
+    except OSError:  # no /proc, or it hides the processes of other users: proc(5), hidepid
+        return str(hash(__name__)).encode(), 0  # the seed of str hashes is random, and forked workers inherit it
 
 
 def _arbiter() -> int | None:
-    """Return gunicorn's arbiter if this process is one of its workers, or itself, which loads the application to preload.
+    """Return the process id of gunicorn's arbiter if this process is its worker, or the arbiter itself, which preloads.
 
-    Only the call stack shows that: a server of another kind may import gunicorn, and its parent may be anything, a shell
-    that starts one server after another too.
+    Only the call stack shows that: a server of another kind may import gunicorn, and the parent process may be anything,
+    such as a shell that starts one server after another.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001
     called = set()
@@ -131,9 +131,9 @@ def _arbiter() -> int | None:
 
 
 def _folders() -> Iterator[Path]:
-    """Yield the folders of the notes. They need not exist."""
+    """Yield the folders of the notes, which may not exist yet."""
     bases = ["/dev/shm"]  # noqa: S108  the folder in it must be this user's alone
-    with contextlib.suppress(OSError):  # no folder for temporary files can be used
+    with contextlib.suppress(OSError):  # there is no usable folder for temporary files
         bases.append(tempfile.gettempdir())
     for base in dict.fromkeys(bases):
         yield Path(base, f"freegpt_auth-{os.geteuid()}-{_namespace()}")
@@ -150,18 +150,18 @@ def _prepare(folder: Path) -> None:
     """Make the folder, and remove the notes of stopped servers from it.
 
     Raises:
-        OSError: it cannot be made, or is not this user's alone.
+        OSError: the folder cannot be made, or is not this user's alone.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise _ForeignFolderError(errno.EPERM, "it is not a folder of this user alone", str(folder))
+        raise _UnsafeFolderError(errno.EPERM, "it is not a folder of this user alone", str(folder))
     for note in folder.iterdir():
         try:
             os.kill(int(note.name.partition("-")[0]), 0)
         except ProcessLookupError:
             note.unlink(missing_ok=True)
-        except (OSError, ValueError):  # it runs as another user, or this is no note
+        except (OSError, ValueError):  # the process runs as another user, or the file is no note
             continue
 
 
