@@ -28,7 +28,7 @@ from freegpt_auth.tokens import digest_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from freegpt_auth.stores.postgres.pool import Link
+    from freegpt_auth.stores.postgres.connection import Connection
     from tests.helpers.postgresql import Cluster
 
 SIZES = (1, 1_000, 100_000)
@@ -125,7 +125,7 @@ def _looked_up(server: Cluster) -> Iterator[Result]:
 
 
 def _parts(
-    loop: asyncio.AbstractEventLoop, store: PostgresTokenStore, link: Link, size: int
+    loop: asyncio.AbstractEventLoop, store: PostgresTokenStore, link: Connection, size: int
 ) -> dict[str, Callable[[], float]]:
     """Return what takes a look-up's time, as a whole and in parts: each returns the ms of one."""
     secrets = map(secret_of, itertools.cycle(random.sample(range(size), min(size, 50_000))))

@@ -25,7 +25,7 @@ from freegpt_auth.commands import tokens
 from freegpt_auth.stores import open_store, open_usage
 from freegpt_auth.stores.file import store as file_store
 from freegpt_auth.stores.postgres import PostgresTokenStore, schema
-from freegpt_auth.stores.postgres.pool import Address
+from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.stores.postgres.presence import Presence
 from freegpt_auth.tokens import Token, digest_of, has_valid_checksum, issue
 from freegpt_auth.usage.base import Usage
@@ -173,8 +173,8 @@ def test_a_command_names_servers_out_of_reach(run: Run, database: str, monkeypat
     run("--store", database, "create", "first")
     run("--store", database, "create", "second")
     first, second = [one["id"] for one in json.loads(run("--store", database, "list", "--json").out)]
-    with contextlib.closing(Address(database).connect()) as link:
-        Presence(900.0).join(link)  # a server that is never heard of again
+    with contextlib.closing(Address(database).connect()) as connection:
+        Presence(900.0).register(connection)  # a server that is never heard of again
     for said, *arguments in (
         (r"Revoked token \S+ \(first\)\.", "--store", database, "revoke", first),
         (r"Token \S+ \(first\) was already revoked at \S+\.", "--store", database, "revoke", first),
@@ -275,8 +275,8 @@ def test_a_command_leaves_nothing_open(database: str) -> None:
 def test_stderr_of_a_command_has_our_lines_only(database: str) -> None:
     """Where the connection breaks in a transaction, no line of the driver's logger stands beside ours."""
     program = (
-        "import sys; from freegpt_auth.stores.postgres import changes;"
-        "changes.DURABLE = 'SELECT pg_terminate_backend(pg_backend_pid())';"
+        "import sys; from freegpt_auth.stores.postgres import writes;"
+        "writes.DURABLE = 'SELECT pg_terminate_backend(pg_backend_pid())';"
         "from freegpt_auth.cli import main; sys.exit(main())"
     )
     start = [sys.executable, "-c", program, "--store", database, "create", "ci"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psycopg
 
 from ...exceptions import StoreBusyError, StoreError, StoreUnavailableError
-from .waits import HeldError
+from .timed_connection import LockHeldError
 
 _RUN_MIGRATE = "the tables are not as this release made them: run python -m freegpt_auth migrate, or restore a backup"
 _SEE_LOG = "look into the log of the database"
@@ -76,7 +76,7 @@ def failure(error: Exception, source: str) -> StoreError:
 
 
 def _advice_for(error: Exception) -> str:
-    if isinstance(error, HeldError):
+    if isinstance(error, LockHeldError):
         return ""
     code = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
     for length in (5, 2):

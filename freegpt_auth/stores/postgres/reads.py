@@ -13,7 +13,8 @@ from .instants import instant_of, microseconds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .pool import Link, Row
+    from .connection import Connection
+    from .timed_connection import Row
 
 COLUMNS = (
     "digest",
@@ -76,32 +77,32 @@ class Head(NamedTuple):
     now: float
 
 
-class Noted(NamedTuple):
-    """One row of the log of changes.
+class Change(NamedTuple):
+    """One row of the log of changes, with the present state of its token.
 
     Attributes:
-        revision: what it raised the revision to.
-        mark: of that revision.
-        digest: whose token was changed; ``None`` for so many that all are to be read again.
-        token: the token now.
+        revision: revision that the change made.
+        digest: digest of the changed token; empty if one statement changed too many tokens to log each.
+        token: present record; ``None`` if the token was deleted.
+        mark: mark of the revision; see :class:`Head`.
     """
 
     revision: int
-    mark: str
-    digest: bytes | None
+    digest: bytes
     token: Token | None
+    mark: str = ""
 
 
-def head(link: Link) -> Head:
+def head(connection: Connection) -> Head:
     """Return the state of the database; of version 0 if it has no tables."""
     try:
-        version, revision, mark, now = link.one(_HEAD)
+        version, revision, mark, now = connection.one(_HEAD)
     except psycopg.errors.UndefinedTable:
         return Head(0, 0, "", 0.0)
     return Head(version, revision, mark, now / 1_000_000)
 
 
-def changes_since(link: Link, known: int) -> Iterator[list[Noted]]:
+def changes_since(connection: Connection, known: int) -> Iterator[list[Change]]:
     """Yield the changes after a revision in batches, oldest first, each behind one row of the known revision.
 
     Each batch is one statement, and there is at least one. Without a row of the known revision a batch begins with a later
@@ -109,53 +110,55 @@ def changes_since(link: Link, known: int) -> Iterator[list[Noted]]:
     """
     revision, digest, is_full = known, None, True
     while is_full:
-        rows = link.run(_CHANGES, {"known": known, "revision": revision, "digest": digest})
-        yield [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in rows]
+        rows = connection.run(_CHANGES, {"known": known, "revision": revision, "digest": digest})
+        yield [Change(row[0], row[2] or b"", token_of(row[3:]), row[1]) for row in rows]
         is_full = len(rows) > _ROWS
         if is_full:
             revision, _, digest = rows[-1][:3]
 
 
-def look_up(link: Link, digest: bytes) -> tuple[int, Token | None]:
+def look_up(connection: Connection, digest: bytes) -> tuple[int, Token | None]:
     """Return a revision, and the token with this digest as it was then."""
-    row = link.one(_LOOK_UP, (digest,))
+    row = connection.one(_LOOK_UP, (digest,))
     return row[0], token_of(row[1:])
 
 
-def every_token(link: Link, limit: int | None = None, order: str = "") -> Iterator[list[tuple[bytes, Token]]]:
+def every_token(
+    connection: Connection, limit: int | None = None, order: str = ""
+) -> Iterator[list[tuple[bytes, Token]]]:
     """Yield the tokens in batches; in a transaction."""
     bound = f" LIMIT {limit}" if limit is not None else ""
-    for rows in link.batches(f"{_ALL}{order}{bound}", _ROWS):
+    for rows in connection.batches(f"{_ALL}{order}{bound}", _ROWS):
         yield [(row[0], token) for row in rows if (token := token_of(row)) is not None]
 
 
-def in_order(link: Link) -> dict[bytes, Token]:
+def in_order(connection: Connection) -> dict[bytes, Token]:
     """Return every token by its digest, oldest first; in a transaction."""
-    return {digest: token for batch in every_token(link, order=" ORDER BY t.number") for digest, token in batch}
+    return {digest: token for batch in every_token(connection, order=" ORDER BY t.number") for digest, token in batch}
 
 
-def count_active(link: Link) -> int:
+def count_active(connection: Connection) -> int:
     """Count the tokens that work now; of more than a million, a million."""
-    return int(link.one(_ACTIVE)[0])
+    return int(connection.one(_ACTIVE)[0])
 
 
-def referred(link: Link, reference: str) -> dict[bytes, Token]:
+def referred(connection: Connection, reference: str) -> dict[bytes, Token]:
     """Return the tokens among which :func:`~freegpt_auth.tokens.find` finds what *reference* means."""
     wanted = Reference.read(reference)
     where = " WHERE t.digest = %s OR %s IN (t.id, t.prefix) OR t.name = %s OR t.prefix = %s"
     values = (wanted.digest, _as_text(wanted.exact), _as_text(wanted.name), _as_text(wanted.start))
-    rows = link.run(f"{_ALL}{where} ORDER BY t.number", values)
+    rows = connection.run(f"{_ALL}{where} ORDER BY t.number", values)
     return {row[0]: token for row in rows if (token := token_of(row)) is not None}
 
 
-def end_if_idle(link: Link, seconds: float) -> None:
+def end_if_idle(connection: Connection, seconds: float) -> None:
     """Let the database end this connection when nothing was asked for so long, even if it hears of no disconnection."""
-    link.run("SELECT set_config('idle_session_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
+    connection.run("SELECT set_config('idle_session_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
 
 
-def processes_behind(link: Link, revision: int) -> Row:
+def processes_behind(connection: Connection, revision: int) -> Row:
     """Return the number of processes that rely on a state before *revision*, and the seconds until none of them does."""
-    return link.one(_BEHIND, (revision,))
+    return connection.one(_BEHIND, (revision,))
 
 
 def token_of(row: Row) -> Token | None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...exceptions import StoreError
-from .presence_schema import SECOND
+from .schema_v2 import SECOND
 
 if TYPE_CHECKING:
-    from .pool import Link
+    from .connection import Connection
 
 CHANNEL = "freegpt_auth"
 """Where each new revision is announced."""
@@ -172,11 +172,11 @@ VERSION = len(_MIGRATIONS)
 _MIGRATING = 0x66726565  # one advisory lock, so that several that migrate do so in turn
 
 
-def version_of(link: Link) -> int:
+def version_of(connection: Connection) -> int:
     """Return the version of the schema that is there; 0 if there is none."""
-    if link.one("SELECT to_regclass('freegpt_auth.state')")[0] is None:
+    if connection.one("SELECT to_regclass('freegpt_auth.state')")[0] is None:
         return 0
-    return int(link.one("SELECT version FROM freegpt_auth.state")[0])
+    return int(connection.one("SELECT version FROM freegpt_auth.state")[0])
 
 
 def check(version: int, place: str) -> None:
@@ -193,7 +193,7 @@ def check(version: int, place: str) -> None:
     raise StoreError(f"{place} {found}, and this release needs {VERSION}: run python -m freegpt_auth migrate")
 
 
-def migrate(link: Link, place: str) -> tuple[int, int]:
+def migrate(connection: Connection, place: str) -> tuple[int, int]:
     """Bring a database to this release's version of the schema; several may do so at once.
 
     Returns:
@@ -202,12 +202,12 @@ def migrate(link: Link, place: str) -> tuple[int, int]:
     Raises:
         StoreError: its version is a later release's.
     """
-    with link.transaction():
-        link.run("SELECT pg_advisory_xact_lock(%s)", (_MIGRATING,))
-        before = version_of(link)
+    with connection.transaction():
+        connection.run("SELECT pg_advisory_xact_lock(%s)", (_MIGRATING,))
+        before = version_of(connection)
         if before > VERSION:
             check(before, place)
         for number, migration in enumerate(_MIGRATIONS[before:], start=before + 1):
-            link.script(migration)
-            link.run("UPDATE freegpt_auth.state SET version = %s", (number,))
+            connection.script(migration)
+            connection.run("UPDATE freegpt_auth.state SET version = %s", (number,))
     return before, VERSION

@@ -9,15 +9,16 @@ import psycopg
 
 from ...exceptions import StoreUnavailableError, UsageError
 from ...usage.base import Usage
+from .address import Address
 from .faults import reason_of
 from .instants import count_of, instant, instant_of, microseconds
-from .pool import Address, Pool
+from .pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from ...usage.base import Batch
-    from .pool import Row
+    from .timed_connection import Row
 
 _ADD = "SELECT freegpt_auth.add_usage(%s, %s, %s, %s::bigint[], %s::float8[])"
 _READ = f"SELECT token_id, use_count, {microseconds('last_used_at')} FROM freegpt_auth.usage"
@@ -83,6 +84,6 @@ class PostgresUsage:
 
     def _run(self, statement: str, values: tuple[object, ...] = ()) -> list[Row]:
         try:
-            return self._pool.ask(lambda link: link.run(statement, values))
+            return self._pool.run(lambda connection: connection.run(statement, values))
         except (psycopg.Error, StoreUnavailableError, ValueError) as error:
             raise UsageError(reason_of(error)) from None

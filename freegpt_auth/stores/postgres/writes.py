@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from ...tokens import Token
-    from .pool import Link, Row
+    from .connection import Connection
+    from .timed_connection import Row
 
 DURABLE = """
     SELECT pg_logical_emit_message(true, 'freegpt_auth', ''),
@@ -62,33 +63,33 @@ _REVOKE_SAME = f"""
 """
 
 
-def insert(link: Link, digest: bytes, token: Token) -> None:
+def insert(connection: Connection, digest: bytes, token: Token) -> None:
     """Add a row."""
-    link.run(_INSERT, dict(zip(COLUMNS, _row(digest, token), strict=True)))
+    connection.run(_INSERT, dict(zip(COLUMNS, _row(digest, token), strict=True)))
 
 
-def revoke(link: Link, token_id: str, at: datetime) -> Token | None:
+def revoke(connection: Connection, token_id: str, at: datetime) -> Token | None:
     """Enter when a token was revoked, unless it was before; return its record."""
-    link.run(_REVOKE, {"at": count_of(at), "id": token_id})
-    return _only(link.run(_BY_ID, (token_id,)))
+    connection.run(_REVOKE, {"at": count_of(at), "id": token_id})
+    return _only(connection.run(_BY_ID, (token_id,)))
 
 
-def delete(link: Link, token_id: str) -> Token | None:
+def delete(connection: Connection, token_id: str) -> Token | None:
     """Remove a row and its usage; return the record."""
-    rows = link.run(_DELETE, (token_id,))
-    link.run(_FORGET_USAGE, (token_id,))
+    rows = connection.run(_DELETE, (token_id,))
+    connection.run(_FORGET_USAGE, (token_id,))
     return _only(rows)
 
 
-def merge(link: Link, tokens: Mapping[bytes, Token]) -> Merged:
+def merge(connection: Connection, tokens: Mapping[bytes, Token]) -> Merged:
     """Add what is missing, revoke what is revoked in *tokens*, and return how many of each."""
-    link.wait_for_much()
-    link.run(_INCOMING)
-    link.copy(_COPY, ((place, *_row(digest, token)) for place, (digest, token) in enumerate(tokens.items())))
-    link.run("ANALYZE incoming")
+    connection.allow_long_statements()
+    connection.run(_INCOMING)
+    connection.copy(_COPY, ((place, *_row(digest, token)) for place, (digest, token) in enumerate(tokens.items())))
+    connection.run("ANALYZE incoming")
     # What another command adds after it was seen to be missing could not be added here; who only reads is not held up.
-    link.run("LOCK TABLE freegpt_auth.tokens IN SHARE ROW EXCLUSIVE MODE")
-    return Merged(link.one(_ADD_NEW)[0], link.one(_REVOKE_SAME)[0])
+    connection.run("LOCK TABLE freegpt_auth.tokens IN SHARE ROW EXCLUSIVE MODE")
+    return Merged(connection.one(_ADD_NEW)[0], connection.one(_REVOKE_SAME)[0])
 
 
 def _row(digest: bytes, token: Token) -> Row:

@@ -43,7 +43,7 @@ def _tokens(count: int) -> State:
 
 def _held(cache: TokenCache) -> State:
     """Return what is remembered, by digest; the id of each token here is its number."""
-    return {_digest(int(token.id)): token for token in cache.held()}
+    return {_digest(int(token.id)): token for token in cache.tokens()}
 
 
 class Lives(RuleBasedStateMachine):
@@ -57,7 +57,7 @@ class Lives(RuleBasedStateMachine):
         self.states: list[State] = [{}]  # by revision
         self.log: list[tuple[int, bytes]] = []
         self.reads: list[tuple[bytes, Token | None, int]] = []
-        self.lasting: State = {}
+        self.pinned: State = {}
         self.cache = TokenCache(1)
         self.before: State = {}
         self.fresh: set[bytes] = set()
@@ -79,7 +79,7 @@ class Lives(RuleBasedStateMachine):
     def expected(self, digest: bytes) -> Token | None:
         """Return the only state that memory may hold: what the database held at its revision, or revoked for good."""
         token = self.states[self.cache.revision].get(digest) if self.cache.revision >= 0 else None
-        return token and self.lasting.get(digest, token)
+        return token and self.pinned.get(digest, token)
 
     # --- the database
 
@@ -114,7 +114,7 @@ class Lives(RuleBasedStateMachine):
         new = [(revision, digest) for revision, digest in self.log if revision > self.cache.revision]
         self.fresh = {digest for _, digest in new}
         for digest in self.fresh:
-            self.lasting.pop(digest, None)
+            self.pinned.pop(digest, None)
         self.cache.apply((Change(*one, self.states[-1].get(one[1])) for one in new), self.head)
 
     @rule(was_known=st.booleans())
@@ -122,9 +122,9 @@ class Lives(RuleBasedStateMachine):
         """Read everything afresh: so much was changed, or the log begins later than what is known."""
         self.fresh = {_digest(number) for number in range(8)}
         if not was_known:
-            self.lasting.update({key: each for key, each in _held(self.cache).items() if each.revoked_at is not None})
+            self.pinned.update({key: each for key, each in _held(self.cache).items() if each.revoked_at is not None})
         first = dict(list(self.states[-1].items())[: self.cache.limit + 1])
-        self.cache.load(first, self.head, was_known=was_known)
+        self.cache.load(first, self.head, pin_revocations=pin_revocations)
 
     @precondition(lambda self: self.cache.revision > 0)
     @rule(lost=st.integers(1, 3), number=whichever, goes_on=st.booleans())
@@ -136,7 +136,7 @@ class Lives(RuleBasedStateMachine):
         self.reads.clear()  # they came over connections that are gone
         if goes_on:
             self.create_or_delete(number)
-        self.reload(was_known=False)
+        self.reload(pin_revocations=True)
 
     @rule(number=whichever)
     def begin_to_read(self, number: int) -> None:
@@ -152,7 +152,7 @@ class Lives(RuleBasedStateMachine):
         answer = self.cache.fill(digest, token, revision)
         is_worthless = answer is UNRESOLVED
         assert not is_worthless or revision < self.cache.revision
-        assert is_worthless or answer == (token and self.lasting.get(digest, token))
+        assert is_worthless or answer == (token and self.pinned.get(digest, token))
         assert is_worthless or revision > self.cache.revision or answer == self.expected(digest)
 
     @rule(number=whichever)
@@ -286,8 +286,8 @@ def test_a_token_revoked_here_stays_so_though_the_database_lost_that(limit: int,
     revoked = _token(0, revoked_at=NOW)
     cache.fill(_digest(0), _token(0), 4)
     cache.apply([Change(5, _digest(0), revoked)], 5)
-    cache.load(dict(state), revision, was_known=False)
-    assert cache.lasting == 1
+    cache.load(dict(state), revision, pin_revocations=True)
+    assert cache.pinned == 1
     for ahead in (0, 1):  # at memory's revision, and at one that memory has not heard of yet
         assert cache.fill(_digest(0), _token(0), revision + ahead) == revoked
     for number in range(1, 4):
@@ -302,12 +302,12 @@ def test_only_a_change_of_the_token_itself_ends_that() -> None:
     """An operator who has looked through what was lost can make a token work again: by changing that token."""
     cache = TokenCache(9)
     cache.load({_digest(0): _token(0, revoked_at=NOW), _digest(1): _token(1)}, 4)
-    cache.load(_tokens(2), 2, was_known=False)
+    cache.load(_tokens(2), 2, pin_revocations=True)
     cache.apply([Change(3, _digest(1), _token(1, "other"))], 3)
     assert cache.find(_digest(0)) == _token(0, revoked_at=NOW)
     cache.apply([Change(4, _digest(0), _token(0, "again"))], 4)
     assert cache.find(_digest(0)) == _token(0, "again")
-    assert cache.lasting == 0
+    assert cache.pinned == 0
 
 
 # --- memory that is full
@@ -390,7 +390,7 @@ class _WatchedCache(TokenCache):
     watched: tuple[bytes, ...] = ()
 
     def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, dict) and name in ("_young", "_old"):
+        if isinstance(value, dict) and name in ("_recent", "_older"):
             value = _Watched(value, self.look)
         super().__setattr__(name, value)
         self.look()
@@ -438,7 +438,7 @@ def test_a_token_that_is_used_again_is_not_kept_as_it_was(meanwhile: str) -> Non
     cache = TokenCache(2)
     cache.load(_tokens(3), 1)
     cache.fill(_digest(2), _token(2), 1)
-    assert _digest(0) in cache._old
+    assert _digest(0) in cache._older
     after = _token(0, revoked_at=NOW) if meanwhile == "revoked" else None
 
     class Slow:
@@ -452,7 +452,7 @@ def test_a_token_that_is_used_again_is_not_kept_as_it_was(meanwhile: str) -> Non
             return lock.acquire(blocking=blocking)
 
     lock, cache._lock = cache._lock, Slow()  # type: ignore[assignment]
-    assert cache._found_again(_digest(0)) == after
+    assert cache._promote(_digest(0)) == after
     assert cache.find(_digest(0)) == after
 
 
@@ -468,10 +468,10 @@ def test_a_token_that_moved_meanwhile_is_found_where_it_is() -> None:
         def get(self, digest: bytes, default: Any = None) -> Any:
             """Find the token, which is then moved."""
             token = super().get(digest, default)
-            cache._young[digest] = super().pop(digest)
+            cache._recent[digest] = super().pop(digest)
             return token
 
-    cache._old = Moving(cache._old)
+    cache._older = Moving(cache._older)
     assert cache.find(_digest(0)) is cache.find(_digest(0)) is not None
 
 

@@ -15,8 +15,10 @@ import pytest
 
 from freegpt_auth.exceptions import ConfigurationError, StoreUnavailableError
 from freegpt_auth.stores.postgres import pool as pools
+from freegpt_auth.stores.postgres.address import Address
+from freegpt_auth.stores.postgres.connection import Connection
 from freegpt_auth.stores.postgres.faults import reason_of
-from freegpt_auth.stores.postgres.pool import Address, Link, Pool
+from freegpt_auth.stores.postgres.pool import Pool
 from tests.helpers.postgresql import PASSWORD, Cluster, free_port, running
 
 if TYPE_CHECKING:
@@ -33,11 +35,11 @@ def address(database: str) -> Address:
 
 
 @pytest.fixture
-def link(address: Address) -> Iterator[Link]:
+def connection(address: Address) -> Iterator[Connection]:
     """Return a connection to an empty database."""
-    link = address.connect()
-    yield link
-    link.close()
+    connection = address.connect()
+    yield connection
+    connection.close()
 
 
 @pytest.fixture
@@ -55,9 +57,9 @@ def freezing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def _pid(link: Link) -> int:
+def _pid(connection: Connection) -> int:
     """Return which connection this is, by the number of its process on the server."""
-    return int(link.one("SELECT pg_backend_pid()")[0])
+    return int(connection.one("SELECT pg_backend_pid()")[0])
 
 
 # --- the URL
@@ -116,14 +118,14 @@ def test_a_url_that_cannot_be_read_is_not_repeated(url: str) -> None:
 # --- connecting
 
 
-def test_a_connection_is_what_its_user_needs(address: Address, link: Link) -> None:
+def test_a_connection_is_what_its_user_needs(address: Address, connection: Connection) -> None:
     """It is known by its name, every instant is in UTC, all text is text, and each statement is in force at once."""
     settings = "current_setting('application_name'), current_setting('timezone'), current_setting('client_encoding')"
-    assert link.one(f"SELECT {settings}, now() AT TIME ZONE 'UTC' = now()::timestamp") == (
+    assert connection.one(f"SELECT {settings}, now() AT TIME ZONE 'UTC' = now()::timestamp") == (
         *("freegpt_auth", "UTC", "UTF8"),
         True,
     )
-    link.run("CREATE TABLE public.here (number integer)")
+    connection.run("CREATE TABLE public.here (number integer)")
     other = address.connect()
     assert other.run("SELECT * FROM public.here") == []
     other.close()
@@ -132,9 +134,9 @@ def test_a_connection_is_what_its_user_needs(address: Address, link: Link) -> No
 def test_what_the_url_says_comes_first(database: str) -> None:
     """An operator may give any parameter that libpq knows, in the place of this library's own."""
     address = Address(f"{database}?application_name=mine&options=-c%20work_mem%3D5MB")
-    link = address.connect()
-    assert link.one("SELECT current_setting('application_name'), current_setting('work_mem')") == ("mine", "5MB")
-    link.close()
+    connection = address.connect()
+    assert connection.one("SELECT current_setting('application_name'), current_setting('work_mem')") == ("mine", "5MB")
+    connection.close()
 
 
 @pytest.mark.parametrize(
@@ -158,19 +160,19 @@ def test_an_error_is_one_line_without_the_password(
     assert not any(password in told for password in (PASSWORD, "another-password"))
 
 
-def test_no_connection_shows_its_password(link: Link, pool: Pool) -> None:
+def test_no_connection_shows_its_password(connection: Connection, pool: Pool) -> None:
     """What a debugger or a careless log line shows of these objects is no secret."""
-    pool.ask(_pid)
-    assert PASSWORD not in repr([link, link._connection, pool, pool._idle, pool._idle[0], vars(link), vars(pool)])
+    pool.run(_pid)
+    assert PASSWORD not in repr([connection, connection._driver, pool, pool._idle, pool._idle[0], vars(connection), vars(pool)])
 
 
 def test_the_server_that_can_be_written_to_is_found(database: str, cluster: Any) -> None:
     """Of several hosts the one is taken that is there and is no standby; if none is, that is an error."""
     name = database.rpartition("/")[2]
     rest = f"127.0.0.1:{cluster.port}/{name}"
-    link = Address(f"postgresql://postgres:{PASSWORD}@127.0.0.1:{free_port()},{rest}").connect()
-    assert link.one("SELECT current_database()") == (name,)
-    link.close()
+    connection = Address(f"postgresql://postgres:{PASSWORD}@127.0.0.1:{free_port()},{rest}").connect()
+    assert connection.one("SELECT current_database()") == (name,)
+    connection.close()
     cluster.sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     with pytest.raises(psycopg.OperationalError, match="read-only"):
         Address(database).connect()
@@ -185,81 +187,81 @@ def test_a_connection_that_cannot_be_set_up_is_not_left_open(
     def fail(*_: object) -> None:
         raise psycopg.OperationalError("gone")
 
-    closed: list[Link] = []
-    close = Link.close
-    monkeypatch.setattr(Link, "run", fail)
-    monkeypatch.setattr(Link, "close", lambda link: (closed.append(link), close(link)))
+    closed: list[Connection] = []
+    close = Connection.close
+    monkeypatch.setattr(Connection, "run", fail)
+    monkeypatch.setattr(Connection, "close", lambda connection: (closed.append(connection), close(connection)))
     with pytest.raises(psycopg.OperationalError, match="gone"):
         address.connect()
-    assert [link._connection.closed for link in closed] == [True]
+    assert [connection._driver.closed for connection in closed] == [True]
     assert cluster.sql("SELECT 1") == [(1,)]
 
 
 # --- using one
 
 
-def test_a_transaction_is_done_whole_or_not_at_all(link: Link) -> None:
+def test_a_transaction_is_done_whole_or_not_at_all(connection: Connection) -> None:
     """What fails in the middle leaves nothing, and whatever the database's defaults are, what is read is up to date."""
-    link.run("CREATE TABLE public.here (number integer)")
-    link.run("SET default_transaction_isolation TO 'serializable'")
-    with contextlib.suppress(psycopg.errors.DivisionByZero), link.transaction():
-        link.run("INSERT INTO public.here VALUES (1)")
-        link.run("SELECT 1 / 0")
-    with link.transaction():
-        link.run("INSERT INTO public.here VALUES (%s)", (2,))
-        assert link.one("SELECT current_setting('transaction_isolation'), current_setting('search_path')") == (
+    connection.run("CREATE TABLE public.here (number integer)")
+    connection.run("SET default_transaction_isolation TO 'serializable'")
+    with contextlib.suppress(psycopg.errors.DivisionByZero), connection.transaction():
+        connection.run("INSERT INTO public.here VALUES (1)")
+        connection.run("SELECT 1 / 0")
+    with connection.transaction():
+        connection.run("INSERT INTO public.here VALUES (%s)", (2,))
+        assert connection.one("SELECT current_setting('transaction_isolation'), current_setting('search_path')") == (
             "read committed",
             "pg_catalog",
         )
-    assert link.run("SELECT number FROM public.here") == [(2,)]
+    assert connection.run("SELECT number FROM public.here") == [(2,)]
 
 
 def test_limits_of_a_long_transaction_end_with_it(address: Address) -> None:
-    """What follows ``wait_for_much`` over the same connection, as a command's wait for the servers, has the usual limits."""
-    with contextlib.closing(address.connect(1.0)) as link:
-        with link.transaction():
-            link.wait_for_much()
-            link.run("SELECT pg_sleep(1.5)")
-        assert link.one("SELECT current_setting('statement_timeout')") == ("900ms",)
-        link.run("SET statement_timeout TO 0")
+    """What follows ``allow_long_statements`` over the same connection, as a command's wait for the servers, has the usual limits."""
+    with contextlib.closing(address.connect(1.0)) as connection:
+        with connection.transaction():
+            connection.allow_long_statements()
+            connection.run("SELECT pg_sleep(1.5)")
+        assert connection.one("SELECT current_setting('statement_timeout')") == ("900ms",)
+        connection.run("SET statement_timeout TO 0")
         with pytest.raises(psycopg.OperationalError, match="no answer within 1 s"):
-            link.run("SELECT pg_sleep(30)")
+            connection.run("SELECT pg_sleep(30)")
 
 
-def test_rows_are_read_and_sent_in_batches(link: Link) -> None:
+def test_rows_are_read_and_sent_in_batches(connection: Connection) -> None:
     """A large table goes through a process a few rows at a time, in both directions."""
-    link.script("CREATE TABLE public.here (number integer, name text); INSERT INTO public.here VALUES (0, NULL)")
-    link.copy("COPY public.here (number, name) FROM STDIN", ((number, f"tab\t{number}\n") for number in range(1, 10)))
-    with link.transaction():
-        batches = list(link.batches("SELECT number, name FROM public.here ORDER BY number", 4))
+    connection.script("CREATE TABLE public.here (number integer, name text); INSERT INTO public.here VALUES (0, NULL)")
+    connection.copy("COPY public.here (number, name) FROM STDIN", ((number, f"tab\t{number}\n") for number in range(1, 10)))
+    with connection.transaction():
+        batches = list(connection.batches("SELECT number, name FROM public.here ORDER BY number", 4))
     assert [len(rows) for rows in batches] == [4, 4, 2]
     assert [row for rows in batches for row in rows] == [(0, None), *((n, f"tab\t{n}\n") for n in range(1, 10))]
 
 
-def test_notifications_are_heard_at_once_and_together(link: Link, address: Address) -> None:
+def test_notifications_are_heard_at_once_and_together(connection: Connection, address: Address) -> None:
     """Whoever waits is told at once, and of many that came meanwhile in one go; none is told twice."""
-    link.run('LISTEN "here"')
+    connection.run('LISTEN "here"')
     other = address.connect()
     with ThreadPoolExecutor(1) as threads:
         began = time.monotonic()
-        heard = threads.submit(link.notifications, PATIENCE)
+        heard = threads.submit(connection.notifications, PATIENCE)
         other.run("SELECT pg_notify('here', '')")
         assert heard.result() == ["here"]
         assert time.monotonic() - began < PATIENCE / 2
     other.run("SELECT pg_notify('here', number::text) FROM generate_series(1, 20) number")
-    link.run("SELECT 1")
-    assert link.notifications(PATIENCE) == ["here"] * 20
-    assert link.notifications(0.01) == []
+    connection.run("SELECT 1")
+    assert connection.notifications(PATIENCE) == ["here"] * 20
+    assert connection.notifications(0.01) == []
     other.close()
 
 
-def test_closing_never_fails(link: Link, cluster: Any) -> None:
+def test_closing_never_fails(connection: Connection, cluster: Any) -> None:
     """A connection that the server has ended, or that was closed before, is closed without an error."""
-    cluster.sql(f"SELECT pg_terminate_backend({_pid(link)})")
+    cluster.sql(f"SELECT pg_terminate_backend({_pid(connection)})")
     with pytest.raises(psycopg.OperationalError):
-        link.run("SELECT 1")
-    link.close()
-    link.close()
+        connection.run("SELECT 1")
+    connection.close()
+    connection.close()
 
 
 def test_closing_is_silent_where_the_driver_fails() -> None:
@@ -272,19 +274,19 @@ def test_closing_is_silent_where_the_driver_fails() -> None:
             """Fail."""
             raise psycopg.OperationalError
 
-    Link(Failing()).close()  # type: ignore[arg-type]
+    Connection(Failing()).close()  # type: ignore[arg-type]
 
 
-def _copy(link: Link) -> None:
-    link.copy("COPY public.here (number) FROM STDIN", ((number,) for number in range(9)))
+def _copy(connection: Connection) -> None:
+    connection.copy("COPY public.here (number) FROM STDIN", ((number,) for number in range(9)))
 
 
-USES: dict[str, Callable[[Link], object]] = {
-    "run": lambda link: link.run("SELECT 1"),
-    "one": lambda link: link.one("SELECT 1"),
-    "script": lambda link: link.script("SELECT 1; SELECT 2"),
-    "batches": lambda link: list(link.batches("SELECT generate_series(1, 9)", 2)),
-    "transaction": lambda link: link.transaction().__enter__(),
+USES: dict[str, Callable[[Connection], object]] = {
+    "run": lambda connection: connection.run("SELECT 1"),
+    "one": lambda connection: connection.one("SELECT 1"),
+    "script": lambda connection: connection.script("SELECT 1; SELECT 2"),
+    "batches": lambda connection: list(connection.batches("SELECT generate_series(1, 9)", 2)),
+    "transaction": lambda connection: connection.transaction().__enter__(),
     "copy": _copy,
 }
 
@@ -293,15 +295,15 @@ USES: dict[str, Callable[[Link], object]] = {
 def test_every_wait_for_a_server_that_hangs_has_its_limit(freezing: Cluster, use: str) -> None:
     """A server, or a network, that says nothing any more holds nobody up for longer than the limit."""
     freezing.sql("CREATE TABLE IF NOT EXISTS here (number integer)")
-    link = Address(freezing.url("postgres")).connect(0.2)
-    link.run("BEGIN")
+    connection = Address(freezing.url("postgres")).connect(0.2)
+    connection.run("BEGIN")
     with ThreadPoolExecutor(1) as threads:
         freezing.freeze()
         try:
-            used = threads.submit(USES[use], link)
+            used = threads.submit(USES[use], connection)
             with pytest.raises(psycopg.OperationalError, match="timeout"):
                 used.result(PATIENCE)
-            threads.submit(link.close).result(PATIENCE)
+            threads.submit(connection.close).result(PATIENCE)
         finally:
             freezing.freeze(signal.SIGCONT)
 
@@ -309,16 +311,16 @@ def test_every_wait_for_a_server_that_hangs_has_its_limit(freezing: Cluster, use
 def test_connecting_and_listening_have_their_limits(freezing: Cluster) -> None:
     """A server that takes a connection and says nothing is given up, and who listens to it goes on after his time."""
     address = Address(freezing.url("postgres"))
-    link = address.connect()
+    connection = address.connect()
     with ThreadPoolExecutor(1) as threads:
         freezing.freeze()
         try:
-            assert threads.submit(link.notifications, 0.1).result(PATIENCE) == []
+            assert threads.submit(connection.notifications, 0.1).result(PATIENCE) == []
             with pytest.raises(psycopg.OperationalError, match="timeout"):
                 threads.submit(address.connect).result(PATIENCE)
         finally:
             freezing.freeze(signal.SIGCONT)
-    link.close()
+    connection.close()
 
 
 # --- sharing a few
@@ -326,9 +328,9 @@ def test_connecting_and_listening_have_their_limits(freezing: Cluster) -> None:
 
 def test_connections_are_used_again(pool: Pool) -> None:
     """One after the other is answered over the same connection; two at once over two."""
-    first = pool.ask(_pid)
-    assert pool.ask(_pid) == first
-    assert pool.ask(lambda link: (_pid(link), pool.ask(_pid)))[0] == first
+    first = pool.run(_pid)
+    assert pool.run(_pid) == first
+    assert pool.run(lambda connection: (_pid(connection), pool.run(_pid)))[0] == first
     assert len(pool._idle) == 2
 
 
@@ -336,41 +338,41 @@ def test_one_that_was_interrupted_is_not_lent_again(pool: Pool) -> None:
     """Nobody reads the answer to what another asked and did not wait for."""
     seen: list[int] = []
 
-    def interrupted(link: Link) -> None:
-        seen.append(_pid(link))
+    def interrupted(connection: Connection) -> None:
+        seen.append(_pid(connection))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pool.ask(interrupted)
+        pool.run(interrupted)
     with pytest.raises(psycopg.errors.DivisionByZero):
-        pool.ask(lambda link: (seen.append(_pid(link)), link.run("SELECT 1 / 0")))
-    assert pool.ask(_pid) not in seen
+        pool.run(lambda connection: (seen.append(_pid(connection)), connection.run("SELECT 1 / 0")))
+    assert pool.run(_pid) not in seen
     assert len(set(seen)) == 2
 
 
 def test_an_idle_connection_that_died_costs_nobody_an_answer(pool: Pool, cluster: Any) -> None:
     """After a restart, or a time without questions, the first who asks is answered over a new connection."""
-    dead = pool.ask(lambda link: (_pid(link), pool.ask(_pid)))
+    dead = pool.run(lambda connection: (_pid(connection), pool.run(_pid)))
     for pid in dead:
         cluster.sql(f"SELECT pg_terminate_backend({pid})")
-    assert pool.ask(_pid) not in dead
+    assert pool.run(_pid) not in dead
 
 
 def test_a_question_is_asked_twice_at_most(pool: Pool) -> None:
     """What fails over a new connection too is an error; what fails for another reason is not asked again."""
     asked: list[int] = []
 
-    def fail(link: Link) -> None:
-        asked.append(_pid(link))
+    def fail(connection: Connection) -> None:
+        asked.append(_pid(connection))
         raise psycopg.OperationalError("gone")
 
-    pool.ask(_pid)
+    pool.run(_pid)
     with pytest.raises(psycopg.OperationalError, match="gone"):
-        pool.ask(fail)
+        pool.run(fail)
     assert len(set(asked)) == len(asked) == 2
-    pool.ask(_pid)
+    pool.run(_pid)
     with pytest.raises(psycopg.errors.DivisionByZero):
-        pool.ask(lambda link: (asked.append(_pid(link)), link.run("SELECT 1 / 0")))
+        pool.run(lambda connection: (asked.append(_pid(connection)), connection.run("SELECT 1 / 0")))
     assert len(asked) == 3
 
 
@@ -380,20 +382,20 @@ def test_who_comes_when_all_are_in_use_waits_no_longer_than_the_limit(
     """More questions than connections wait in turn; after the limit they are told that it is slow, and why."""
     hold, held = threading.Event(), threading.Barrier(3)
 
-    def wait(link: Link) -> int:
+    def wait(connection: Connection) -> int:
         held.wait(PATIENCE)
         hold.wait(PATIENCE)
-        return _pid(link)
+        return _pid(connection)
 
     with ThreadPoolExecutor(3) as threads:
-        busy = [threads.submit(pool.ask, wait) for _ in range(2)]
+        busy = [threads.submit(pool.run, wait) for _ in range(2)]
         held.wait(PATIENCE)
         with monkeypatch.context() as short:
             short.setattr(pools, "TIME_LIMIT", 0.05)
             with pytest.raises(StoreUnavailableError, match="is slow: all connections") as caught:
-                pool.ask(_pid)
+                pool.run(_pid)
         assert PASSWORD not in str(caught.value)
-        late = threads.submit(pool.ask, _pid)
+        late = threads.submit(pool.run, _pid)
         hold.set()
         assert late.result(PATIENCE) in {each.result(PATIENCE) for each in busy}
 
@@ -406,35 +408,35 @@ def test_a_failure_leaves_room_for_the_next(address: Address, monkeypatch: pytes
         broken.setattr(address, "connect", lambda: (_ for _ in ()).throw(psycopg.OperationalError("gone")))
         for _ in range(3):
             with pytest.raises(psycopg.OperationalError):
-                pool.ask(_pid)
+                pool.run(_pid)
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
-            pool.ask(lambda _: 1 / 0)
-    assert pool.ask(_pid)
+            pool.run(lambda _: 1 / 0)
+    assert pool.run(_pid)
     pool.renew()
 
 
 def test_after_renew_nobody_asks_over_an_old_connection(pool: Pool) -> None:
     """Once the database may be another server, connections that were idle, in use or on their way are given up."""
-    idle = pool.ask(_pid)
+    idle = pool.run(_pid)
     pool.renew()
     assert len(pool._idle) == 0
-    in_use = pool.ask(lambda link: (_pid(link), pool.renew())[0])
+    in_use = pool.run(lambda connection: (_pid(connection), pool.renew())[0])
     taken: list[int] = []
     take = pool._take
 
-    def take_just_before() -> Link | None:
-        link = take()
+    def take_just_before() -> Connection | None:
+        connection = take()
         pool._take = take  # type: ignore[method-assign]
         pool.renew()
-        return link
+        return connection
 
-    fresh = pool.ask(_pid)
+    fresh = pool.run(_pid)
     assert len({idle, in_use, fresh}) == 3
     pool._take = take_just_before  # type: ignore[method-assign]
-    taken.append(pool.ask(_pid))
+    taken.append(pool.run(_pid))
     assert taken == [fresh]
-    assert pool.ask(_pid) != fresh
+    assert pool.run(_pid) != fresh
 
 
 def test_threads_that_ask_and_renew_at_once_harm_nobody(pool: Pool) -> None:
@@ -443,7 +445,7 @@ def test_threads_that_ask_and_renew_at_once_harm_nobody(pool: Pool) -> None:
     def ask(number: int) -> int:
         if number % 5 == 0:
             pool.renew()
-        return int(pool.ask(lambda link: link.one("SELECT %s::int", (number,)))[0])
+        return int(pool.run(lambda connection: connection.one("SELECT %s::int", (number,)))[0])
 
     with ThreadPoolExecutor(6) as threads:
         assert list(threads.map(ask, range(200))) == list(range(200))

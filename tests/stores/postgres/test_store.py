@@ -132,7 +132,7 @@ def test_nothing_is_unknown_once_the_database_did_not_answer(opener: Opener, kee
     known = store.resolve(digest_of(secret))
     assert store.peek(UNKNOWN) is None
     now = elapsed()
-    assert now + follower.CERTAINTY >= store._follower.certain_until > now
+    assert now + follower.CERTAINTY >= store._follower.state.certain_until > now
     store._follower._lose(StoreUnavailableError("it does not answer"))
     assert store.peek(UNKNOWN) is UNRESOLVED
     assert store.peek(digest_of(secret)) is known
@@ -163,10 +163,10 @@ def test_memory_that_is_completed_while_it_is_looked_at_is_not_believed(
     """A request that missed a token in a part of the table does not take it for unknown because the rest comes just then."""
     store = opener()
     store.resolve(UNKNOWN)
-    store._follower.certain_until = float("-inf")
+    store._follower.state.certain_until = float("-inf")
 
     def find_just_before(_: bytes) -> None:
-        store._follower.certain_until = float("inf")
+        store._follower.state.certain_until = float("inf")
 
     monkeypatch.setattr(store._cache, "find", find_just_before)
     assert store.peek(UNKNOWN) is UNRESOLVED
@@ -193,13 +193,13 @@ def test_a_process_that_is_cut_off_accepts_for_the_lease_and_recovers_by_itself(
     assert server.mode is AuthMode.TOKEN_FILE
     assert [ask(each) for each in (good, bad, key)] == ["accepted", "unknown", "accepted"]
     mortal.kill()
-    _until(lambda: store._follower.trouble)
+    _until(lambda: store._follower.state.trouble)
     answers = []
-    while elapsed() < store._follower.leased_until:
+    while elapsed() < store._follower.state.leased_until:
         answers.append([ask(each) for each in (bad, key, good)])
     assert answers[0] == ["unavailable", "accepted", "accepted"]
     assert all(answer[:2] == answers[0][:2] for answer in answers)
-    _until(lambda: elapsed() >= store._follower.leased_until)
+    _until(lambda: elapsed() >= store._follower.state.leased_until)
     for each in (good, bad):
         for call in (store.peek, store.resolve):
             with pytest.raises(StoreUnavailableError, match="does not answer"):
@@ -261,7 +261,7 @@ def test_what_was_read_over_an_earlier_connection_is_read_again(in_part: Part, m
     def look_up_meanwhile(digest: bytes) -> tuple[int, Token | None]:
         asked.append(digest)
         if len(asked) in disturbed:
-            store._follower.age += 1
+            store._follower.state.generation += 1
         return look_up(digest)
 
     monkeypatch.setattr(store, "_look_up", look_up_meanwhile)
@@ -339,11 +339,11 @@ def test_nothing_is_looked_up_in_what_cannot_be_followed(in_part: Part, database
     """A table whose schema has changed since is not asked, though it would answer: 503, and never a 401 by chance."""
     store, _ = in_part
     _sql(database, NEWER)
-    _until(lambda: store._follower.trouble)
+    _until(lambda: store._follower.state.trouble)
     with pytest.raises(StoreUnavailableError, match="upgrade freegpt_auth"):
         store.resolve(UNKNOWN)
     _sql(database, f"UPDATE freegpt_auth.state SET version = {schema.VERSION}")
-    _until(lambda: store._follower.trouble is None)
+    _until(lambda: store._follower.state.trouble is None)
     assert store.resolve(UNKNOWN) is None
 
 
@@ -394,7 +394,7 @@ def test_the_survey_counts_what_memory_does_not_hold(
             raise error
 
         with monkeypatch.context() as broken:
-            broken.setattr(store._pool, "ask", fail)
+            broken.setattr(store._pool, "run", fail)
             assert store.survey().active in (0, 1, 2)
     assert looks == []  # the thread that runs looks often enough
 
