@@ -15,8 +15,8 @@ from .connection import Connection
 from .timed_connection import TimedConnection
 
 TIME_LIMIT = 2.0
-"""Longest wait of a server for an answer, in seconds. A database that takes longer counts as unreachable: a dead connection
-reports no error."""
+"""Longest wait of a server for an answer, in seconds. A database that takes longer counts as unreachable: a dead
+connection reports no error."""
 
 COMMAND_TIME_LIMIT = 10.0
 """Longest wait of a command for an answer, in seconds. No event loop waits for a command."""

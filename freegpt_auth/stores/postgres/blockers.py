@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .connection import Connection
 
 # From the waiting sessions of this role to the sessions that block them, and so on to those that wait for no lock.
-# Without the rights of pg_monitor the process, role and program of other sessions are visible, not their state and time.
+# Without the rights of pg_monitor, the state and start of other roles' sessions are hidden.
 _BLOCKERS = """
     WITH RECURSIVE blocking (pid) AS (
         SELECT unnest(pg_blocking_pids(pid)) FROM pg_stat_activity

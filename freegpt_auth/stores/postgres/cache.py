@@ -29,8 +29,8 @@ class TokenCache:
 
     :meth:`find` takes no lock and may run on an event loop. Every other method holds a lock for a moment.
 
-    A full cache has two halves. A used token moves to the recent half. When that half is full, it becomes the older half,
-    and the tokens of the previous older half are evicted.
+    A full cache has two halves. A used token moves to the recent half. When that half is full, it becomes the older
+    half, and the tokens of the previous older half are evicted.
 
     Args:
         limit: largest number of tokens. A part of a larger table is cached.
@@ -120,8 +120,8 @@ class TokenCache:
     def fill(self, digest: bytes, token: Token | None, revision: int) -> Token | Literal[Unresolved.UNRESOLVED] | None:
         """Cache a row that was read at *revision*, unless a later change made it stale.
 
-        Rows newer than the cache are returned but not cached: a change being applied could overwrite them. Unknown digests
-        are not cached either: a flood of wrong tokens must not take memory.
+        Rows newer than the cache are returned but not cached: a change being applied could overwrite them. Unknown
+        digests are not cached either: a flood of wrong tokens must not take memory.
 
         Returns:
             The token to rely on; :data:`UNRESOLVED` if the row is stale and must be read again.

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .connection import Connection
 
 CONFIRMATION = HEARTBEAT + TIME_LIMIT + 2.0
-"""Default limit of the wait, in seconds. A process with a dead connection notices that within a heartbeat and the time limit
-of an answer, and needs about a second to reconnect."""
+"""Default limit of the wait, in seconds. A process with a dead connection notices that within a heartbeat and the time
+limit of an answer, and needs about a second to reconnect."""
 
 _POLL = (0.002, 0.05)  # pauses between two reads of the rows, in seconds: the first and the longest
 

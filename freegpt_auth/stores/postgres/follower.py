@@ -36,7 +36,7 @@ HEARTBEAT = 1.0
 """Default interval of reading the revision without a notification, in seconds."""
 
 CERTAINTY = HEARTBEAT + TIME_LIMIT
-"""Seconds after a query for which a token missing from the cache counts as unknown. Later it may be new, and is looked up."""
+"""Seconds after a query for which a token missing from the cache counts as unknown. Later it is looked up."""
 
 RETRY = (0.1, 1.0)
 """Default pauses between two attempts to connect, in seconds: the first and the longest. A random part is added."""

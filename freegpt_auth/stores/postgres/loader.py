@@ -1,4 +1,4 @@
-"""Loads the token cache of one process: the changes since the cached revision, or the whole table where the log is too short."""
+"""Loads the token cache of one process: the changes since the cached revision, or the whole table."""
 
 from __future__ import annotations
 

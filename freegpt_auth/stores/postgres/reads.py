@@ -1,4 +1,4 @@
-"""What is asked of the tables, and how a row becomes a token."""
+"""Queries of the tables, and the decoding of a row into a token."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ COLUMNS = (
     "models",
     "last_used_at",
 )
-"""What a row of the tokens says."""
+"""The columns of a token."""
 
 INSTANTS = frozenset({"created_at", "expires_at", "revoked_at", "last_used_at"})
 """The columns that hold an instant."""
 
 RECORD = ", ".join(microseconds(f"t.{column}") if column in INSTANTS else f"t.{column}" for column in COLUMNS)
-"""The columns of a table called t, as :func:`token_of` takes them: each instant as an integer."""
+"""The columns of the table ``t`` for :func:`token_of`: each instant as an integer."""
 
-_ROWS = 500  # a batch of so many takes 2 ms to become tokens
+_ROWS = 500  # rows of a batch: decoding them takes 2 ms
 
 _HEAD = f"SELECT version, revision, mark::text, {microseconds('clock_timestamp()')} FROM freegpt_auth.state"
 _CHANGES = f"""
@@ -65,10 +65,10 @@ class Head(NamedTuple):
     """The state of a database.
 
     Attributes:
-        version: of the schema.
-        revision: raised with every change.
-        mark: what tells this revision from another of the same number.
-        now: its clock, in seconds since the epoch.
+        version: version of the schema; 0 without tables.
+        revision: number that each change raises.
+        mark: random id of this revision. After lost changes another revision may have the same number.
+        now: the database's time, in seconds since the epoch.
     """
 
     version: int
@@ -94,7 +94,7 @@ class Change(NamedTuple):
 
 
 def head(connection: Connection) -> Head:
-    """Return the state of the database; of version 0 if it has no tables."""
+    """Return the state of the database."""
     try:
         version, revision, mark, now = connection.one(_HEAD)
     except psycopg.errors.UndefinedTable:
@@ -103,10 +103,10 @@ def head(connection: Connection) -> Head:
 
 
 def changes_since(connection: Connection, known: int) -> Iterator[list[Change]]:
-    """Yield the changes after a revision in batches, oldest first, each behind one row of the known revision.
+    """Yield the changes after the revision *known* in batches, oldest first. At least one batch is yielded.
 
-    Each batch is one statement, and there is at least one. Without a row of the known revision a batch begins with a later
-    one, or is empty: the log begins later, or the database has lost that revision.
+    Each batch is the result of one statement and begins with a row of the known revision. If it begins with a later
+    revision, the log was trimmed. If it is empty, the database has lost the known revision.
     """
     revision, digest, is_full = known, None, True
     while is_full:
@@ -118,7 +118,7 @@ def changes_since(connection: Connection, known: int) -> Iterator[list[Change]]:
 
 
 def look_up(connection: Connection, digest: bytes) -> tuple[int, Token | None]:
-    """Return a revision, and the token with this digest as it was then."""
+    """Return the present revision, and the token with this digest at that revision."""
     row = connection.one(_LOOK_UP, (digest,))
     return row[0], token_of(row[1:])
 
@@ -126,24 +126,24 @@ def look_up(connection: Connection, digest: bytes) -> tuple[int, Token | None]:
 def every_token(
     connection: Connection, limit: int | None = None, order: str = ""
 ) -> Iterator[list[tuple[bytes, Token]]]:
-    """Yield the tokens in batches; in a transaction."""
+    """Yield the tokens in batches. Call it in a transaction."""
     bound = f" LIMIT {limit}" if limit is not None else ""
     for rows in connection.batches(f"{_ALL}{order}{bound}", _ROWS):
         yield [(row[0], token) for row in rows if (token := token_of(row)) is not None]
 
 
 def in_order(connection: Connection) -> dict[bytes, Token]:
-    """Return every token by its digest, oldest first; in a transaction."""
+    """Return every token by its digest, oldest first. Call it in a transaction."""
     return {digest: token for batch in every_token(connection, order=" ORDER BY t.number") for digest, token in batch}
 
 
 def count_active(connection: Connection) -> int:
-    """Count the tokens that work now; of more than a million, a million."""
+    """Count the active tokens, up to a million."""
     return int(connection.one(_ACTIVE)[0])
 
 
 def referred(connection: Connection, reference: str) -> dict[bytes, Token]:
-    """Return the tokens among which :func:`~freegpt_auth.tokens.find` finds what *reference* means."""
+    """Return a superset of the tokens that :func:`~freegpt_auth.tokens.find` matches with *reference*."""
     wanted = Reference.read(reference)
     where = " WHERE t.digest = %s OR %s IN (t.id, t.prefix) OR t.name = %s OR t.prefix = %s"
     values = (wanted.digest, _as_text(wanted.exact), _as_text(wanted.name), _as_text(wanted.start))
@@ -152,20 +152,20 @@ def referred(connection: Connection, reference: str) -> dict[bytes, Token]:
 
 
 def end_if_idle(connection: Connection, seconds: float) -> None:
-    """Let the database end this connection when nothing was asked for so long, even if it hears of no disconnection."""
+    """Have the database end this session after *seconds* without a statement: it may never notice a lost network."""
     connection.run("SELECT set_config('idle_session_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
 
 
 def processes_behind(connection: Connection, revision: int) -> Row:
-    """Return the number of processes that rely on a state before *revision*, and the seconds until none of them does."""
+    """Return the number of processes that rely on an earlier state, and the seconds until the last of them ends."""
     return connection.one(_BEHIND, (revision,))
 
 
 def token_of(row: Row) -> Token | None:
-    """Return the token of a row; ``None`` if the row was joined to none.
+    """Return the token of a row; ``None`` for the empty row of an outer join.
 
     Raises:
-        StoreError: the row holds no token of this library: its checks were removed, or a list holds a null.
+        StoreError: the row is no valid token: the table's checks were removed, or a list holds a null.
     """
     _, token_id, name, prefix, created_at, expires_at, revoked_at, scopes, models, last_used_at = row
     if token_id is None:
@@ -196,5 +196,5 @@ def _texts(values: list[str]) -> tuple[str, ...]:
 
 
 def _as_text(text: str | None) -> str | None:
-    """Replace the characters that PostgreSQL has no text for; they are part of no token."""
+    """Replace characters that a PostgreSQL text cannot hold. No token has any."""
     return None if text is None else text.encode(errors="replace").decode().replace("\0", "?")
