@@ -97,7 +97,9 @@ def test_the_row_is_extended_a_fifth_of_the_lease_early(connections: Callable[[]
     presence.withdraw(connection)
 
 
-def test_a_slow_answer_shortens_the_cover(connections: Callable[[], Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_answer_shortens_the_cover(
+    connections: Callable[[], Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The local end counts from before the statement was sent, so the row never ends before it."""
     connection, clock = connections(), Clock()
     presence = Presence(LEASE, clock)
@@ -232,7 +234,9 @@ def test_a_command_waits_for_a_lost_process(connections: Callable[[], Connection
     assert connection.one("SELECT count(*) FROM freegpt_auth.servers WHERE revision < 2") == (0,)
 
 
-def test_a_command_names_the_processes_it_waited_for_in_vain(connections: Callable[[], Connection], database: str) -> None:
+def test_a_command_names_the_processes_it_waited_for_in_vain(
+    connections: Callable[[], Connection], database: str
+) -> None:
     """Their number, and the seconds until the last of them is over; a second change waits for the others only."""
     connection = connections()
     store = PostgresTokenStore(database, confirmation=1.5)

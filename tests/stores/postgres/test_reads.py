@@ -118,7 +118,10 @@ def test_the_log_tells_what_was_changed_and_how_it_is_now(connection: Connection
 def test_many_changes_are_read_in_batches(connection: Connection) -> None:
     """A statement that changed thousands of tokens is in the log in full, and of the known revision one row is read."""
     many = {digest_of(str(number)): _token(str(number)) for number in range(4_100)}
-    for change in (lambda: writes.merge(connection, many), lambda: connection.run("UPDATE freegpt_auth.tokens SET name = 'x'")):
+    for change in (
+        lambda: writes.merge(connection, many),
+        lambda: connection.run("UPDATE freegpt_auth.tokens SET name = 'x'"),
+    ):
         with connection.transaction():
             change()
     batches = list(reads.changes_since(connection, 1))

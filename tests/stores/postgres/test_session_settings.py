@@ -250,7 +250,10 @@ def test_commit_that_waits_for_a_standby_is_cancelled(tmp_path: Path) -> None:
     with running(tmp_path / "data", fsync="off", synchronous_standby_names="nobody") as own:
         own.sql("SET synchronous_commit = local; CREATE TABLE public.here ()")
         connection = Address(own.url("postgres")).connect(1.0)
-        with contextlib.closing(connection), pytest.raises(psycopg.OperationalError, match="timeout: no answer within 1 s"):
+        with (
+            contextlib.closing(connection),
+            pytest.raises(psycopg.OperationalError, match="timeout: no answer within 1 s"),
+        ):
             connection.run("INSERT INTO public.here DEFAULT VALUES")
         waiting = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         _until(lambda: own.sql(waiting) == [])
