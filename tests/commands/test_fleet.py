@@ -16,7 +16,7 @@ import pytest
 from freegpt_auth.commands import FAMILIES
 from freegpt_auth.stores import open_store, open_usage
 from freegpt_auth.stores.postgres import PostgresTokenStore
-from freegpt_auth.stores.postgres.pool import Address
+from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.stores.postgres.presence import Presence
 from freegpt_auth.tokens import Token, digest_of, has_valid_checksum
 from freegpt_auth.usage.base import Usage
@@ -108,8 +108,8 @@ def test_unconfirmed_servers_are_reported(run: Run, database: str, monkeypatch: 
     for family in FAMILIES:
         monkeypatch.setattr(family, "open_store", lambda store: PostgresTokenStore(store.text, confirmation=0.1))
     put(database, token("first"), token("second"))
-    with closing(Address(database).connect()) as link:
-        Presence(900.0).join(link)  # a server that never confirms
+    with closing(Address(database).connect()) as connection:
+        Presence(900.0).register(connection)  # a server that never confirms
     for line, *arguments in (
         (r"Revoked token \S+ \(first\)\.", "--store", database, "revoke", "first"),
         (r"Token \S+ \(first\) was already revoked at \S+\.", "--store", database, "revoke", "first"),

@@ -31,7 +31,7 @@ def test_failed_look_up_pauses_the_others(
             keep(store)
         assert store.resolve(b"unknown") is None
         with monkeypatch.context() as broken:
-            broken.setattr(store._pool, "ask", fail)
+            broken.setattr(store._pool, "run", fail)
             for _ in range(100):
                 with pytest.raises(StoreUnavailableError, match=f"{error}|a moment ago"):
                     store.resolve(b"unknown")

@@ -1,15 +1,15 @@
-"""The sessions that hold the locks which a command waits for."""
+"""The sessions that hold a lock for which a command waits."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .connection import Link
+    from .connection import Connection
 
-# The waiting sessions of this role, the sessions that block them, and so on; of these the ones that wait for no lock. A
-# session without the rights of pg_monitor sees process, role and program of others, and neither state nor time.
-_HOLDERS = """
+# From the waiting sessions of this role to the sessions that block them, and so on to those that wait for no lock.
+# Without the rights of pg_monitor, the state and start of other roles' sessions are hidden.
+_BLOCKERS = """
     WITH RECURSIVE blocking (pid) AS (
         SELECT unnest(pg_blocking_pids(pid)) FROM pg_stat_activity
             WHERE datname = current_database() AND usename = session_user AND wait_event_type = 'Lock'
@@ -20,14 +20,13 @@ _HOLDERS = """
 """
 
 
-def holders(link: Link) -> str:
-    """Return which sessions hold a lock that a session of this role waits for, and how to end them; "" if none does."""
-    named = [_named(*row) for row in link.run(_HOLDERS)]
-    return " and ".join(named)
+def describe(connection: Connection) -> str:
+    """Return the sessions that block a session of this role, and how to end each; "" if there are none."""
+    return " and ".join(_described(*row) for row in connection.run(_BLOCKERS))
 
 
-def _named(pid: int, role: str | None, program: str | None, state: str | None, since: str | None) -> str:
-    if not pid:  # pg_blocking_pids(): 0 is a prepared transaction
+def _described(pid: int, role: str | None, program: str | None, state: str | None, since: str | None) -> str:
+    if not pid:  # pg_blocking_pids() returns 0 for a prepared transaction
         return "a prepared transaction holds a lock; end it (SELECT gid FROM pg_prepared_xacts; ROLLBACK PREPARED)"
     facts = [f"role {role}", program, f"{state} since {since}" if state else None]
     shown = ", ".join(fact for fact in facts if fact)

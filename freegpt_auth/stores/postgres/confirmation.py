@@ -1,4 +1,4 @@
-"""Waits until the server processes have confirmed a change, connected or not, and returns those that have not."""
+"""The wait of a command until the server processes have confirmed its change."""
 
 from __future__ import annotations
 
@@ -8,54 +8,54 @@ from typing import TYPE_CHECKING
 
 from ..base import Unseen
 from . import reads
+from .address import TIME_LIMIT
 from .follower import HEARTBEAT
-from .pool import TIME_LIMIT
 
 if TYPE_CHECKING:
-    from .pool import Link
+    from .connection import Connection
 
 CONFIRMATION = HEARTBEAT + TIME_LIMIT + 2.0
-"""Seconds that a change waits for server processes. One whose connection is dead notices that within a heartbeat and the
-limit of an answer, and needs about a second to come back."""
+"""Default limit of the wait, in seconds. A process with a dead connection notices that within a heartbeat and the time
+limit of an answer, and needs about a second to reconnect."""
 
-_LOOK_AGAIN = (0.002, 0.05)  # seconds between two looks at the processes: at first and at last
+_POLL = (0.002, 0.05)  # pauses between two reads of the rows, in seconds: the first and the longest
 
 
 class Confirmation:
     """The waits of one store.
 
     Args:
-        patience: seconds that a change waits at most.
+        limit: longest wait of a change, in seconds.
     """
 
-    def __init__(self, patience: float = CONFIRMATION) -> None:
-        self._patience = patience
-        self._vain_until = float("-inf")
+    def __init__(self, limit: float = CONFIRMATION) -> None:
+        self._limit = limit
+        self._timed_out_until = float("-inf")
 
-    def wait(self, link: Link, longest: float = math.inf) -> Unseen | None:
-        """Wait until every process relies on the present state or a later one; return those that do not after the wait.
+    def wait(self, connection: Connection, longest: float = math.inf) -> Unseen | None:
+        """Wait until every process relies on the present revision or a later one; return the processes that do not.
 
-        Processes that an earlier wait did not see are not waited for again: a heartbeat is enough for the others.
+        While the processes of an earlier timeout may still be behind, the limit is a heartbeat: enough for the others.
 
         Args:
-            link: a connection outside of a transaction.
-            longest: seconds to wait at most, if that is less than the patience of the store.
+            connection: a connection outside a transaction.
+            longest: limit of this wait, in seconds, if it is below the limit of the store.
 
         Raises:
-            psycopg.Error: the processes cannot be read.
+            psycopg.Error: the rows of the processes cannot be read.
         """
-        revision = reads.head(link).revision
+        revision = reads.head(connection).revision
         began = time.monotonic()
-        limit = min(self._patience, longest, HEARTBEAT if began < self._vain_until else math.inf)
-        pause, longest_pause = _LOOK_AGAIN
-        while (unseen := _unseen(link, revision)) and time.monotonic() < began + limit:
+        limit = min(self._limit, longest, HEARTBEAT if began < self._timed_out_until else math.inf)
+        pause, longest_pause = _POLL
+        while (unseen := _unseen(connection, revision)) and time.monotonic() < began + limit:
             time.sleep(pause)
             pause = min(longest_pause, 2 * pause)
         if unseen is not None:
-            self._vain_until = time.monotonic() + unseen.seconds
+            self._timed_out_until = time.monotonic() + unseen.seconds
         return unseen
 
 
-def _unseen(link: Link, revision: int) -> Unseen | None:
-    processes, seconds = reads.processes_behind(link, revision)
+def _unseen(connection: Connection, revision: int) -> Unseen | None:
+    processes, seconds = reads.processes_behind(connection, revision)
     return Unseen(processes, seconds) if processes else None

@@ -1,17 +1,17 @@
-"""Errors of the driver and of PostgreSQL as one line for an operator: the fault, and what to do about it."""
+"""Errors of the driver and of PostgreSQL as one line for an operator: the fault and its remedy."""
 
 from __future__ import annotations
 
 import psycopg
 
 from ...exceptions import StoreBusyError, StoreError, StoreUnavailableError
-from .waits import HeldError
+from .timed_connection import LockHeldError
 
 _RUN_MIGRATE = "the tables are not as this release made them: run python -m freegpt_auth migrate, or restore a backup"
 _SEE_LOG = "look into the log of the database"
 _START = "try again once it runs"
 
-# By the beginning of SQLSTATE, the longest first (PostgreSQL 18, appendix A).
+# By the first characters of SQLSTATE; five are tried before two (PostgreSQL 18, appendix A).
 _ADVICE = {
     "25006": "connect to the primary, or remove default_transaction_read_only",
     "3D000": "create the database, or correct its name in the URL",
@@ -49,21 +49,21 @@ _UNREADABLE = "a value cannot be stored or read: text must be UTF-8 without the 
 
 
 def reason_of(error: Exception) -> str:
-    """Return the fault and what to do about it, in one line."""
+    """Return the fault and its remedy in one line."""
     primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     lines = (primary or str(error) or type(error).__name__).splitlines()
-    # Advice of libpq stands in lines that begin with a tab. It suits programs that are started by hand.
+    # libpq indents its hints with a tab. They suit programs that are started by hand.
     reason = " ".join(line.strip() for line in lines if not line.startswith("\t")).rstrip(".")
     advice = _advice_for(error)
     return f"{reason}; {advice}" if advice else reason
 
 
 def failure(error: Exception, source: str) -> StoreError:
-    """Return the error of a command for an error of the driver.
+    """Return the error that a command raises for an error of the driver.
 
     Args:
         error: ``psycopg.Error``, or ``ValueError`` for a value that the driver cannot convert.
-        source: the database, in words for the operator.
+        source: the database, for the operator.
     """
     reason = reason_of(error)
     if isinstance(error, psycopg.errors.UniqueViolation):
@@ -76,7 +76,7 @@ def failure(error: Exception, source: str) -> StoreError:
 
 
 def _advice_for(error: Exception) -> str:
-    if isinstance(error, HeldError):
+    if isinstance(error, LockHeldError):
         return ""
     code = (error.sqlstate if isinstance(error, psycopg.Error) else None) or ""
     for length in (5, 2):

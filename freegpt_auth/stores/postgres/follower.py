@@ -1,9 +1,8 @@
-"""Keeps a process's memory of the tokens as the database has them: one thread with a connection of its own.
+"""Keeps the token cache of one process current: one thread with its own connection.
 
-A notification is a hint, the revision is the truth. The thread listens first and reads then, reads whatever has changed
-since the revision it knows, and looks each second whether a notification was lost. How long memory may be relied on is
-counted from the moment before the database was last asked: that, and not the notification, bounds what a process that is
-cut off may still accept.
+A notification is a hint; the revision decides. The thread listens first, then reads every change since the cached
+revision. It reads the revision each second even without a notification, which may be lost. The lease counts from just
+before the last query: the lease, not NOTIFY, bounds how long a partitioned process accepts tokens.
 """
 
 from __future__ import annotations
@@ -11,58 +10,76 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import secrets
 import threading
-import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
 from ...clock import elapsed
 from ...exceptions import StoreError, StoreUnavailableError
 from . import reads, schema
+from .address import COMMAND_TIME_LIMIT, TIME_LIMIT
 from .faults import reason_of
 from .loader import Loader
-from .pool import PATIENCE, TIME_LIMIT
+from .notifications import listen
 from .presence import Presence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .address import Address
     from .cache import TokenCache
-    from .pool import Address, Link
+    from .connection import Connection
 
 HEARTBEAT = 1.0
-"""Seconds after which the revision is looked at without a notification."""
+"""Default interval of reading the revision without a notification, in seconds."""
 
 CERTAINTY = HEARTBEAT + TIME_LIMIT
-"""Seconds since the database was last asked for which a token that is not in memory counts as unknown. After that it may
-be one that was made meanwhile, and the database is asked."""
+"""Seconds after a query for which a token missing from the cache counts as unknown. Later it is looked up."""
 
-_RETRY = (0.1, 1.0)  # seconds between two attempts to connect: at first and at last, and a random part of it more
+RETRY = (0.1, 1.0)
+"""Default pauses between two attempts to connect, in seconds: the first and the longest. A random part is added."""
 
-_SLICE = 0.1  # seconds after which a thread that waits for a notification sees that it is to stop
+_SLICE = 0.1  # longest wait for a notification, in seconds: the thread then checks whether to stop
 
 _NEVER = float("-inf")
 
 _logger = logging.getLogger("freegpt_auth")
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """How far the cache may be relied on; replaced whole, never changed.
+
+    Attributes:
+        leased_until: local instant until which cached tokens may be accepted.
+        certain_until: local instant until which a token missing from a complete cache does not exist.
+        trouble: reason why the database cannot be queried; ``None`` while it can.
+        generation: number of connections so far. A row read in an earlier generation may come from another server.
+    """
+
+    leased_until: float = _NEVER
+    certain_until: float = _NEVER
+    trouble: str | None = None
+    generation: int = 0
+
+
 class Follower:
     """Follows a database for one process.
 
     Args:
-        address: where it is.
-        cache: what is kept up to date.
-        lease: seconds for which memory is relied on after the database was last asked.
-        renew: called with each new connection of the thread: others may lead to another server now.
-        clock: local clock of leases and of the database's time between two answers, in seconds.
+        address: the database.
+        cache: the cache to keep current.
+        lease: seconds after the last query for which cached tokens are accepted.
+        renew: called with each new connection of the thread: connections made earlier may lead to another server.
+        clock: local clock of leases, in seconds. The database's time advances by it between two queries.
+        heartbeat: seconds between two queries without a notification.
+        time_limit: seconds to wait for the first query, for the end of the thread, and for a test notification.
+        retry: first and longest pause between two attempts to connect, in seconds.
 
     Attributes:
-        leased_until: until when, by the local clock, tokens in memory may be accepted.
-        certain_until: until when a token that is not in memory does not exist.
-        trouble: why the database cannot be asked; ``None`` while it can.
-        age: how many connections there were; what was read over an earlier one may come from another server.
+        state: how far the cache may be relied on. Read it before the cache: the cache may become complete meanwhile.
     """
 
     def __init__(
@@ -72,153 +89,151 @@ class Follower:
         lease: float,
         renew: Callable[[], None],
         clock: Callable[[], float] = elapsed,
+        *,
+        heartbeat: float = HEARTBEAT,
+        time_limit: float = TIME_LIMIT,
+        retry: tuple[float, float] = RETRY,
     ) -> None:
         self._address = address
         self._cache = cache
         self._lease = lease
         self._renew = renew
         self._clock = clock
-        self.leased_until: float = _NEVER
-        self.certain_until: float = _NEVER
-        self.trouble: str | None = None
-        self.age: int = 0
+        self._heartbeat = heartbeat
+        self._time_limit = time_limit
+        self._retry = retry
+        self.state: State = State()
+        self._publishing = threading.Lock()
         self._loader = Loader(cache, address.shown)
-        self._ahead: float | None = None
+        self._clock_offset: float | None = None
         self._reading = threading.Lock()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._has_looked = threading.Event()
-        self._is_over = False
+        self._has_read = threading.Event()
+        self._has_logged_end = False
 
     def now(self) -> float:
-        """Return the time by the database's clock, in seconds since the epoch. It is asked, and blocks, if it never was."""
-        while self._ahead is None:
+        """Return the database's time, in seconds since the epoch. The first call queries the database, and blocks."""
+        while self._clock_offset is None:
             try:
-                with contextlib.closing(self._address.connect(PATIENCE)) as link:
-                    self._look_at_head(link)
+                with contextlib.closing(self._address.connect(COMMAND_TIME_LIMIT)) as connection:
+                    self._read_head(connection)
             except psycopg.Error as error:
                 raise StoreUnavailableError(f"{self._address.shown} does not answer: {reason_of(error)}") from None
-        return self._ahead + self._clock()
+        return self._clock_offset + self._clock()
 
     def is_running(self) -> bool:
-        """Tell whether memory is being kept up to date."""
+        """Return whether a thread keeps the cache current."""
         return self._thread is not None
 
     def start(self) -> None:
-        """Start the thread if it does not run, and wait until it has asked the database once."""
+        """Start the thread unless it runs, and wait for its first query."""
         with self._starting:
             if self._thread is None:
-                stopping = self._stopping = threading.Event()  # its own: a slow one must not go on beside the next
-                self._has_looked.clear()
-                # Not before the first request: a thread does not survive the fork of a preloading server.
+                stopping = self._stopping = threading.Event()  # one per thread: a slow thread stops despite a restart
+                self._has_read.clear()
+                # Started by the first request: a thread does not survive the fork of a preloading server.
                 thread = threading.Thread(target=self._run, args=(stopping,), name="freegpt_auth-follower", daemon=True)
                 thread.start()
                 self._thread = thread
-        self._has_looked.wait(2 * TIME_LIMIT)
+        self._has_read.wait(2 * self._time_limit)
 
     def stop(self) -> None:
-        """End the thread. The next request starts it again."""
+        """End the thread. The next request starts another."""
         with self._starting:
             if self._thread is not None:
                 self._stopping.set()
-                self._thread.join(2 * TIME_LIMIT)
+                self._thread.join(2 * self._time_limit)
                 self._thread = None
-            self.leased_until = self.certain_until = _NEVER
+            self._publish(leased_until=_NEVER, certain_until=_NEVER)
 
-    def look(self) -> None:
-        """Bring memory to where the database is now, over a connection for this once."""
+    def refresh(self) -> None:
+        """Bring the cache to the present state of the database, over a connection of its own."""
         try:
-            with contextlib.closing(self._address.connect()) as link:
-                schema.check(schema.version_of(link), self._address.shown)
-                self._catch_up(link)
+            with contextlib.closing(self._address.connect()) as connection:
+                schema.check(schema.version_of(connection), self._address.shown)
+                self._catch_up(connection)
         except (psycopg.Error, StoreError) as error:
-            self._lose(error)
+            self._fail(error)
+
+    def _publish(self, **changes: Any) -> None:
+        with self._publishing:  # a stopped thread that is slow to end publishes beside the next
+            self.state = replace(self.state, **changes)
 
     def _run(self, stopping: threading.Event) -> None:
-        pause, longest = _RETRY
+        pause, longest = self._retry
         presence = Presence(self._lease, self._clock)
         while not stopping.is_set():
             try:
-                with contextlib.closing(self._address.connect()) as link:
-                    self._follow(link, presence, stopping)
-                    self.leased_until = self.certain_until = _NEVER
-                    presence.withdraw(link)
-            except Exception as error:  # noqa: BLE001  whatever it is, memory must not stay as it is for good
-                pause = min(longest, 2 * pause) if self.trouble else _RETRY[0]
-                self._lose(error)
-                # A thousand processes that lost the same database must not come back in the same moment.
+                with contextlib.closing(self._address.connect()) as connection:
+                    self._follow(connection, presence, stopping)
+                    self._publish(leased_until=_NEVER, certain_until=_NEVER)
+                    presence.withdraw(connection)
+            except Exception as error:  # noqa: BLE001  without the thread the cache would be stale for good
+                pause = min(longest, 2 * pause) if self.state.trouble else self._retry[0]
+                self._fail(error)
+                # Spread the attempts: a thousand processes may have lost the same database.
                 stopping.wait(pause * random.uniform(1, 2))  # noqa: S311
 
-    def _follow(self, link: Link, presence: Presence, stopping: threading.Event) -> None:
-        schema.check(schema.version_of(link), self._address.shown)
+    def _follow(self, connection: Connection, presence: Presence, stopping: threading.Event) -> None:
+        schema.check(schema.version_of(connection), self._address.shown)
         self._renew()
-        self.age += 1  # after that: whoever sees it reads over connections that are as new
-        if self._hears(link):
-            reads.end_if_idle(link, self._lease)
+        # After that: a reader of the new generation gets connections that are as new.
+        self._publish(generation=self.state.generation + 1)
+        if listen(connection, self._address, self._time_limit):
+            reads.end_if_idle(connection, self._lease)  # only here: the session of a pooler serves other clients too
+        else:
+            _logger.warning(
+                "%s delivers no notifications, as a pooler in transaction mode does not: changes are looked for each "
+                "%g s, and commands wait for that",
+                *(self._address.shown, self._heartbeat),
+            )
         # Before the first read: from here on, commands wait for this process (at most one lease if it is cut off).
-        presence.join(link)
+        presence.register(connection)
         while not stopping.is_set():
-            since = self._catch_up(link)
-            presence.show(link, self._cache.revision)
-            if since < presence.covers_since:  # the host slept: commands returned while the row was over
+            since = self._catch_up(connection)
+            presence.publish(connection, self._cache.revision)
+            if since < presence.covers_since:  # the host slept: commands may have returned while the row was expired
                 continue
-            self._rely(since, presence.covers_until)
-            due = self._clock() + HEARTBEAT
-            while not stopping.is_set() and self._clock() < due and not link.notifications(_SLICE):
+            self._extend(since, presence.covers_until)
+            due = self._clock() + self._heartbeat
+            while not stopping.is_set() and self._clock() < due and not connection.notifications(_SLICE):
                 pass
 
-    def _hears(self, link: Link) -> bool:
-        """Listen, and tell whether notifications arrive: a pooler may give each transaction another connection."""
-        own = f"{schema.CHANNEL}-{secrets.token_hex(8)}"
-        link.run(f'LISTEN "{schema.CHANNEL}"')
-        link.run(f'LISTEN "{own}"')
-        # Over another connection: a pooler hands on what a connection tells itself, and nothing that others tell it.
-        with contextlib.closing(self._address.connect()) as other:
-            other.run("SELECT pg_notify(%s, '')", (own,))
-        deadline = time.monotonic() + TIME_LIMIT
-        while (left := deadline - time.monotonic()) > 0:
-            if own in link.notifications(left):
-                link.run(f'UNLISTEN "{own}"')
-                return True
-        _logger.warning(
-            "%s delivers no notifications, as a pooler in transaction mode does not: changes are looked for each %g s, "
-            "and commands wait for that",
-            *(self._address.shown, HEARTBEAT),
-        )
-        return False
-
-    def _catch_up(self, link: Link) -> float:
-        """Bring memory to where the database is now, and return when it was asked."""
+    def _catch_up(self, connection: Connection) -> float:
+        """Bring the cache to the present state of the database; return the local instant just before the query."""
         with self._reading:
             began = self._clock()
-            self._loader.catch_up(link, self._look_at_head(link))
+            self._loader.catch_up(connection, self._read_head(connection))
             return began
 
-    def _look_at_head(self, link: Link) -> reads.Head:
+    def _read_head(self, connection: Connection) -> reads.Head:
         began = self._clock()
-        head = reads.head(link)
+        head = reads.head(connection)
         schema.check(head.version, self._address.shown)
-        self._ahead = head.now - began  # never behind the database's own clock: no token is accepted after its end
+        self._clock_offset = head.now - began  # never behind the database: no token outlives its expiry
         return head
 
-    def _rely(self, since: float, covers_until: float) -> None:
-        self.leased_until = min(since + self._lease, covers_until)
-        self.certain_until = since + CERTAINTY if self._cache.complete else _NEVER
-        if self.trouble is not None:
+    def _extend(self, since: float, covers_until: float) -> None:
+        """Extend lease and certainty after a query that began at *since*, and log a recovery."""
+        is_back = self.state.trouble is not None
+        leased_until = min(since + self._lease, covers_until)
+        certain_until = since + CERTAINTY if self._cache.complete else _NEVER
+        self._publish(leased_until=leased_until, certain_until=certain_until, trouble=None)
+        self._has_logged_end = False
+        if is_back:
             _logger.info("%s answers again", self._address.shown)
-        self.trouble, self._is_over = None, False
-        self._has_looked.set()
+        self._has_read.set()
 
-    def _lose(self, error: Exception) -> None:
-        """Go on with what is known for as long as the lease lasts, and say so."""
-        self.certain_until = _NEVER
-        left = self.leased_until - self._clock()
-        reason = reason_of(error)
+    def _fail(self, error: Exception) -> None:
+        """Publish the trouble, and log it once for the lease and once for its end."""
+        before, reason = self.state, reason_of(error)
         trouble = reason if isinstance(error, StoreError) else f"{self._address.shown} does not answer: {reason}"
-        if self.trouble is None and left > 0:
+        self._publish(certain_until=_NEVER, trouble=trouble)
+        left = before.leased_until - self._clock()
+        if before.trouble is None and left > 0:
             _logger.error("%s. Tokens known here are accepted for %.0f s more, others are answered 503", trouble, left)
-        elif left <= 0 and not self._is_over:
-            self._is_over = True
+        elif left <= 0 and not self._has_logged_end:
+            self._has_logged_end = True
             _logger.error("%s. Its tokens are answered 503 until this is mended", trouble)
-        self.trouble = trouble
-        self._has_looked.set()
+        self._has_read.set()

@@ -1,7 +1,7 @@
-"""Instants as integers: microseconds since 1970-01-01 00:00 UTC, which no setting of a session reads or prints differently.
+"""Instants as integers: microseconds since 1970-01-01 00:00 UTC, which do not depend on session settings.
 
-As text an instant depends on ``DateStyle`` and ``TimeZone``, as a float on ``extra_float_digits``. PostgreSQL keeps microseconds,
-as Python does: no instant is rounded.
+As text an instant depends on ``DateStyle`` and ``TimeZone``, as a float on ``extra_float_digits``. Python and
+PostgreSQL both keep microseconds: no instant is rounded.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ _FIRST, _LAST = _count(datetime.min.replace(tzinfo=UTC)), _count(datetime.max.re
 
 
 def count_of(instant: datetime) -> int:
-    """Return the microseconds of an instant; of one outside the calendar of UTC, as late on 9999-12-31 in America, the nearest."""
+    """Return the microseconds of an instant, clamped to the years 1 to 9999 in UTC: an offset may lead outside."""
     return min(max(_count(instant), _FIRST), _LAST)
 
 
 def instant_of(count: int) -> datetime:
-    """Return the instant of a count of microseconds, in UTC.
+    """Return the instant of *count* microseconds, in UTC.
 
     Raises:
         TypeError: *count* is no number.
-        OverflowError: it is outside the years 1 to 9999.
+        OverflowError: the instant is outside the years 1 to 9999.
     """
     return _EPOCH + timedelta(microseconds=count)
 
 
 def microseconds(instant: str) -> str:
-    """Return the SQL expression for the count of an instant."""
+    """Return the SQL expression that converts the SQL *instant* to microseconds."""
     return f"(extract(epoch FROM {instant}) * 1000000)::bigint"  # numeric since PostgreSQL 14: exact
 
 
 def instant(count: str) -> str:
-    """Return the SQL expression for the instant of a count, which is used twice."""
-    # Seconds and the rest apart: the product is a float, exact up to 2^53.
+    """Return the SQL expression that converts the SQL *count* of microseconds to an instant."""
+    # Seconds and microseconds separately: the product with an interval is a float, exact up to 2^53.
     seconds = f"timestamptz 'epoch' + {count} / 1000000 * interval '1 second'"
     return f"({seconds} + mod({count}, 1000000) * interval '1 microsecond')"

@@ -1,7 +1,7 @@
-"""The row by which a server process shows commands the revision it has seen, and until when it relies on its memory.
+"""The row of a server process in the database: the revision it has read, and the end of its reliance on its cache.
 
-The row is extended first and relied on second, so it covers the process whether or not its connection is seen: a command
-that changed a token waits until the row shows the change, or names the instant at which the row ends.
+The process extends the row first and relies on its cache second, so the row covers it even if its connection is lost. A
+command that changed a token waits until the row shows the change, or reports the instant at which the row ends.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ...clock import elapsed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .pool import Link
+    from .connection import Connection
 
-_RENEWAL = 0.2  # part of the lease after which the row is extended: three quarters of the lease are always left
+_RENEWAL = 0.2  # part of the lease after which the row is extended: at least three quarters of the lease are left
 
-_NOTHING_READ = -1  # shown before anything is read: commands wait for any later revision
+_NOTHING_READ = -1  # published before the first read: commands wait for any later revision
 
 _NEVER = float("-inf")
 
@@ -29,14 +29,14 @@ _SHOW = "SELECT freegpt_auth.show_process(%s, %s, %s, %s)"
 _WITHDRAW = "SELECT freegpt_auth.withdraw_process(%s)"
 
 
-class Shown(NamedTuple):
+class Published(NamedTuple):
     """A state of the row that the database has confirmed.
 
     Attributes:
-        revision: the revision the process has seen; -1 before it has read anything.
-        covers_until: end of the row, counted by the local clock from before the statement was sent: never later than the
-            end by the database's clock.
-        covers_since: local instant since which the row has not been over.
+        revision: revision that the process has read; -1 before the first read.
+        covers_until: local instant at which the row ends. It counts from just before the statement was sent, so it is never
+            later than the end by the database's clock.
+        covers_since: local instant since which the row was never expired.
     """
 
     revision: int = _NOTHING_READ
@@ -55,45 +55,45 @@ class Presence:
     def __init__(self, lease: float, clock: Callable[[], float] = elapsed) -> None:
         self._lease = lease
         self._clock = clock
-        self._process = secrets.token_hex(16)  # known to this process alone: no other session can change the row
-        self._shown = Shown()
+        self._process = secrets.token_hex(16)  # unguessable: no other session can change the row
+        self._published = Published()
 
     @property
     def covers_until(self) -> float:
-        """The instant, by the local clock, at which the row ends."""
-        return self._shown.covers_until
+        """Local instant at which the row ends."""
+        return self._published.covers_until
 
     @property
     def covers_since(self) -> float:
-        """The instant, by the local clock, before which commands may have missed this process: its row was over."""
-        return self._shown.covers_since
+        """Local instant before which commands may have missed this process: its row was expired."""
+        return self._published.covers_since
 
-    def join(self, link: Link) -> None:
-        """Extend the row over a new connection, before anything is read over it.
+    def register(self, connection: Connection) -> None:
+        """Extend the row over a new connection, before the first read over it.
 
         Raises:
-            psycopg.Error: the database did not confirm the row; it still ends at :attr:`covers_until` or later.
+            psycopg.Error: the database did not confirm the row. It still ends at :attr:`covers_until` or later.
         """
-        self._write(link, _NOTHING_READ, extend=True)
+        self._write(connection, _NOTHING_READ, extend=True)
 
-    def show(self, link: Link, revision: int) -> None:
-        """Show the revision that memory has reached, and extend the row if it is due. Usually nothing is written.
+    def publish(self, connection: Connection, revision: int) -> None:
+        """Publish the revision of the cache, and extend the row if that is due. Most calls write nothing.
 
         Raises:
-            psycopg.Error: the database did not confirm the row; it still ends at :attr:`covers_until` or later.
+            psycopg.Error: the database did not confirm the row. It still ends at :attr:`covers_until` or later.
         """
         is_due = self._clock() >= self.covers_until - (1 - _RENEWAL) * self._lease
-        if is_due or revision != self._shown.revision:
-            self._write(link, revision, extend=is_due)
+        if is_due or revision != self._published.revision:
+            self._write(connection, revision, extend=is_due)
 
-    def withdraw(self, link: Link) -> None:
-        """Remove the row of a process that relies on nothing any more. If that fails, the row ends by itself."""
+    def withdraw(self, connection: Connection) -> None:
+        """Delete the row of a process that no longer relies on its cache. If that fails, the row expires."""
         with contextlib.suppress(psycopg.Error):
-            link.run(_WITHDRAW, (self._process,))
+            connection.run(_WITHDRAW, (self._process,))
 
-    def _write(self, link: Link, revision: int, *, extend: bool) -> None:
+    def _write(self, connection: Connection, revision: int, *, extend: bool) -> None:
         began = self._clock()
-        link.run(_SHOW, (self._process, self._lease, revision, extend))
+        connection.run(_SHOW, (self._process, self._lease, revision, extend))
         answered = self._clock()
         until = began + self._lease if extend else self.covers_until
-        self._shown = Shown(revision, until, self.covers_since if answered < self.covers_until else answered)
+        self._published = Published(revision, until, self.covers_since if answered < self.covers_until else answered)

@@ -1,4 +1,4 @@
-"""What is asked of the tables, and how a row becomes a token."""
+"""Queries of the tables, and the decoding of a row into a token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .instants import instant_of, microseconds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .pool import Link, Row
+    from .connection import Connection
+    from .timed_connection import Row
 
 COLUMNS = (
     "digest",
@@ -27,15 +28,15 @@ COLUMNS = (
     "models",
     "last_used_at",
 )
-"""What a row of the tokens says."""
+"""The columns of a token."""
 
 INSTANTS = frozenset({"created_at", "expires_at", "revoked_at", "last_used_at"})
 """The columns that hold an instant."""
 
 RECORD = ", ".join(microseconds(f"t.{column}") if column in INSTANTS else f"t.{column}" for column in COLUMNS)
-"""The columns of a table called t, as :func:`token_of` takes them: each instant as an integer."""
+"""The columns of the table ``t`` for :func:`token_of`: each instant as an integer."""
 
-_ROWS = 500  # a batch of so many takes 2 ms to become tokens
+_ROWS = 500  # rows of a batch: decoding them takes 2 ms
 
 _HEAD = f"SELECT version, revision, mark::text, {microseconds('clock_timestamp()')} FROM freegpt_auth.state"
 _CHANGES = f"""
@@ -64,10 +65,10 @@ class Head(NamedTuple):
     """The state of a database.
 
     Attributes:
-        version: of the schema.
-        revision: raised with every change.
-        mark: what tells this revision from another of the same number.
-        now: its clock, in seconds since the epoch.
+        version: version of the schema; 0 without tables.
+        revision: number that each change raises.
+        mark: random id of this revision. After lost changes another revision may have the same number.
+        now: the database's time, in seconds since the epoch.
     """
 
     version: int
@@ -76,93 +77,95 @@ class Head(NamedTuple):
     now: float
 
 
-class Noted(NamedTuple):
-    """One row of the log of changes.
+class Change(NamedTuple):
+    """One row of the log of changes, with the present state of its token.
 
     Attributes:
-        revision: what it raised the revision to.
-        mark: of that revision.
-        digest: whose token was changed; ``None`` for so many that all are to be read again.
-        token: the token now.
+        revision: revision that the change made.
+        digest: digest of the changed token; empty if one statement changed too many tokens to log each.
+        token: present record; ``None`` if the token was deleted.
+        mark: mark of the revision; see :class:`Head`.
     """
 
     revision: int
-    mark: str
-    digest: bytes | None
+    digest: bytes
     token: Token | None
+    mark: str = ""
 
 
-def head(link: Link) -> Head:
-    """Return the state of the database; of version 0 if it has no tables."""
+def head(connection: Connection) -> Head:
+    """Return the state of the database."""
     try:
-        version, revision, mark, now = link.one(_HEAD)
+        version, revision, mark, now = connection.one(_HEAD)
     except psycopg.errors.UndefinedTable:
         return Head(0, 0, "", 0.0)
     return Head(version, revision, mark, now / 1_000_000)
 
 
-def changes_since(link: Link, known: int) -> Iterator[list[Noted]]:
-    """Yield the changes after a revision in batches, oldest first, each behind one row of the known revision.
+def changes_since(connection: Connection, known: int) -> Iterator[list[Change]]:
+    """Yield the changes after the revision *known* in batches, oldest first. At least one batch is yielded.
 
-    Each batch is one statement, and there is at least one. Without a row of the known revision a batch begins with a later
-    one, or is empty: the log begins later, or the database has lost that revision.
+    Each batch is the result of one statement and begins with a row of the known revision. If it begins with a later
+    revision, the log was trimmed. If it is empty, the database has lost the known revision.
     """
     revision, digest, is_full = known, None, True
     while is_full:
-        rows = link.run(_CHANGES, {"known": known, "revision": revision, "digest": digest})
-        yield [Noted(row[0], row[1], row[2], token_of(row[3:])) for row in rows]
+        rows = connection.run(_CHANGES, {"known": known, "revision": revision, "digest": digest})
+        yield [Change(row[0], row[2] or b"", token_of(row[3:]), row[1]) for row in rows]
         is_full = len(rows) > _ROWS
         if is_full:
             revision, _, digest = rows[-1][:3]
 
 
-def look_up(link: Link, digest: bytes) -> tuple[int, Token | None]:
-    """Return a revision, and the token with this digest as it was then."""
-    row = link.one(_LOOK_UP, (digest,))
+def look_up(connection: Connection, digest: bytes) -> tuple[int, Token | None]:
+    """Return the present revision, and the token with this digest at that revision."""
+    row = connection.one(_LOOK_UP, (digest,))
     return row[0], token_of(row[1:])
 
 
-def every_token(link: Link, limit: int | None = None, order: str = "") -> Iterator[list[tuple[bytes, Token]]]:
-    """Yield the tokens in batches; in a transaction."""
+def every_token(
+    connection: Connection, limit: int | None = None, order: str = ""
+) -> Iterator[list[tuple[bytes, Token]]]:
+    """Yield the tokens in batches. Call it in a transaction."""
     bound = f" LIMIT {limit}" if limit is not None else ""
-    for rows in link.batches(f"{_ALL}{order}{bound}", _ROWS):
+    for rows in connection.batches(f"{_ALL}{order}{bound}", _ROWS):
         yield [(row[0], token) for row in rows if (token := token_of(row)) is not None]
 
 
-def in_order(link: Link) -> dict[bytes, Token]:
-    """Return every token by its digest, oldest first; in a transaction."""
-    return {digest: token for batch in every_token(link, order=" ORDER BY t.number") for digest, token in batch}
+def in_order(connection: Connection) -> dict[bytes, Token]:
+    """Return every token by its digest, oldest first. Call it in a transaction."""
+    return {digest: token for batch in every_token(connection, order=" ORDER BY t.number") for digest, token in batch}
 
 
-def count_active(link: Link) -> int:
-    """Count the tokens that work now; of more than a million, a million."""
-    return int(link.one(_ACTIVE)[0])
+def count_active(connection: Connection) -> int:
+    """Count the active tokens, up to a million."""
+    return int(connection.one(_ACTIVE)[0])
 
 
-def referred(link: Link, reference: str) -> dict[bytes, Token]:
-    """Return the tokens among which :func:`~freegpt_auth.tokens.find` finds what *reference* means."""
+def referred(connection: Connection, reference: str) -> dict[bytes, Token]:
+    """Return a superset of the tokens that :func:`~freegpt_auth.tokens.find` matches with *reference*."""
     wanted = Reference.read(reference)
     where = " WHERE t.digest = %s OR %s IN (t.id, t.prefix) OR t.name = %s OR t.prefix = %s"
     values = (wanted.digest, _as_text(wanted.exact), _as_text(wanted.name), _as_text(wanted.start))
-    rows = link.run(f"{_ALL}{where} ORDER BY t.number", values)
+    rows = connection.run(f"{_ALL}{where} ORDER BY t.number", values)
     return {row[0]: token for row in rows if (token := token_of(row)) is not None}
 
 
-def end_if_idle(link: Link, seconds: float) -> None:
-    """Let the database end this connection when nothing was asked for so long, even if it hears of no disconnection."""
-    link.run("SELECT set_config('idle_session_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
+def end_if_idle(connection: Connection, seconds: float) -> None:
+    """Have the database end this session after *seconds* without a statement: it may never notice a lost network."""
+    connection.run("SELECT set_config('idle_session_timeout', %s, false)", (f"{seconds * 1000:.0f}ms",))
 
 
-def processes_behind(link: Link, revision: int) -> Row:
-    """Return the number of processes that rely on a state before *revision*, and the seconds until none of them does."""
-    return link.one(_BEHIND, (revision,))
+def processes_behind(connection: Connection, revision: int) -> Row:
+    """Return the number of processes that rely on an earlier state, and the seconds until the last of them ends."""
+    return connection.one(_BEHIND, (revision,))
 
 
 def token_of(row: Row) -> Token | None:
-    """Return the token of a row; ``None`` if the row was joined to none.
+    """Return the token of a row; ``None`` for the empty row of an outer join.
 
     Raises:
-        StoreError: the row holds no token of this library: its checks were removed, or a list holds a null.
+        StoreError: the row is no valid token: the table's checks were removed, or a list holds a null.
     """
     _, token_id, name, prefix, created_at, expires_at, revoked_at, scopes, models, last_used_at = row
     if token_id is None:
@@ -193,5 +196,5 @@ def _texts(values: list[str]) -> tuple[str, ...]:
 
 
 def _as_text(text: str | None) -> str | None:
-    """Replace the characters that PostgreSQL has no text for; they are part of no token."""
+    """Replace characters that a PostgreSQL text cannot hold. No token has any."""
     return None if text is None else text.encode(errors="replace").decode().replace("\0", "?")

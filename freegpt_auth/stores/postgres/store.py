@@ -1,6 +1,6 @@
-"""The contract of a store on PostgreSQL, for any number of servers on any number of hosts.
+"""A token store in PostgreSQL, for any number of servers on any number of hosts.
 
-Requests are answered from memory, which a thread keeps up to date. Commands write in a connection of their own, and wait
+Requests are answered from a cache, which one thread keeps current. A command writes over its own connection, then waits
 until every server process has confirmed the change.
 """
 
@@ -20,11 +20,12 @@ from ...tokens import find
 from ..base import CACHE_LIMIT, LEASE, UNRESOLVED, Merged, Survey, TokenStore, Unresolved
 from ..rules import count_active
 from . import reads, schema, writes
+from .address import COMMAND_TIME_LIMIT, Address
 from .cache import TokenCache
 from .confirmation import CONFIRMATION, Confirmation
 from .faults import failure, reason_of
-from .follower import CERTAINTY, Follower
-from .pool import PATIENCE, Address, Pool
+from .follower import CERTAINTY, HEARTBEAT, Follower
+from .pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -33,31 +34,33 @@ if TYPE_CHECKING:
 
     from ...tokens import Token
     from ..base import Unseen
-    from .pool import Link
+    from .connection import Connection
+    from .follower import State
 
     _T = TypeVar("_T")
 
 LOOK_UP_LIMIT = 256
-"""Requests of one process that wait for the database at the same time; more are answered 503."""
+"""Largest number of requests of one process that wait for the database at once; further requests are answered 503."""
 
-_CONNECTIONS = 2  # for look-ups and usage, beside the follower's one; several threads take turns
-_ATTEMPTS = 5
-_PAUSE = 1.0  # seconds without look-ups after one that failed
+_CONNECTIONS = 2  # shared by all look-ups; the follower has its own
+_ATTEMPTS = 5  # look-ups for one request: each may be outdated by a change
+_PAUSE = 1.0  # seconds without look-ups after a failed one
 
 
 class PostgresTokenStore(TokenStore, Watched):
-    """A :class:`~freegpt_auth.stores.base.TokenStore` in a PostgreSQL database. Nothing is read before it is asked.
+    """A :class:`~freegpt_auth.stores.base.TokenStore` in a PostgreSQL database. It connects on first use.
 
     Args:
-        url: ``postgresql://user:password@host:port/database``; the schema is made by ``python -m freegpt_auth migrate``.
-        lease: seconds for which tokens in memory are accepted while the database cannot be reached.
-        cache_limit: how many tokens a process keeps in memory. While the database holds no more, an unknown token needs
-            no query; of a larger one those used of late are kept.
+        url: ``postgresql://user:password@host:port/database``. ``python -m freegpt_auth migrate`` makes the schema.
+        lease: seconds for which cached tokens are accepted while the database cannot be reached.
+        cache_limit: largest number of tokens that a process caches. While the database holds no more, an unknown token
+            needs no query; of a larger table the recently used tokens are cached.
         clock: local clock of the lease, in seconds.
-        confirmation: seconds that a change waits for server processes to confirm it.
+        heartbeat: seconds between two queries of the revision.
+        confirmation: longest wait of a change for server processes to confirm it, in seconds.
 
     Attributes:
-        unseen: server processes that have not confirmed the last change by this object; ``None`` if there are none.
+        unseen: server processes that have not confirmed this object's last change; ``None`` if all have.
 
     Raises:
         ConfigurationError: *url* cannot be read.
@@ -72,12 +75,14 @@ class PostgresTokenStore(TokenStore, Watched):
         lease: float = LEASE,
         cache_limit: int = CACHE_LIMIT,
         clock: Callable[[], float] = elapsed,
+        heartbeat: float = HEARTBEAT,
         confirmation: float = CONFIRMATION,
     ) -> None:
         self._address = Address(url)
         self._lease = lease
         self._limit = cache_limit
         self._clock = clock
+        self._heartbeat = heartbeat
         self._confirmation = Confirmation(confirmation)
         self.unseen: Unseen | None = None
         self.cache_limit: float = cache_limit
@@ -89,146 +94,148 @@ class PostgresTokenStore(TokenStore, Watched):
 
     def _begin(self) -> None:
         self._cache = TokenCache(self._limit)
-        self._follower = Follower(self._address, self._cache, self._lease, self._pool.renew, self._clock)
+        self._follower = Follower(
+            self._address, self._cache, self._lease, self._pool.renew, self._clock, heartbeat=self._heartbeat
+        )
 
     def after_fork_in_child(self) -> None:
-        """Follow the database anew."""
+        """Begin with an empty cache and a new thread; keep the parent's connections open."""
         keep(self._follower)
         self._begin()
 
     def state(self) -> object | None:
         """Return the state of the cache while ``peek`` can rely on it."""
-        cache, follower = self._cache, self._follower
-        until = follower.certain_until if cache.complete else follower.leased_until
+        cache, followed = self._cache, self._follower.state
+        until = followed.certain_until if cache.complete else followed.leased_until
         return cache.state if self._clock() < until else None
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
-        """Answer from memory, for as long as it may be relied on; see :class:`~freegpt_auth.stores.base.TokenSource`."""
-        now, follower = self._clock(), self._follower
-        if now >= follower.leased_until:
-            return self._without_lease()
-        is_certain = now < follower.certain_until  # as it was before memory is looked at, which may be filled meanwhile
+        """Answer from the cache while its lease lasts; see :class:`~freegpt_auth.stores.base.TokenSource`."""
+        state = self._follower.state  # before the cache, which may become complete meanwhile
+        now = self._clock()
+        if now >= state.leased_until:
+            return self._without_lease(state)
         token = self._cache.find(digest)
-        if token is None and not (is_certain and self._cache.complete):
+        if token is None and not (now < state.certain_until and self._cache.complete):
             return UNRESOLVED
         return token
 
     def resolve(self, digest: bytes) -> Token | None:
-        """Answer from memory once it is up to date, else from the table."""
+        """Answer from the cache once it is current, else from the table."""
         self._follower.start()
         for _ in range(_ATTEMPTS):
-            age = self._follower.age
+            generation = self._follower.state.generation
             token = self.peek(digest)
             if token is not UNRESOLVED:
                 return token
-            if self._follower.trouble is not None:
+            if self._follower.state.trouble is not None:
                 break
             revision, found = self._look_up(digest)
-            # Not over a connection that may lead to another server than the follower's.
-            if age == self._follower.age:
+            # The generation is the same: the row is from the server that the follower reads.
+            if generation == self._follower.state.generation:
                 token = self._cache.fill(digest, found, revision)
                 if token is not UNRESOLVED:
                     return token
-        raise StoreUnavailableError(self._follower.trouble or f"{self.source} changes faster than it can be read")
+        raise StoreUnavailableError(self._follower.state.trouble or f"{self.source} changes faster than it can be read")
 
     def survey(self) -> Survey:
-        """Read the tokens, and tell how many work; of more than a million, a million.
+        """Read the tokens and count the active ones, up to a million.
 
-        A server with a database is never open, whether it can be reached or not.
+        A server with a database is never open, whether or not the database can be reached.
         """
         if not self._follower.is_running():
-            self._follower.look()
-        held = self._cache.held()
-        active = count_active(held, self.now()) if held else 0
-        if not self._cache.complete and not self._follower.trouble:
+            self._follower.refresh()
+        cached = self._cache.tokens()
+        active = count_active(cached, self.now()) if cached else 0
+        if not self._cache.complete and not self._follower.state.trouble:
             with contextlib.suppress(psycopg.Error, StoreError):
-                active = self._pool.ask(reads.count_active)
+                active = self._pool.run(reads.count_active)
         return Survey(configured=True, active=active, source=self.source, kind="database")
 
     def now(self) -> float:
-        """Return the time by the database's clock, by which tokens end, in seconds since the epoch."""
+        """Return the database's time, in seconds since the epoch: tokens expire by it."""
         return self._follower.now()
 
     def close(self) -> None:
-        """Let go of every connection. What is asked after that opens new ones."""
+        """Close every connection. Later calls open new ones."""
         self._follower.stop()
         self._pool.renew()
 
     def tokens(self) -> Mapping[bytes, Token]:
         """Return every token by its digest, oldest first."""
-        with self._connected() as link, link.transaction():
-            return reads.in_order(link)
+        with self._connected() as connection, connection.transaction():
+            return reads.in_order(connection)
 
     def find(self, reference: str) -> list[Token]:
-        """Return the tokens that *reference* may mean; see :func:`freegpt_auth.tokens.find`."""
-        with self._connected() as link:
-            return find(reference, reads.referred(link, reference))
+        """Return the tokens that match *reference*; see :func:`freegpt_auth.tokens.find`."""
+        with self._connected() as connection:
+            return find(reference, reads.referred(connection, reference))
 
     def add(self, digest: bytes, token: Token) -> None:
-        """Keep a new token."""
-        # A process that has not read for CERTAINTY seconds looks up every token that it does not know.
-        self._change(lambda link: writes.insert(link, digest, token), CERTAINTY)
+        """Add a new token."""
+        # A process that has not read for CERTAINTY seconds looks up every token that is not in its cache.
+        self._change(lambda connection: writes.insert(connection, digest, token), CERTAINTY)
 
     def revoke(self, token_id: str, at: datetime) -> Token:
-        """Refuse the token from now on, in every process that confirms it; :attr:`unseen` has the others and their end."""
-        return self._change(lambda link: _found(writes.revoke(link, token_id, at), token_id))
+        """Refuse the token from now on. :attr:`unseen` counts the processes that have not confirmed it."""
+        return self._change(lambda connection: _found(writes.revoke(connection, token_id, at), token_id))
 
     def delete(self, token_id: str) -> Token:
-        """Remove the token and what is known of its use."""
-        return self._change(lambda link: _found(writes.delete(link, token_id), token_id))
+        """Remove the token and its usage."""
+        return self._change(lambda connection: _found(writes.delete(connection, token_id), token_id))
 
     def merge(self, tokens: Mapping[bytes, Token]) -> Merged:
-        """Add the tokens that are not there and revoke those that are revoked in *tokens*."""
-        return self._change(lambda link: writes.merge(link, tokens))
+        """Add missing tokens and apply revocations; see :class:`~freegpt_auth.stores.base.TokenStore`."""
+        return self._change(lambda connection: writes.merge(connection, tokens))
 
     def migrate(self) -> tuple[int, int]:
-        """Make the schema, or bring it to this release's version; see :class:`~freegpt_auth.stores.base.Migrating`."""
-        with self._connected(check=False) as link:
-            return schema.migrate(link, self.source)
+        """Create or update the schema; see :class:`~freegpt_auth.stores.base.Migrating`."""
+        with self._connected(check=False) as connection:
+            return schema.migrate(connection, self.source)
 
     # --- requests
 
-    def _without_lease(self) -> Literal[Unresolved.UNRESOLVED]:
-        if self._follower.trouble is not None and self._follower.is_running():
-            raise StoreUnavailableError(self._follower.trouble)
-        return UNRESOLVED  # not asked yet
+    def _without_lease(self, state: State) -> Literal[Unresolved.UNRESOLVED]:
+        if state.trouble is not None and self._follower.is_running():
+            raise StoreUnavailableError(state.trouble)
+        return UNRESOLVED  # nothing was read yet
 
     def _look_up(self, digest: bytes) -> tuple[int, Token | None]:
-        # Those who wait must not all wait in turn for what hangs.
+        # After a failure all waiting requests fail at once: one by one, each would wait for the time limit.
         if time.monotonic() < self._paused_until:
             raise StoreUnavailableError(f"{self.source} did not answer a moment ago")
         try:
-            return self._pool.ask(lambda link: reads.look_up(link, digest))
+            return self._pool.run(lambda connection: reads.look_up(connection, digest))
         except (psycopg.Error, StoreUnavailableError) as error:
             self._paused_until = time.monotonic() + _PAUSE
             if isinstance(error, StoreUnavailableError):
                 raise
             raise StoreUnavailableError(f"{self.source} does not answer: {reason_of(error)}") from None
-        except (StoreError, ValueError) as error:  # of this row alone: others can be looked up
+        except (StoreError, ValueError) as error:  # in this row alone: others can be looked up
             raise StoreUnavailableError(f"{self.source}: {reason_of(error)}") from None
 
     # --- commands
 
     @contextlib.contextmanager
-    def _connected(self, *, check: bool = True) -> Generator[Link]:
+    def _connected(self, *, check: bool = True) -> Generator[Connection]:
         try:
-            link = self._address.connect(PATIENCE)
+            connection = self._address.connect(COMMAND_TIME_LIMIT)
         except psycopg.Error as error:
             raise StoreUnavailableError(f"{self.source} does not answer: {reason_of(error)}") from None
         try:
-            with contextlib.closing(link):
+            with contextlib.closing(connection):
                 if check:
-                    schema.check(schema.version_of(link), self.source)
-                yield link
+                    schema.check(schema.version_of(connection), self.source)
+                yield connection
         except (psycopg.Error, ValueError) as error:
             raise failure(error, self.source) from None
 
-    def _change(self, change: Callable[[Link], _T], longest: float = math.inf) -> _T:
-        with self._connected() as link:
-            with link.transaction():
-                link.run(writes.DURABLE)
-                result = change(link)
-            self.unseen = self._confirmation.wait(link, longest)
+    def _change(self, change: Callable[[Connection], _T], longest: float = math.inf) -> _T:
+        with self._connected() as connection:
+            with connection.transaction():
+                connection.run(writes.DURABLE)
+                result = change(connection)
+            self.unseen = self._confirmation.wait(connection, longest)
         return result
 
 

@@ -1,4 +1,4 @@
-"""Usage beside the tokens in PostgreSQL, in a table of its own: no write here can touch a token."""
+"""Usage in PostgreSQL, in its own table of the database of the tokens: a write of usage cannot change a token."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import psycopg
 
 from ...exceptions import StoreUnavailableError, UsageError
 from ...usage.base import Usage
+from .address import Address
 from .faults import reason_of
 from .instants import count_of, instant, instant_of, microseconds
-from .pool import Address, Pool
+from .pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from ...usage.base import Batch
-    from .pool import Row
+    from .timed_connection import Row
 
 _ADD = "SELECT freegpt_auth.add_usage(%s, %s, %s, %s::bigint[], %s::float8[])"
 _READ = f"SELECT token_id, use_count, {microseconds('last_used_at')} FROM freegpt_auth.usage"
@@ -33,13 +34,13 @@ _MERGE = f"""
 
 
 class PostgresUsage:
-    """A :class:`~freegpt_auth.usage.base.UsageStore` in the database of the tokens. One connection, kept open.
+    """A :class:`~freegpt_auth.usage.base.UsageStore` in the database of the tokens, over one connection.
 
-    Each batch is entered with its process and number in the same transaction, so one whose answer was lost is counted
-    once however often it is sent. When a use was is told in seconds ago: the clocks of servers differ.
+    One transaction writes a batch with its process and number, so a batch that is sent again after a lost reply counts
+    once. The instant of a use is sent as its age in seconds: the clocks of servers differ.
 
     Args:
-        url: the database.
+        url: URL of the database.
 
     Raises:
         ConfigurationError: *url* cannot be read.
@@ -50,8 +51,8 @@ class PostgresUsage:
         self.source: str = address.shown
         self._pool = Pool(address, 1)
 
-    def write(self, batch: Batch, timeout: float) -> None:  # noqa: ARG002  the pool has a shorter one
-        """Add a batch, unless it was added before. Of tokens that are not there any more nothing is kept."""
+    def write(self, batch: Batch, timeout: float) -> None:  # noqa: ARG002  the pool's limit is shorter
+        """Add a batch, unless it was added before. Uses of deleted tokens are dropped."""
         now = time.time()
         ids, counts = list(batch.counts), [count for count, _ in batch.counts.values()]
         ago = [max(0.0, now - latest) for _, latest in batch.counts.values()]
@@ -67,7 +68,7 @@ class PostgresUsage:
             ) from None
 
     def merge(self, usage: Mapping[str, Usage]) -> None:
-        """Raise counts and last uses to at least these, of the tokens that are there."""
+        """Raise the counts and last uses of existing tokens to at least these."""
         counts = [one.use_count for one in usage.values()]
         self._run(_MERGE, (list(usage), counts, [count_of(one.last_used_at) for one in usage.values()]))
 
@@ -75,14 +76,14 @@ class PostgresUsage:
         """Do nothing: the store in the same database checks its schema."""
 
     def forget(self, token_ids: Collection[str]) -> None:
-        """Do nothing: a token is deleted together with its usage, and later uses of it are dropped."""
+        """Do nothing: deleting a token deletes its usage, and later uses of it are dropped."""
 
     def close(self) -> None:
-        """Let go of the connection. What is asked after that opens a new one."""
+        """Close the connection. Later calls open a new one."""
         self._pool.renew()
 
     def _run(self, statement: str, values: tuple[object, ...] = ()) -> list[Row]:
         try:
-            return self._pool.ask(lambda link: link.run(statement, values))
+            return self._pool.run(lambda connection: connection.run(statement, values))
         except (psycopg.Error, StoreUnavailableError, ValueError) as error:
             raise UsageError(reason_of(error)) from None

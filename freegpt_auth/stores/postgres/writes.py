@@ -1,4 +1,4 @@
-"""What commands change in the tables. The triggers of :mod:`.schema` see to it that every server learns of it."""
+"""The changes that commands make in the tables. Triggers in the schema notify every server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from ...tokens import Token
-    from .pool import Link, Row
+    from .connection import Connection
+    from .timed_connection import Row
 
 DURABLE = """
     SELECT pg_logical_emit_message(true, 'freegpt_auth', ''),
@@ -22,11 +23,11 @@ DURABLE = """
         CASE WHEN current_setting('session_replication_role') <> 'origin'
             THEN set_config('session_replication_role', 'origin', true) END
 """
-"""Makes this transaction as durable as a promise needs, however fast and loose the server's others are.
+"""Forces synchronous commit for this transaction, whatever the defaults of the database are.
 
-It writes something even if nothing is left to change: only then its commit waits for the standbys to have that, and with it
-what was changed before by a command whose own wait was broken off. The triggers must fire: a role whose default for
-``session_replication_role`` is ``replica`` would change tokens without any server noticing.
+Emits a WAL message, so that even a no-op commit waits for the standbys, and with it any earlier change whose own wait
+was interrupted. Enables the triggers: with ``session_replication_role`` set to ``replica``, a change would
+reach no server.
 """
 
 _NAMES = ", ".join(COLUMNS)
@@ -62,33 +63,33 @@ _REVOKE_SAME = f"""
 """
 
 
-def insert(link: Link, digest: bytes, token: Token) -> None:
-    """Add a row."""
-    link.run(_INSERT, dict(zip(COLUMNS, _row(digest, token), strict=True)))
+def insert(connection: Connection, digest: bytes, token: Token) -> None:
+    """Insert the row of a token."""
+    connection.run(_INSERT, dict(zip(COLUMNS, _row(digest, token), strict=True)))
 
 
-def revoke(link: Link, token_id: str, at: datetime) -> Token | None:
-    """Enter when a token was revoked, unless it was before; return its record."""
-    link.run(_REVOKE, {"at": count_of(at), "id": token_id})
-    return _only(link.run(_BY_ID, (token_id,)))
+def revoke(connection: Connection, token_id: str, at: datetime) -> Token | None:
+    """Set the instant of revocation unless the token is revoked already; return its record."""
+    connection.run(_REVOKE, {"at": count_of(at), "id": token_id})
+    return _only(connection.run(_BY_ID, (token_id,)))
 
 
-def delete(link: Link, token_id: str) -> Token | None:
-    """Remove a row and its usage; return the record."""
-    rows = link.run(_DELETE, (token_id,))
-    link.run(_FORGET_USAGE, (token_id,))
+def delete(connection: Connection, token_id: str) -> Token | None:
+    """Delete a token and its usage; return its record."""
+    rows = connection.run(_DELETE, (token_id,))
+    connection.run(_FORGET_USAGE, (token_id,))
     return _only(rows)
 
 
-def merge(link: Link, tokens: Mapping[bytes, Token]) -> Merged:
-    """Add what is missing, revoke what is revoked in *tokens*, and return how many of each."""
-    link.wait_for_much()
-    link.run(_INCOMING)
-    link.copy(_COPY, ((place, *_row(digest, token)) for place, (digest, token) in enumerate(tokens.items())))
-    link.run("ANALYZE incoming")
-    # What another command adds after it was seen to be missing could not be added here; who only reads is not held up.
-    link.run("LOCK TABLE freegpt_auth.tokens IN SHARE ROW EXCLUSIVE MODE")
-    return Merged(link.one(_ADD_NEW)[0], link.one(_REVOKE_SAME)[0])
+def merge(connection: Connection, tokens: Mapping[bytes, Token]) -> Merged:
+    """Add missing tokens, apply revocations, and return the number of each."""
+    connection.allow_long_statements()
+    connection.run(_INCOMING)
+    connection.copy(_COPY, ((place, *_row(digest, token)) for place, (digest, token) in enumerate(tokens.items())))
+    connection.run("ANALYZE incoming")
+    # Otherwise another command could add one of these tokens between the check and the insert. Readers do not wait.
+    connection.run("LOCK TABLE freegpt_auth.tokens IN SHARE ROW EXCLUSIVE MODE")
+    return Merged(connection.one(_ADD_NEW)[0], connection.one(_REVOKE_SAME)[0])
 
 
 def _row(digest: bytes, token: Token) -> Row:

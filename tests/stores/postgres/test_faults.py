@@ -6,7 +6,7 @@ import psycopg
 import pytest
 
 from freegpt_auth.stores.postgres.faults import reason_of
-from freegpt_auth.stores.postgres.waits import HeldError
+from freegpt_auth.stores.postgres.timed_connection import LockHeldError
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from freegpt_auth.stores.postgres.waits import HeldError
             "NUL; a value cannot be stored or read: text must be UTF-8 without the character NUL",
         ),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "text must be UTF-8 without the character NUL"),
-        (HeldError("process 1 holds a lock"), "process 1 holds a lock"),
+        (LockHeldError("process 1 holds a lock"), "process 1 holds a lock"),
         (ValueError("two\nlines"), "two lines"),
         (KeyError(), "KeyError"),
     ],

@@ -19,9 +19,9 @@ import pytest
 from freegpt_auth import StoreUnavailableError
 from freegpt_auth.clock import elapsed
 from freegpt_auth.stores.postgres import follower as module, reads, schema
+from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.stores.postgres.cache import TokenCache
 from freegpt_auth.stores.postgres.follower import CERTAINTY, HEARTBEAT, Follower
-from freegpt_auth.stores.postgres.pool import Address, Link
 from tests.helpers.pooler import smallest
 from tests.helpers.ports import free_port
 from tests.helpers.postgresql import running
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from freegpt_auth import Token
+    from freegpt_auth.stores.postgres.connection import Connection
     from tests.helpers.postgresql import Cluster
 
 LEASE = 30.0
@@ -56,12 +57,12 @@ class Process:
 
     follower: Follower
     cache: TokenCache
-    links: list[Link] = field(default_factory=list)
+    connections: list[Connection] = field(default_factory=list)
     ages: list[int] = field(default_factory=list)
 
     def ids(self) -> set[str]:
         """Return the ids of the tokens that are remembered."""
-        return {token.id for token in self.cache.held()}
+        return {token.id for token in self.cache.tokens()}
 
     def is_revoked(self, number: int) -> bool:
         """Tell whether a token is remembered as revoked."""
@@ -79,13 +80,13 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Process]]
             address = Address(url)
             connect = address.connect
 
-            def connect_and_note(*limits: float) -> Link:
-                made.links.append(connect(*limits))
-                return made.links[-1]
+            def connect_and_note(*limits: float) -> Connection:
+                made.connections.append(connect(*limits))
+                return made.connections[-1]
 
             monkeypatch.setattr(address, "connect", connect_and_note)
             cache = TokenCache(limit)
-            follower = Follower(address, cache, lease, lambda: made.ages.append(follower.age))
+            follower = Follower(address, cache, lease, lambda: made.ages.append(follower.state.generation))
             made = Process(follower, cache)
             stack.callback(follower.stop)
             return made
@@ -133,9 +134,9 @@ def _run(url: str, *statements: str) -> None:
             connection.execute(statement.encode())
 
 
-def _behind(link: Link, revision: int) -> int:
+def _behind(connection: Connection, revision: int) -> int:
     """Return the number of processes that commands wait for."""
-    return int(reads.processes_behind(link, revision)[0])
+    return int(reads.processes_behind(connection, revision)[0])
 
 
 def _said(log: pytest.LogCaptureFixture, level: str = "") -> list[str]:
@@ -197,7 +198,7 @@ def test_a_notification_that_is_lost_is_made_good_by_looking(
     _run(database, INSERT.format(1, 3))
     server = process(database)
     server.follower.start()
-    server.links[0].run("UNLISTEN *")
+    server.connections[0].run("UNLISTEN *")
     _run(database, statement)
     _until(lambda: has_followed(server))
 
@@ -237,9 +238,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     revisions: list[int] = []
     load = TokenCache.load
 
-    def noted(cache: TokenCache, tokens: dict[bytes, Token], revision: int, *, was_known: bool = True) -> None:
+    def noted(cache: TokenCache, tokens: dict[bytes, Token], revision: int, *, pin_revocations: bool = False) -> None:
         revisions.append(revision)
-        load(cache, tokens, revision, was_known=was_known)
+        load(cache, tokens, revision, pin_revocations=pin_revocations)
 
     monkeypatch.setattr(TokenCache, "load", noted)
     return revisions
@@ -250,16 +251,16 @@ def test_the_log_is_read_as_far_as_it_reaches(
 ) -> None:
     """A server that was cut off reads the changes since, or everything where the log begins later or has a gap."""
     server = process(database)
-    server.follower.look()
+    server.follower.refresh()
     for number in range(1, 9):
         _run(database, INSERT.format(number, number))
-    server.follower.look()
+    server.follower.refresh()
     assert (len(server.ids()), server.cache.revision, loads) == (8, 8, [0])
     for removed in ("revision <= 9", "revision > 10"):
         for number in (2 * server.cache.revision, 2 * server.cache.revision + 1):
             _run(database, INSERT.format(number, number))
         _run(database, f"DELETE FROM freegpt_auth.changes WHERE {removed}")
-        server.follower.look()
+        server.follower.refresh()
         assert f"t{number}" in server.ids()
         assert loads[-1] == server.cache.revision
     assert (len(loads), _said(caplog)) == (3, [])
@@ -269,16 +270,16 @@ def test_a_large_change_is_applied_in_steps(process: Callable[..., Process], dat
     """A statement that revokes thousands of tokens reads no table afresh; only TRUNCATE does, or a hundred thousand rows."""
     _run(database, INSERT.format(1, 5_000))
     server = process(database)
-    server.follower.look()
+    server.follower.refresh()
     kept = server.cache.find(_digest(5_000))
     _run(database, "UPDATE freegpt_auth.tokens SET revoked_at = now() WHERE id <> 't5000'", INSERT.format(5_001, 5_001))
-    server.follower.look()
+    server.follower.refresh()
     assert (server.cache.revision, loads) == (3, [1])
     assert server.cache.find(_digest(5_000)) is kept
     assert "t5001" in server.ids()
     assert all(server.is_revoked(number) for number in range(1, 5_000))
     _run(database, "TRUNCATE freegpt_auth.tokens", INSERT.format(1, 3_000), INSERT.format(4_000, 4_001))
-    server.follower.look()
+    server.follower.refresh()
     assert (server.cache.revision, loads, len(server.ids())) == (6, [1, 6], 3_002)
 
 
@@ -286,10 +287,10 @@ def test_a_whole_table_is_read_beside_the_known_one(process: Callable[..., Proce
     """A table that is read afresh takes the place of the one in memory, whose unchanged tokens stay the same objects."""
     _run(database, INSERT.format(1, 100))
     server = process(database)
-    server.follower.look()
+    server.follower.refresh()
     before = {number: server.cache.find(_digest(number)) for number in range(1, 101)}
     _run(database, REVOKE, "DELETE FROM freegpt_auth.changes")
-    server.follower.look()
+    server.follower.refresh()
     assert server.is_revoked(1)
     assert all(server.cache.find(_digest(number)) is before[number] for number in range(2, 101))
 
@@ -300,12 +301,12 @@ def test_a_larger_table_is_held_in_part(process: Callable[..., Process], databas
     server = process(database, limit=2)
     server.follower.start()
     assert not server.cache.complete
-    assert server.follower.certain_until == float("-inf")
-    assert server.follower.leased_until > elapsed()
+    assert server.follower.state.certain_until == float("-inf")
+    assert server.follower.state.leased_until > elapsed()
     _run(database, "DELETE FROM freegpt_auth.tokens WHERE id = 't3'")
     _until(lambda: server.cache.revision == 2)
     _run(database, "TRUNCATE freegpt_auth.tokens")
-    _until(lambda: server.cache.complete and server.follower.certain_until > elapsed())
+    _until(lambda: server.cache.complete and server.follower.state.certain_until > elapsed())
 
 
 # --- how long memory may be relied on
@@ -318,9 +319,9 @@ def test_the_lease_counts_from_before_the_database_was_asked(
     asked: list[float] = []
     head = reads.head
 
-    def slow_head(link: Link) -> reads.Head:
+    def slow_head(connection: Connection) -> reads.Head:
         asked.append(elapsed())
-        answer = head(link)
+        answer = head(connection)
         time.sleep(0.2)
         return answer
 
@@ -328,9 +329,9 @@ def test_the_lease_counts_from_before_the_database_was_asked(
     monkeypatch.setattr(module, "HEARTBEAT", LONG)
     server = process(database)
     server.follower.start()
-    assert server.follower.leased_until <= asked[0] + LEASE
-    assert server.follower.certain_until <= asked[0] + CERTAINTY
-    assert server.follower.certain_until > elapsed()
+    assert server.follower.state.leased_until <= asked[0] + LEASE
+    assert server.follower.state.certain_until <= asked[0] + CERTAINTY
+    assert server.follower.state.certain_until > elapsed()
 
 
 def test_the_row_covers_the_lease(
@@ -342,7 +343,7 @@ def test_the_row_covers_the_lease(
     server.follower.start()
     time.sleep(1.0)  # many answers after the row was written
     with contextlib.closing(Address(database).connect()) as other:
-        until = server.follower.leased_until
+        until = server.follower.state.leased_until
         [left] = other.one(
             "SELECT extract(epoch FROM relies_until - clock_timestamp())::float8 FROM freegpt_auth.servers"
         )
@@ -356,10 +357,10 @@ def test_a_change_waits_for_those_who_have_not_begun_to_read(
     reading, go_on = threading.Event(), threading.Event()
     head = reads.head
 
-    def held_up(link: Link) -> reads.Head:
+    def held_up(connection: Connection) -> reads.Head:
         reading.set()
         assert go_on.wait(PATIENCE)
-        return head(link)
+        return head(connection)
 
     monkeypatch.setattr(reads, "head", held_up)
     server = process(database)
@@ -382,7 +383,7 @@ def test_the_database_lets_a_process_be_that_asks_nothing(process: Callable[...,
     """The database ends the connection of a process that was cut off, no sooner than that may accept no token any more."""
     server = process(database, lease=0.3)
     server.follower.start()
-    _until(lambda: server.follower.age >= 2)
+    _until(lambda: server.follower.state.generation >= 2)
     assert server.ages[:2] == [0, 1]  # other connections are renewed before anybody sees a new age
 
 
@@ -399,16 +400,16 @@ def test_each_thing_is_said_once(
     monkeypatch.setattr(module, "HEARTBEAT", 0.1)
     server = process(mortal.url("postgres"), lease=2.0)
     server.follower.start()
-    assert server.follower.trouble is None
+    assert server.follower.state.trouble is None
     mortal.kill()
     _until(lambda: len(_said(caplog)) == 1)
-    assert server.follower.certain_until == float("-inf")
-    assert server.follower.leased_until < elapsed() + 2.0
+    assert server.follower.state.certain_until == float("-inf")
+    assert server.follower.state.leased_until < elapsed() + 2.0
     _until(lambda: len(_said(caplog)) == 2)
-    assert server.follower.leased_until <= elapsed()
-    tries = len(server.links)
+    assert server.follower.state.leased_until <= elapsed()
+    tries = len(server.connections)
     mortal.start()
-    _until(lambda: server.follower.trouble is None and server.follower.leased_until > elapsed())
+    _until(lambda: server.follower.state.trouble is None and server.follower.state.leased_until > elapsed())
     lost, over, again = _said(caplog)
     shown = server.follower._address.shown
     assert lost.startswith(f"{shown} does not answer: ")
@@ -417,8 +418,8 @@ def test_each_thing_is_said_once(
     assert over.endswith("Its tokens are answered 503 until this is mended")
     assert again == f"{shown} answers again"
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "INFO"]
-    assert len(server.links) > tries
-    assert server.follower.certain_until > elapsed()
+    assert len(server.connections) > tries
+    assert server.follower.state.certain_until > elapsed()
     mortal.kill()
     _until(lambda: len(_said(caplog)) == 5)  # all the same when it is lost again
     mortal.start()
@@ -434,15 +435,15 @@ def test_what_hangs_is_given_up(
     monkeypatch.setattr(module, "HEARTBEAT", 0.1)
     server = process(mortal.url("postgres") + "?connect_timeout=2")
     server.follower.start()
-    for link in server.links:
-        link._connection.limit = 0.3
+    for connection in server.connections:
+        connection._driver.limit = 0.3
     mortal.freeze()
     try:
-        _until(lambda: server.follower.trouble)
+        _until(lambda: server.follower.state.trouble)
         assert "timeout" in _said(caplog, "ERROR")[0]
     finally:
         mortal.freeze(signal.SIGCONT)
-    _until(lambda: server.follower.trouble is None)
+    _until(lambda: server.follower.state.trouble is None)
 
 
 def test_a_database_that_is_away_from_the_start_is_found_when_it_comes(
@@ -451,14 +452,14 @@ def test_a_database_that_is_away_from_the_start_is_found_when_it_comes(
     """A server that starts before its database is closed, says so once, and follows it as soon as it is there."""
     mortal.stop()
     server = process(mortal.url("postgres"))
-    server.follower.look()
+    server.follower.refresh()
     server.follower.start()
-    _until(lambda: server.follower.trouble)
+    _until(lambda: server.follower.state.trouble)
     assert [line.rpartition(". ")[2] for line in _said(caplog)] == ["Its tokens are answered 503 until this is mended"]
     with pytest.raises(StoreUnavailableError, match="does not answer"):
         server.follower.now()
     mortal.start()
-    _until(lambda: server.follower.trouble is None)
+    _until(lambda: server.follower.state.trouble is None)
     assert server.cache.complete
 
 
@@ -472,16 +473,16 @@ def test_tables_of_another_release_are_not_read(
     shown = server.follower._address.shown
     newer = f"{shown} has version 9 of the schema, and this release knows {schema.VERSION}: upgrade freegpt_auth"
     assert _said(caplog) == [f"{newer}. Its tokens are answered 503 until this is mended"]
-    assert (server.follower.trouble, server.cache.held()) == (newer, [])
+    assert (server.follower.state.trouble, server.cache.tokens()) == (newer, [])
     _run(database, f"UPDATE freegpt_auth.state SET version = {schema.VERSION}")
     _until(lambda: server.ids() == {"t1"})
     _run(database, "UPDATE freegpt_auth.state SET version = 99")
-    _until(lambda: server.follower.trouble)
+    _until(lambda: server.follower.state.trouble)
     assert "accepted for" in _said(caplog, "ERROR")[-1]
     _run(database, "DROP SCHEMA freegpt_auth CASCADE")
-    _until(lambda: "has no schema" in str(server.follower.trouble))
+    _until(lambda: "has no schema" in str(server.follower.state.trouble))
     _migrate(database)
-    _until(lambda: server.follower.trouble is None and server.ids() == set())
+    _until(lambda: server.follower.state.trouble is None and server.ids() == set())
 
 
 def test_whatever_goes_wrong_the_thread_goes_on(
@@ -493,7 +494,7 @@ def test_whatever_goes_wrong_the_thread_goes_on(
         server = process(database)
         server.follower.start()
         assert "nobody thought of this" in _said(caplog, "ERROR")[0]
-    _until(lambda: server.follower.trouble is None)
+    _until(lambda: server.follower.state.trouble is None)
 
 
 # --- a database that has lost changes
@@ -560,12 +561,12 @@ def test_what_was_lost_is_noticed_after_any_number_of_later_changes(
     server = process(database)
     _run(database, INSERT.format(1, 2))
     _run(database, REVOKE)
-    server.follower.look()
+    server.follower.refresh()
     _restore(database, 1)
     for number in range(3, 8):
         _run(database, INSERT.format(number, number))
-    server.follower.look()
-    assert (server.cache.revision, server.cache.lasting, server.is_revoked(1)) == (6, 1, True)
+    server.follower.refresh()
+    assert (server.cache.revision, server.cache.pinned, server.is_revoked(1)) == (6, 1, True)
     assert len(_said(caplog, "ERROR")) == 1
     assert server.ids() == {"t1", "t3", "t4", "t5", "t6", "t7"}
 
@@ -582,8 +583,8 @@ def test_the_time_is_the_databases(
     server = process(database)
     assert abs(server.follower.now() - right) < PATIENCE  # it was never asked, and is now
     head = reads.head
-    monkeypatch.setattr(reads, "head", lambda link: (time.sleep(0.2), head(link), time.sleep(0.2))[1])
-    server.follower.look()
+    monkeypatch.setattr(reads, "head", lambda connection: (time.sleep(0.2), head(connection), time.sleep(0.2))[1])
+    server.follower.refresh()
     before = server.follower.now()
     with contextlib.closing(Address(database).connect()) as other:
         there = float(other.one("SELECT extract(epoch FROM clock_timestamp())::float8")[0])
@@ -606,13 +607,13 @@ def test_a_follower_stops_and_starts_again(process: Callable[..., Process], data
         for thread in threads:
             thread.join()
         assert server.follower.is_running()
-        assert server.follower.age == age
+        assert server.follower.state.generation == age
         _run(database, INSERT.format(age, age))
         _until(lambda: server.cache.revision == age)  # noqa: B023  it is called in this round only
         server.follower.stop()
         assert not server.follower.is_running()
-        assert server.follower.leased_until == server.follower.certain_until == float("-inf")
-        assert all(link._connection.closed for link in server.links)
+        assert server.follower.state.leased_until == server.follower.state.certain_until == float("-inf")
+        assert all(connection._driver.closed for connection in server.connections)
     name = database.rpartition("/")[2]
     ours = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}' AND application_name = 'freegpt_auth'"
     _until(lambda: cluster.sql(ours) == [(0,)])
@@ -650,7 +651,7 @@ def look():
     return store.resolve(digest) if token is UNRESOLVED else token
 
 def pids():
-    return [link.one("SELECT pg_backend_pid()")[0] for _, link in store._pool._idle]
+    return [connection.one("SELECT pg_backend_pid()")[0] for _, connection in store._pool._idle]
 
 assert store.survey().active == 2
 if asked == "asked":
@@ -670,13 +671,13 @@ if child == 0:
     sys.exit()
 os.read(child_is_ready[0], 1)
 assert look().revoked_at is None
-age = store._follower.age
+age = store._follower.state.generation
 commands = PostgresTokenStore(url)
 commands.revoke(token_id, __import__("datetime").datetime.now(__import__("datetime").timezone.utc))
 os.write(parent_has_revoked[1], b"x")
 assert look().revoked_at is not None
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert store._follower is follower and store._follower.age == age == 1
+assert store._follower is follower and store._follower.state.generation == age == 1
 assert asked != "asked" or pids()[: len(before)] == before
 assert store.resolve(digest_of(other)).revoked_at is None
 store.close()
@@ -710,7 +711,7 @@ def test_a_thread_that_is_slow_to_end_does_not_go_on_beside_the_next(monkeypatch
     begun: list[threading.Thread] = []
 
     class Slow(Address):
-        def connect(self, limit: float = 0.0) -> Link:
+        def connect(self, limit: float = 0.0) -> Connection:
             begun.append(threading.current_thread())
             connecting.set()
             going_on.wait(PATIENCE)

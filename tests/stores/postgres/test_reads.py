@@ -12,35 +12,37 @@ import psycopg
 import pytest
 
 from freegpt_auth.stores.postgres import reads, schema, writes
-from freegpt_auth.stores.postgres.pool import Address, Link
+from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.tokens import SECRET_LENGTH, Token, digest_of, find, issue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from freegpt_auth.stores.postgres.connection import Connection
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 PLACE = "postgresql://db/tokens"
 
 
 @pytest.fixture
-def link(database: str) -> Iterator[Link]:
+def connection(database: str) -> Iterator[Connection]:
     """Return a connection to an empty database."""
-    with contextlib.closing(Address(database).connect()) as link:
-        yield link
+    with contextlib.closing(Address(database).connect()) as connection:
+        yield connection
 
 
 @pytest.fixture
-def other(database: str) -> Iterator[Link]:
+def other(database: str) -> Iterator[Connection]:
     """Return the connection of another process."""
-    with contextlib.closing(Address(database).connect()) as link:
-        yield link
+    with contextlib.closing(Address(database).connect()) as connection:
+        yield connection
 
 
-def _add(link: Link, *tokens: Token) -> list[bytes]:
+def _add(connection: Connection, *tokens: Token) -> list[bytes]:
     """Add tokens, whose digests are made of their ids."""
     digests = [digest_of(token.id) for token in tokens]
     for digest, token in zip(digests, tokens, strict=True):
-        writes.insert(link, digest, token)
+        writes.insert(connection, digest, token)
     return digests
 
 
@@ -55,72 +57,75 @@ ODD = _token("ö", name="\N{GRINNING FACE}", prefix='{"', scopes=("{a,b}", 'c"',
 
 
 @pytest.mark.parametrize("token", [FULL, NONE, FAR, ODD], ids=lambda token: token.id)
-def test_a_row_says_what_the_token_said(link: Link, token: Token) -> None:
+def test_a_row_says_what_the_token_said(connection: Connection, token: Token) -> None:
     """Each field comes back as it was put in, however it is read, and every instant in UTC."""
-    [digest] = _add(link, token)
-    with link.transaction():
-        every = dict(reads.in_order(link))
-    read = [reads.look_up(link, digest)[1], every[digest], reads.referred(link, token.id)[digest]]
-    read.append(next(reads.changes_since(link, 1))[0].token)
+    [digest] = _add(connection, token)
+    with connection.transaction():
+        every = dict(reads.in_order(connection))
+    read = [reads.look_up(connection, digest)[1], every[digest], reads.referred(connection, token.id)[digest]]
+    read.append(next(reads.changes_since(connection, 1))[0].token)
     assert read == [token] * 4
     assert all(instant.tzinfo is UTC for instant in (read[0].created_at, read[0].expires_at) if instant)  # type: ignore[union-attr]
 
 
-def test_instants_are_kept_whatever_their_zone_is(link: Link) -> None:
+def test_instants_are_kept_whatever_their_zone_is(connection: Connection) -> None:
     """An instant that was given with another offset is the same instant."""
-    [digest] = _add(link, _token("zoned", created_at=NOW.astimezone(timezone(timedelta(hours=-7)))))
-    link.run("SET timezone TO 'America/New_York'")
-    token = reads.look_up(link, digest)[1]
+    [digest] = _add(connection, _token("zoned", created_at=NOW.astimezone(timezone(timedelta(hours=-7)))))
+    connection.run("SET timezone TO 'America/New_York'")
+    token = reads.look_up(connection, digest)[1]
     assert token is not None
     assert (token.created_at, token.created_at.tzinfo) == (NOW, UTC)
 
 
-def test_a_look_up_is_of_one_moment(link: Link) -> None:
+def test_a_look_up_is_of_one_moment(connection: Connection) -> None:
     """What was read of a token belongs to the revision that is read with it, for one that is there or not."""
-    assert reads.look_up(link, bytes(32)) == (0, None)
-    [digest] = _add(link, _token("one"))
-    assert reads.look_up(link, digest) == (1, _token("one"))
-    writes.revoke(link, "one", NOW)
-    assert reads.look_up(link, digest) == (2, _token("one", revoked_at=NOW))
-    assert reads.look_up(link, bytes(32)) == (2, None)
-    assert reads.look_up(link, b"") == (2, None)
+    assert reads.look_up(connection, bytes(32)) == (0, None)
+    [digest] = _add(connection, _token("one"))
+    assert reads.look_up(connection, digest) == (1, _token("one"))
+    writes.revoke(connection, "one", NOW)
+    assert reads.look_up(connection, digest) == (2, _token("one", revoked_at=NOW))
+    assert reads.look_up(connection, bytes(32)) == (2, None)
+    assert reads.look_up(connection, b"") == (2, None)
 
 
-def test_the_head_tells_one_state_from_every_other(link: Link) -> None:
+def test_the_head_tells_one_state_from_every_other(connection: Connection) -> None:
     """Each change has a number and a mark of its own; the time is the database's; without tables there is no version."""
-    heads = [reads.head(link)]
+    heads = [reads.head(connection)]
     for number in range(3):
-        _add(link, _token(str(number)))
-        heads.append(reads.head(link))
+        _add(connection, _token(str(number)))
+        heads.append(reads.head(connection))
     assert [head.revision for head in heads] == [0, 1, 2, 3]
     assert len({head.mark for head in heads}) == 4
     assert {head.version for head in heads} == {schema.VERSION}
     assert heads[0].now <= heads[-1].now == pytest.approx(heads[0].now, abs=60)
-    link.run("DROP SCHEMA freegpt_auth CASCADE")
-    assert reads.head(link).version == 0
+    connection.run("DROP SCHEMA freegpt_auth CASCADE")
+    assert reads.head(connection).version == 0
 
 
-def test_the_log_tells_what_was_changed_and_how_it_is_now(link: Link) -> None:
+def test_the_log_tells_what_was_changed_and_how_it_is_now(connection: Connection) -> None:
     """A change is told with the token's present state; the list begins with what made the revision that was known."""
-    one, two, three = _add(link, _token("one"), _token("two"), _token("three"))
-    writes.revoke(link, "one", NOW)
-    writes.delete(link, "two")
-    [noted] = reads.changes_since(link, 2)
+    one, two, three = _add(connection, _token("one"), _token("two"), _token("three"))
+    writes.revoke(connection, "one", NOW)
+    writes.delete(connection, "two")
+    [noted] = reads.changes_since(connection, 2)
     assert [(each.revision, each.digest) for each in noted] == [(2, two), (3, three), (4, one), (5, two)]
     assert [each.token for each in noted] == [None, _token("three"), _token("one", revoked_at=NOW), None]
-    assert noted[-1].mark == reads.head(link).mark
-    link.run("TRUNCATE freegpt_auth.tokens")
-    assert list(reads.changes_since(link, 6)) == [[(6, reads.head(link).mark, None, None)]]
-    assert list(reads.changes_since(link, 7)) == [[]]
+    assert noted[-1].mark == reads.head(connection).mark
+    connection.run("TRUNCATE freegpt_auth.tokens")
+    assert list(reads.changes_since(connection, 6)) == [[(6, reads.head(connection).mark, None, None)]]
+    assert list(reads.changes_since(connection, 7)) == [[]]
 
 
-def test_many_changes_are_read_in_batches(link: Link) -> None:
+def test_many_changes_are_read_in_batches(connection: Connection) -> None:
     """A statement that changed thousands of tokens is in the log in full, and of the known revision one row is read."""
     many = {digest_of(str(number)): _token(str(number)) for number in range(4_100)}
-    for change in (lambda: writes.merge(link, many), lambda: link.run("UPDATE freegpt_auth.tokens SET name = 'x'")):
-        with link.transaction():
+    for change in (
+        lambda: writes.merge(connection, many),
+        lambda: connection.run("UPDATE freegpt_auth.tokens SET name = 'x'"),
+    ):
+        with connection.transaction():
             change()
-    batches = list(reads.changes_since(link, 1))
+    batches = list(reads.changes_since(connection, 1))
     assert max(map(len, batches)) <= 2_000
     assert {batch[0].revision for batch in batches} == {1}
     assert [each.revision for batch in batches for each in batch[1:]] == [2] * 4_100
@@ -128,29 +133,29 @@ def test_many_changes_are_read_in_batches(link: Link) -> None:
     assert {each.token.name for each in batches[-1] if each.token} == {"x"}
 
 
-def test_a_large_table_is_read_in_batches(link: Link) -> None:
+def test_a_large_table_is_read_in_batches(connection: Connection) -> None:
     """Every token is read once, in the order in which they were made, or as many as are wanted."""
     many = {digest_of(str(number)): _token(str(number)) for number in range(4_100)}
-    with link.transaction():
-        writes.merge(link, many)
-    with link.transaction():
-        batches = [len(batch) for batch in reads.every_token(link)]
+    with connection.transaction():
+        writes.merge(connection, many)
+    with connection.transaction():
+        batches = [len(batch) for batch in reads.every_token(connection)]
         assert sum(batches) == 4_100
         assert max(batches) <= 2_000
-        assert sum(len(batch) for batch in reads.every_token(link, limit=2_001)) == 2_001
-        assert list(reads.every_token(link, limit=0)) == []
-        assert list(reads.in_order(link).items()) == list(many.items())
+        assert sum(len(batch) for batch in reads.every_token(connection, limit=2_001)) == 2_001
+        assert list(reads.every_token(connection, limit=0)) == []
+        assert list(reads.in_order(connection).items()) == list(many.items())
 
 
-def test_tokens_that_work_are_counted_by_the_databases_clock(link: Link) -> None:
+def test_tokens_that_work_are_counted_by_the_databases_clock(connection: Connection) -> None:
     """Those that were revoked or have expired are not counted, nor those whose end is this moment."""
-    now = datetime.fromtimestamp(reads.head(link).now, UTC)
-    _add(link, _token("for ever"), _token("revoked", revoked_at=NOW), _token("expired", expires_at=now))
-    _add(link, _token("lives", expires_at=now + timedelta(hours=1)))
-    assert reads.count_active(link) == 2
+    now = datetime.fromtimestamp(reads.head(connection).now, UTC)
+    _add(connection, _token("for ever"), _token("revoked", revoked_at=NOW), _token("expired", expires_at=now))
+    _add(connection, _token("lives", expires_at=now + timedelta(hours=1)))
+    assert reads.count_active(connection) == 2
 
 
-def test_a_reference_means_the_same_as_in_a_file(link: Link) -> None:
+def test_a_reference_means_the_same_as_in_a_file(connection: Connection) -> None:
     """A secret, an id, a prefix, more than that, dots, or nonsense: the database is asked for neither more nor less."""
     secrets, tokens = [], {}
     for number in range(4):
@@ -162,7 +167,7 @@ def test_a_reference_means_the_same_as_in_a_file(link: Link) -> None:
     none = _token("blank", prefix="")
     tokens |= {digest_of("sk-abcdefghijklmno"): short, digest_of("named"): named, digest_of("x"): none}
     for digest, token in tokens.items():
-        writes.insert(link, digest, token)
+        writes.insert(connection, digest, token)
     references = ["", "...", "…", "s", "sk-", "sk-abc", "sk-ab", "sk-abcdefghijklmno", "nobody", "x", "%", "\\", "'"]
     references += ["\0", "\udcff", "sk-\0", "a" * SECRET_LENGTH, "short…", "short...", "blank"]
     for digest, token in tokens.items():
@@ -184,19 +189,19 @@ def test_a_reference_means_the_same_as_in_a_file(link: Link) -> None:
             secret[:15] + "\0",
         ]
     for reference in references:
-        assert find(reference, reads.referred(link, reference)) == find(reference, tokens), reference
-    assert find(secrets[0][:20], reads.referred(link, secrets[0][:20])) == [tokens[digest_of(secrets[0])]]
+        assert find(reference, reads.referred(connection, reference)) == find(reference, tokens), reference
+    assert find(secrets[0][:20], reads.referred(connection, secrets[0][:20])) == [tokens[digest_of(secrets[0])]]
 
 
 # --- a connection that is silent
 
 
-def test_a_connection_that_asks_nothing_is_ended(link: Link, other: Link) -> None:
+def test_a_connection_that_asks_nothing_is_ended(connection: Connection, other: Connection) -> None:
     """The database ends the connection of a process that it hears nothing of, after the time that was set."""
     reads.end_if_idle(other, 0.05)
     pid = other.one("SELECT pg_backend_pid()")[0]
     deadline = time.monotonic() + 30
-    while link.one("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)) != (0,):
+    while connection.one("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)) != (0,):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     with pytest.raises(psycopg.OperationalError, match="idle-session timeout"):

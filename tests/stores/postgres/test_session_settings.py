@@ -16,7 +16,8 @@ from freegpt_auth import FileTokenStore
 from freegpt_auth.cli import main
 from freegpt_auth.exceptions import StoreError, StoreUnavailableError
 from freegpt_auth.stores.postgres import PostgresTokenStore, blockers
-from freegpt_auth.stores.postgres.pool import Address, Pool
+from freegpt_auth.stores.postgres.address import Address
+from freegpt_auth.stores.postgres.pool import Pool
 from freegpt_auth.stores.postgres.usage import PostgresUsage
 from freegpt_auth.tokens import Token, digest_of
 from freegpt_auth.usage.base import Batch, Usage
@@ -180,9 +181,9 @@ def _until(reached: Callable[[], object]) -> None:
 @pytest.mark.parametrize("hostile", ["role", "role, through a pooler"], indirect=True)
 def test_time_limits_are_ours(hostile: str) -> None:
     """The time limits of a role are replaced, for a session or, behind a pooler, for each transaction."""
-    with contextlib.closing(Address(hostile).connect()) as link:
+    with contextlib.closing(Address(hostile).connect()) as connection:
         names = ("lock", "statement", "transaction", "idle_in_transaction_session")
-        limits = [link.one("SELECT current_setting(%s)", (f"{name}_timeout",))[0] for name in names]
+        limits = [connection.one("SELECT current_setting(%s)", (f"{name}_timeout",))[0] for name in names]
     assert limits == ["1500ms", "1800ms", "0", "1min"]
 
 
@@ -221,7 +222,7 @@ def test_holder_may_be_hidden_or_prepared() -> None:
             """Return the holders."""
             return [(0, None, None, None, None), (7, "ada", "", None, None)]
 
-    assert blockers.holders(Answer()) == (  # type: ignore[arg-type]
+    assert blockers.describe(Answer()) == (  # type: ignore[arg-type]
         "a prepared transaction holds a lock; end it (SELECT gid FROM pg_prepared_xacts; ROLLBACK PREPARED) and "
         "process 7 (role ada) holds a lock; end its transaction, or run SELECT pg_terminate_backend(7)"
     )
@@ -230,17 +231,17 @@ def test_holder_may_be_hidden_or_prepared() -> None:
 def test_database_limits_each_wait(cluster: Any, database: str) -> None:
     """Behind a lock a session ends before its client gives up: nothing is left behind, and nothing is asked twice."""
     pool, name = Pool(Address(database), 2), database.rpartition("/")[2]
-    pool.ask(lambda link: link.one("SELECT 1"))
+    pool.run(lambda connection: connection.one("SELECT 1"))
     waiting = f"SELECT pid FROM pg_stat_activity WHERE datname = '{name}' AND wait_event_type = 'Lock'"
     with psycopg.connect(database) as operator:
         operator.execute("LOCK TABLE freegpt_auth.tokens")
         began = time.monotonic()
         with pytest.raises(psycopg.errors.LockNotAvailable):
-            pool.ask(lambda link: link.run("SELECT FROM freegpt_auth.tokens"))
+            pool.run(lambda connection: connection.run("SELECT FROM freegpt_auth.tokens"))
         assert time.monotonic() - began < 2 * 1.5
         assert cluster.sql(waiting) == []
     with pytest.raises(psycopg.errors.QueryCanceled):
-        pool.ask(lambda link: link.run("SELECT pg_sleep(30)"))
+        pool.run(lambda connection: connection.run("SELECT pg_sleep(30)"))
     pool.renew()
 
 
@@ -248,9 +249,12 @@ def test_commit_that_waits_for_a_standby_is_cancelled(tmp_path: Path) -> None:
     """No statement limit ends a commit that waits for a standby: the client cancels it, and its session ends."""
     with running(tmp_path / "data", fsync="off", synchronous_standby_names="nobody") as own:
         own.sql("SET synchronous_commit = local; CREATE TABLE public.here ()")
-        link = Address(own.url("postgres")).connect(1.0)
-        with contextlib.closing(link), pytest.raises(psycopg.OperationalError, match="timeout: no answer within 1 s"):
-            link.run("INSERT INTO public.here DEFAULT VALUES")
+        connection = Address(own.url("postgres")).connect(1.0)
+        with (
+            contextlib.closing(connection),
+            pytest.raises(psycopg.OperationalError, match="timeout: no answer within 1 s"),
+        ):
+            connection.run("INSERT INTO public.here DEFAULT VALUES")
         waiting = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         _until(lambda: own.sql(waiting) == [])
 

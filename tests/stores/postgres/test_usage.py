@@ -343,7 +343,7 @@ warnings.simplefilter("ignore", DeprecationWarning)
 from freegpt_auth.stores import open_usage
 store = open_usage({filled!r})
 def tell():
-    print(*store._pool.ask(lambda link: link.one("SELECT pg_backend_pid()")), flush=True)
+    print(*store._pool.run(lambda connection: connection.one("SELECT pg_backend_pid()")), flush=True)
 tell()
 child = os.fork()
 if not child:

@@ -12,21 +12,23 @@ import pytest
 
 from freegpt_auth.stores.base import Merged
 from freegpt_auth.stores.postgres import reads, writes
-from freegpt_auth.stores.postgres.pool import Address, Link
+from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.tokens import Token, digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from freegpt_auth.stores.postgres.connection import Connection
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 LATER = NOW + timedelta(hours=1)
 
 
 @pytest.fixture
-def link(database: str) -> Iterator[Link]:
+def connection(database: str) -> Iterator[Connection]:
     """Return a connection to an empty database."""
-    with contextlib.closing(Address(database).connect()) as link:
-        yield link
+    with contextlib.closing(Address(database).connect()) as connection:
+        yield connection
 
 
 def _token(token_id: str, **others: Any) -> Token:
@@ -37,61 +39,61 @@ def _tokens(*ids: str, **others: Any) -> dict[bytes, Token]:
     return {digest_of(each): _token(each, **others) for each in ids}
 
 
-def _rows(link: Link) -> dict[bytes, Token]:
-    with link.transaction():
-        return reads.in_order(link)
+def _rows(connection: Connection) -> dict[bytes, Token]:
+    with connection.transaction():
+        return reads.in_order(connection)
 
 
-def _merge(link: Link, tokens: dict[bytes, Token]) -> Merged:
-    with link.transaction():
-        return writes.merge(link, tokens)
+def _merge(connection: Connection, tokens: dict[bytes, Token]) -> Merged:
+    with connection.transaction():
+        return writes.merge(connection, tokens)
 
 
-def test_a_token_is_revoked_once(link: Link) -> None:
+def test_a_token_is_revoked_once(connection: Connection) -> None:
     """The first instant stays, and what changes nothing raises no revision."""
     [(digest, token)] = _tokens("one").items()
-    writes.insert(link, digest, token)
+    writes.insert(connection, digest, token)
     revoked = msgspec.structs.replace(token, revoked_at=NOW)
-    assert writes.revoke(link, "one", NOW) == writes.revoke(link, "one", LATER) == revoked
-    assert reads.head(link).revision == 2
-    assert writes.revoke(link, "two", NOW) is None
+    assert writes.revoke(connection, "one", NOW) == writes.revoke(connection, "one", LATER) == revoked
+    assert reads.head(connection).revision == 2
+    assert writes.revoke(connection, "two", NOW) is None
 
 
-def test_a_deleted_token_takes_its_usage_with_it(link: Link) -> None:
+def test_a_deleted_token_takes_its_usage_with_it(connection: Connection) -> None:
     """Nothing is left of a token that was deleted, and everything of the others."""
-    _merge(link, _tokens("one", "two"))
-    link.run("SELECT freegpt_auth.add_usage('p', 1, '{one,two}', '{3,4}', '{0,0}')")
-    assert writes.delete(link, "one") == _token("one")
-    assert writes.delete(link, "one") is None
-    assert link.run("SELECT token_id, use_count FROM freegpt_auth.usage") == [("two", 4)]
-    assert _rows(link) == _tokens("two")
+    _merge(connection, _tokens("one", "two"))
+    connection.run("SELECT freegpt_auth.add_usage('p', 1, '{one,two}', '{3,4}', '{0,0}')")
+    assert writes.delete(connection, "one") == _token("one")
+    assert writes.delete(connection, "one") is None
+    assert connection.run("SELECT token_id, use_count FROM freegpt_auth.usage") == [("two", 4)]
+    assert _rows(connection) == _tokens("two")
 
 
-def test_to_merge_adds_what_is_missing_and_revokes_what_is_revoked(link: Link) -> None:
+def test_to_merge_adds_what_is_missing_and_revokes_what_is_revoked(connection: Connection) -> None:
     """A token that is there keeps everything else, the new ones keep their order, and each is one change."""
     known = _tokens("known", "revoked", "bystander")
-    _merge(link, known)
-    writes.revoke(link, "revoked", NOW)
-    before = _rows(link)
+    _merge(connection, known)
+    writes.revoke(connection, "revoked", NOW)
+    before = _rows(connection)
     given = {
         **_tokens("new 2", "new 1"),
         **_tokens("known", revoked_at=LATER, name="another name"),
         **_tokens("revoked", revoked_at=LATER),
     }
-    revision = reads.head(link).revision
-    assert _merge(link, given) == Merged(added=2, revoked=1)
-    after = _rows(link)
+    revision = reads.head(connection).revision
+    assert _merge(connection, given) == Merged(added=2, revoked=1)
+    after = _rows(connection)
     assert list(after) == [digest_of(each) for each in ("known", "revoked", "bystander", "new 2", "new 1")]
     assert after == {
         **before,
         **_tokens("known", revoked_at=LATER),
         **_tokens("new 2", "new 1"),
     }
-    assert reads.head(link).revision == revision + 2
-    assert _merge(link, given) == _merge(link, {}) == Merged(0, 0)
-    assert _merge(link, _tokens("revoked", "known")) == Merged(0, 0)
-    assert _rows(link) == after
-    assert reads.head(link).revision == revision + 2
+    assert reads.head(connection).revision == revision + 2
+    assert _merge(connection, given) == _merge(connection, {}) == Merged(0, 0)
+    assert _merge(connection, _tokens("revoked", "known")) == Merged(0, 0)
+    assert _rows(connection) == after
+    assert reads.head(connection).revision == revision + 2
 
 
 @pytest.mark.parametrize(
@@ -103,16 +105,16 @@ def test_to_merge_adds_what_is_missing_and_revokes_what_is_revoked(link: Link) -
     ],
     ids=["the id of another token", "one id twice", "no digest"],
 )
-def test_what_cannot_be_merged_whole_is_not_merged(link: Link, given: dict[bytes, Token]) -> None:
+def test_what_cannot_be_merged_whole_is_not_merged(connection: Connection, given: dict[bytes, Token]) -> None:
     """One token that cannot be added is the end of all the others, and the connection goes on."""
     before = _tokens("known", "taken")
-    _merge(link, before)
+    _merge(connection, before)
     revoking = {key: msgspec.structs.replace(token, revoked_at=NOW) for key, token in given.items()}
     for _ in range(2):
         with pytest.raises(psycopg.errors.IntegrityError):
-            _merge(link, revoking)
-        assert _rows(link) == before
-    assert reads.head(link).revision == 1
+            _merge(connection, revoking)
+        assert _rows(connection) == before
+    assert reads.head(connection).revision == 1
 
 
 EARLY, LATE = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
@@ -128,13 +130,13 @@ EARLY, LATE = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 
         (NOW.astimezone(timezone(timedelta(hours=5))), NOW),
     ],
 )
-def test_every_instant_has_a_place(link: Link, given: datetime, kept: datetime) -> None:
+def test_every_instant_has_a_place(connection: Connection, given: datetime, kept: datetime) -> None:
     """An instant that a token file may hold is kept; at the ends of the calendar, as near as there is one."""
     instants = dict.fromkeys(("created_at", "expires_at", "revoked_at", "last_used_at"), given)
     one, two = _tokens("one", "two", **instants).items()
-    writes.insert(link, *one)
-    _merge(link, dict([two]))
-    for token in _rows(link).values():
+    writes.insert(connection, *one)
+    _merge(connection, dict([two]))
+    for token in _rows(connection).values():
         assert {token.created_at, token.expires_at, token.revoked_at, token.last_used_at} == {kept}
 
 
@@ -142,24 +144,24 @@ def test_every_instant_has_a_place(link: Link, given: datetime, kept: datetime) 
     ("before", "within"),
     [("off", "on"), ("local", "on"), ("remote_write", "on"), ("on", "on"), ("remote_apply", "remote_apply")],
 )
-def test_a_change_is_as_durable_as_was_promised(link: Link, before: str, within: str) -> None:
+def test_a_change_is_as_durable_as_was_promised(connection: Connection, before: str, within: str) -> None:
     """However fast and loose a database is set, a command's change is on disk, and with its standbys, when it returns."""
     show = "SELECT current_setting('synchronous_commit')"
-    link.run(f"SET synchronous_commit TO {before}")
-    with link.transaction():
-        link.run(writes.DURABLE)
-        assert link.one(show) == (within,)
-    assert link.one(show) == (before,)
+    connection.run(f"SET synchronous_commit TO {before}")
+    with connection.transaction():
+        connection.run(writes.DURABLE)
+        assert connection.one(show) == (within,)
+    assert connection.one(show) == (before,)
 
 
-def test_a_command_that_changes_nothing_waits_for_what_was_changed_before(link: Link) -> None:
+def test_a_command_that_changes_nothing_waits_for_what_was_changed_before(connection: Connection) -> None:
     """To revoke a second time is to wait for the first: something is written, for which the standbys are waited for."""
-    _merge(link, _tokens("one", revoked_at=NOW))
+    _merge(connection, _tokens("one", revoked_at=NOW))
     written = "SELECT pg_current_wal_insert_lsn()"
-    with link.transaction():
-        writes.revoke(link, "one", NOW)
-        assert link.one("SELECT pg_current_xact_id_if_assigned()") == (None,)
-        before = link.one(written)
-        link.run(writes.DURABLE)
-        assert link.one(written) != before
-        assert link.one("SELECT pg_current_xact_id_if_assigned()") != (None,)
+    with connection.transaction():
+        writes.revoke(connection, "one", NOW)
+        assert connection.one("SELECT pg_current_xact_id_if_assigned()") == (None,)
+        before = connection.one(written)
+        connection.run(writes.DURABLE)
+        assert connection.one(written) != before
+        assert connection.one("SELECT pg_current_xact_id_if_assigned()") != (None,)

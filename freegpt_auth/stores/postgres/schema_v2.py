@@ -1,26 +1,26 @@
-"""Version 2 of the schema: a row for each server process, and a log that holds large changes in full."""
+"""Version 2 of the schema: a row for each server process, and a log of changes that holds large changes in full."""
 
 from __future__ import annotations
 
 SECOND = """
--- One row for each server process: until when it relies on its memory, by this database's clock. Extended before the
--- process relies on it, so a process that lost its connection is still counted. Half of each page is left free, so that
--- a row is updated in place.
+-- One row for each server process, with the end of its reliance on its cache, by this database's clock. A process
+-- extends the row before it relies on it, so a process that lost its connection is still counted. Half of each page
+-- stays free for updates in place.
 CREATE TABLE freegpt_auth.processes (
-    process text PRIMARY KEY CHECK (length(process) BETWEEN 1 AND 64),  -- random, known to the process alone
-    pid integer NOT NULL,  -- connection that wrote the row last
+    process text PRIMARY KEY CHECK (length(process) BETWEEN 1 AND 64),  -- random: unguessable for other processes
+    pid integer NOT NULL,  -- session that wrote the row last
     role name NOT NULL,
     client_addr inet,
     since timestamptz NOT NULL,
     lease interval NOT NULL,
-    revision bigint NOT NULL,  -- -1: nothing is read yet
+    revision bigint NOT NULL,  -- -1: nothing was read yet
     relies_until timestamptz NOT NULL,
     server timestamptz NOT NULL  -- start of the PostgreSQL server that wrote the row
 ) WITH (fillfactor = 50);
 
--- After a restart or a failover the rows may lack their last extension: an asynchronous standby had not received it, and
--- the clock of another host may be ahead. A process that relies on the server before this one stops a lease after that
--- server ended at the latest, so a lease from now covers it.
+-- After a restart or a failover the rows may lack their last extension: an asynchronous standby had not received it, or
+-- the clock of another host is ahead. A process that relies on the previous server stops at most one lease after that
+-- server ended, so a lease from now covers it.
 CREATE FUNCTION freegpt_auth.adopt_processes() RETURNS void
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     UPDATE freegpt_auth.processes
@@ -30,8 +30,8 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
         )
 $$;
 
--- Extending must survive a crash before the process relies on it, and need not wait for a standby, whose absence must
--- close no server. A revision may be lost: the process then counts as behind.
+-- An extension must survive a crash, so its commit waits for the disk. It does not wait for a standby: the absence of a
+-- standby must not close a server. A lost revision is harmless: the process then counts as behind.
 CREATE FUNCTION freegpt_auth.show_process(of_process text, seconds double precision, seen bigint, extend boolean)
 RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -68,7 +68,7 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     DELETE FROM freegpt_auth.processes WHERE process = of_process
 $$;
 
--- For commands: the processes that rely on a state before a revision, and the seconds until the last of them has stopped.
+-- For commands: the processes that rely on a state before a revision, and the seconds until the last of them ends.
 CREATE FUNCTION freegpt_auth.processes_behind(of_revision bigint, OUT processes bigint, OUT seconds bigint)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -77,7 +77,7 @@ BEGIN
     SELECT count(*), greatest(1, ceil(extract(epoch FROM max(relies_until) - clock_timestamp())))
         INTO processes, seconds
         FROM (
-            -- A row that another command adopts at this moment is still seen as it was.
+            -- A row that another command is adopting is still visible in its old state.
             SELECT CASE WHEN server = pg_postmaster_start_time() THEN revision ELSE -1 END AS revision,
                 CASE WHEN server = pg_postmaster_start_time() THEN relies_until ELSE clock_timestamp() + lease END
                     AS relies_until
@@ -91,8 +91,8 @@ CREATE OR REPLACE VIEW freegpt_auth.servers AS
     SELECT p.pid, p.role, p.client_addr, p.since, p.revision, s.revision - p.revision AS behind, p.lease, p.relies_until
     FROM freegpt_auth.processes p CROSS JOIN freegpt_auth.state s WHERE p.relies_until > clock_timestamp();
 
--- A statement that changes up to 100,000 tokens is logged in full: servers read and apply that in steps. Only above that
--- is memory read afresh. Much logged at once leaves less room for what was logged before.
+-- A statement that changes up to 100,000 tokens is logged in full; servers apply the log in steps. Above that they read
+-- the whole table. After a large change fewer earlier revisions are kept, to bound the log.
 DROP INDEX freegpt_auth.changes_revision;
 CREATE INDEX changes_revision ON freegpt_auth.changes (revision, digest);
 CREATE OR REPLACE FUNCTION freegpt_auth.note_changes() RETURNS trigger
@@ -127,7 +127,7 @@ $$;
 REVOKE ALL ON freegpt_auth.processes FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA freegpt_auth FROM PUBLIC;
 
--- The roles of a database that is in use: servers that may add usage may keep a row, commands that see them may wait.
+-- Roles of version 1: a role that may add usage may also write a process row; a role that may list servers may wait.
 DO $$
 DECLARE
     granted record;
