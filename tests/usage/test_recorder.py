@@ -352,7 +352,7 @@ def test_a_write_that_fails_after_it_was_done_counts_once(
             )
             return connection
 
-        context.setattr(usage.sqlite3, "connect", without_journal)
+        context.setattr(sqlite3, "connect", without_journal)
         recorder.flush()
     (message,) = log(logging.WARNING)
     assert message.startswith(

@@ -127,7 +127,7 @@ def test_group_that_grants_nothing_may_change(path: Path, monkeypatch: pytest.Mo
         raise PermissionError(errno.EPERM, "not permitted")
 
     monkeypatch.setattr(os, "fchown", refuse)
-    real = access.to_keep
+    real = access.kept_access
     monkeypatch.setattr(disk, "to_keep", lambda target: real(target)._replace(group=54321))
     disk.replace_file(str(path), b"new")
     assert path.read_bytes() == b"new"

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from freegpt_auth.stores.file.decoding import read
+from freegpt_auth.stores.file.decoding import decode as read
 from freegpt_auth.stores.file.document import Document
 from freegpt_auth.tokens import digest_of, issue, prefix_of
 

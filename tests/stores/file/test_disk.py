@@ -157,7 +157,8 @@ def test_a_file_that_changes_while_it_is_read_is_not_believed(path: Path, monkey
     """Half of one state and half of another are never taken for a file, nor for a file with a mistake in it."""
     path.write_bytes(b"one")
     monkeypatch.setattr(disk, "_check_readable", lambda *_: path.write_bytes(path.read_bytes() + b"more"))
-    for parse in (_content, int):
+    parses: tuple[Callable[[BinaryIO], object], ...] = (_content, lambda _: int("x"))
+    for parse in parses:
         with pytest.raises(FileError, match="it changed while it was read"):
             disk.read_file(str(path), parse)
 
@@ -261,7 +262,12 @@ def test_a_change_survives_a_power_failure(path: Path, monkeypatch: pytest.Monke
     steps: list[str] = []
     real = Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: _sync(fd, number, steps))
-    monkeypatch.setattr(Path, "replace", lambda self, target: (steps.append("name"), real(self, target)))
+
+    def replace(self: Path, target: str) -> None:
+        steps.append("name")
+        real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(FileError) if number == errno.EIO else contextlib.nullcontext():
         disk.replace_file(str(path), b"content")
     assert steps == ["file of 7", "name", "folder"]

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from freegpt_auth.stores.file.decoding import read
+from freegpt_auth.stores.file.decoding import decode as read
 from freegpt_auth.stores.file.document import Document
 from freegpt_auth.tokens import Token, digest_of, issue
 

@@ -27,7 +27,7 @@ from freegpt_auth.exceptions import TokenNotFoundError
 from freegpt_auth.guard.callers import Caller
 from freegpt_auth.guard.credentials import presented
 from freegpt_auth.stores import base, rules
-from freegpt_auth.stores.file import store as file_store, workers
+from freegpt_auth.stores.file import store as file_store, worker_notes
 from freegpt_auth.tokens import digest_of, find, issue
 
 KEY, STRANGER = "the-environment-key", "sk-nobody-has-this"
@@ -80,12 +80,14 @@ class Lives(RuleBasedStateMachine):
         self.aside, self.probe = (self.path.with_name(name) for name in ("moved-away.json", "probe"))
         self.ticks, self.now = 0.0, time.time()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(file_store, "time", SimpleNamespace(sleep=self.wait))
-        self.patch.setitem(FileTokenStore.__init__.__kwdefaults__, "clock", lambda: self.ticks)
+        defaults = FileTokenStore.__init__.__kwdefaults__
+        assert defaults is not None
+        self.patch.setitem(defaults, "sleep", self.wait)
+        self.patch.setitem(defaults, "clock", lambda: self.ticks)
         for module in (base, rules):
             self.patch.setattr(module, "time", SimpleNamespace(time=lambda: self.now))
-        self.patch.setattr(workers, "_servers", lambda _: (workers._Server(os.getpid(), self.supervisor),))
-        self.patch.setattr(workers, "_folders", lambda: (Path(self.folder.name, "notes"),))
+        self.patch.setattr(worker_notes, "_servers", lambda _: (worker_notes._Server(os.getpid(), self.supervisor),))
+        self.patch.setattr(worker_notes, "_folders", lambda: (Path(self.folder.name, "notes"),))
         self.writers = [FileTokenStore(self.path), FileTokenStore(self.path)]
         self.state = "missing"
         self.tokens: dict[str, Known] = {}

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from freegpt_auth import UNRESOLVED, FileTokenStore, StoreError, StoreUnavailableError, Token
 from freegpt_auth.exceptions import FileError, StoreBusyError
-from freegpt_auth.stores.file import access, disk, store as file_store, ticks, workers
+from freegpt_auth.stores.file import access, disk, store as file_store, timestamps, worker_notes
 from freegpt_auth.stores.file.document import Document
 from freegpt_auth.stores.file.lock import locked
 from freegpt_auth.stores.file.snapshot import Snapshot
@@ -88,7 +88,7 @@ def _look(store: FileTokenStore, digest: bytes) -> Token | None:
 
 
 def _id(token: Token | None) -> str | None:
-    return token and token.id
+    return None if token is None else token.id
 
 
 def _issued(name: str = "ci") -> tuple[bytes, Token]:
@@ -126,7 +126,12 @@ def test_a_look_may_be_relied_on_for_10_ms(
     monkeypatch.setattr(file_store, "FRESHNESS", FRESHNESS)
     looks: list[str] = []
     real = disk.signature_at
-    monkeypatch.setattr(disk, "signature_at", lambda name: looks.append(name) or real(name))
+
+    def look(name: str) -> disk.Signature:
+        looks.append(name)
+        return real(name)
+
+    monkeypatch.setattr(disk, "signature_at", look)
     store.resolve(UNKNOWN)
     for seconds, expected in ((0.0, 0), (0.0099, 0), (0.0002, 1)):
         looks.clear()
@@ -200,7 +205,7 @@ def test_what_is_in_force_no_more_is_let_go_at_leisure(
 
     def drop(pieces: list[object]) -> None:
         assert not store._loading.locked()
-        assert _id(store._answer(digest)) == token.id
+        assert _id(store._find(digest)) == token.id
         alone = [sys.getrefcount(piece) for piece in [object()]]
         held.extend(sys.getrefcount(piece) > max(alone) for piece in pieces)
 
@@ -224,7 +229,7 @@ def test_an_answer_rests_on_one_state_of_the_file(store: FileTokenStore) -> None
 
     store._snapshot = Snapshot(Table((MendedMeanwhile(),) * SHARDS), disk.MISSING, "broken")
     with pytest.raises(StoreUnavailableError):
-        store._answer(digest)
+        store._find(digest)
 
 
 _FORK_WHILE_READING = """
@@ -250,10 +255,10 @@ def test_a_fork_in_the_middle_of_a_reading_leaves_a_working_child(path: Path) ->
 _FORK_WHILE_OPEN = """
 import os, sys
 from freegpt_auth import FileTokenStore
-from freegpt_auth.stores.file import workers
+from freegpt_auth.stores.file import worker_notes
 store = FileTokenStore("api_tokens.json")
 print(store.survey().configured, flush=True)
-workers.remembered = lambda path: True  # a sibling was closed, and then the file moved away
+worker_notes.found = lambda path: True  # a sibling was closed, and then the file moved away
 if os.fork() == 0:
     print(store.peek(b"").name, store.survey().configured)
     sys.exit()
@@ -271,8 +276,8 @@ def test_note_is_written_again(
     path: Path, store: FileTokenStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """While the file is gone a worker that is asked writes a lost note again, each second: the next worker needs it."""
-    monkeypatch.setattr(workers, "_servers", lambda _: (workers._Server(os.getpid(), b""),))
-    monkeypatch.setattr(workers, "_folders", lambda: [tmp_path / "notes"])
+    monkeypatch.setattr(worker_notes, "_servers", lambda _: (worker_notes._Server(os.getpid(), b""),))
+    monkeypatch.setattr(worker_notes, "_folders", lambda: [tmp_path / "notes"])
     store.add(*_issued())
     store.survey()
     path.unlink()
@@ -290,7 +295,7 @@ def test_recycled_worker_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch, 
     if content is not None:
         _write(path, content)
     assert not FileTokenStore(path).survey().configured
-    monkeypatch.setattr(workers, "remembered", lambda _: True)
+    monkeypatch.setattr(worker_notes, "found", lambda _: True)
     assert FileTokenStore(path).survey().configured
 
 
@@ -394,7 +399,7 @@ HIDDEN: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
     "file": (lambda path: path.chmod(0), lambda path: path.chmod(0o600), "permission denied"),
     "folder": (lambda path: path.parent.chmod(0), lambda path: path.parent.chmod(0o700), "permission denied"),
     "disk": (
-        lambda path: (path.rename(path.with_name("aside")), path.symlink_to("/proc/self/mem")),
+        lambda path: path.rename(path.with_name("aside")) and path.symlink_to("/proc/self/mem"),
         lambda path: path.with_name("aside").replace(path),
         "",
     ),
@@ -454,10 +459,10 @@ def test_rewrite_within_one_tick_is_found(
     _write(path, _content((one, first)))
     assert _id(_look(store, one)) == first.id
     path.write_bytes(_content((two, second)))
-    clock(ticks.FINE)
+    clock(timestamps.FINE_TICK)
     assert (_look(store, one), _id(_look(store, two))) == (None, second.id)
     known = _look(store, two)
-    clock(ticks.FINE)
+    clock(timestamps.FINE_TICK)
     assert _look(store, two) is known
     monkeypatch.setattr(disk, "read_file", None)
     clock(60)
@@ -465,7 +470,7 @@ def test_rewrite_within_one_tick_is_found(
     assert _said(caplog) == [("INFO", f"{path} was read again: 1 active token(s)")]
 
 
-@pytest.mark.parametrize("delay", [0, ticks.FINE], ids=["old by the host's clock", "slow reading"])
+@pytest.mark.parametrize("delay", [0, timestamps.FINE_TICK], ids=["old by the host's clock", "slow reading"])
 def test_tick_counts_from_the_end_of_a_reading(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock, delay: float
 ) -> None:
@@ -475,10 +480,10 @@ def test_tick_counts_from_the_end_of_a_reading(
     monkeypatch.setattr(disk, "read_file", lambda *arguments: (clock(delay), real(*arguments))[1])
     (one, first), (two, second) = _issued(), _issued()
     _write(path, _content((one, first)))
-    time.sleep(2 * ticks.FINE)
+    time.sleep(2 * timestamps.FINE_TICK)
     assert [_id(_look(store, one)) for _ in range(2)] == [first.id, first.id]
     path.write_bytes(_content((two, second)))
-    clock(ticks.FINE)
+    clock(timestamps.FINE_TICK)
     assert _id(_look(store, two)) == second.id
 
 
@@ -490,12 +495,12 @@ def test_return_within_one_tick_is_compared_again(
     (one, first), (two, second) = _issued(), _issued()
     _write(path, _content((one, first)))
     store.survey()
-    clock(ticks.FINE / 2)
+    clock(timestamps.FINE_TICK / 2)
     seen, real = [disk.MISSING], disk.signature_at
     monkeypatch.setattr(disk, "signature_at", lambda name: seen.pop() if seen else real(name))
     assert _id(store.resolve(one)) == first.id
     path.write_bytes(_content((two, second)))
-    clock(ticks.FINE)
+    clock(timestamps.FINE_TICK)
     assert _id(_look(store, two)) == second.id
 
 

@@ -66,9 +66,9 @@ _numbers = st.integers(0, 2).map(lambda number: number << 248) | st.integers(3, 
 def test_a_server_reads_what_a_command_reads(rows: Rows, size: int, end: bytes) -> None:
     """However a file falls into batches, a server finds the same tokens as a command, or the same fault in the same place."""
     content = _content(rows, end)
-    expected = _outcome(decoding.read, content)
+    expected = _outcome(decoding.decode, content)
     for length in (size, len(content), len(content) // 2):
-        with mock.patch.object(table, "PIECE", length):
+        with mock.patch.object(table, "PIECE_SIZE", length):
             assert _outcome(table.read, BytesIO(content)) == expected
 
 
@@ -76,7 +76,7 @@ def test_other_files_are_read_too() -> None:
     """A file in an editor's layout, an empty object and plain tokens mean to a server what they mean to a command."""
     plain = {"sk-plain": {"name": "old", "created_at": "2024-01-01T00:00:00"}}
     for content in (json.dumps(json.loads(_content([(1, 1), (2, 2)]))), "{}", json.dumps(plain)):
-        assert _outcome(table.read, BytesIO(content.encode())) == _outcome(decoding.read, content.encode())
+        assert _outcome(table.read, BytesIO(content.encode())) == _outcome(decoding.decode, content.encode())
 
 
 def test_what_is_no_digest_is_not_found() -> None:
@@ -93,7 +93,8 @@ def test_what_is_no_digest_is_not_found() -> None:
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return the list of all pauses, on a machine on which each step takes as long as it may."""
-    instant, taken = 0.0, []
+    instant = 0.0
+    taken: list[float] = []
 
     def perf_counter() -> float:
         nonlocal instant
@@ -101,7 +102,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return instant
 
     monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=perf_counter, sleep=taken.append))
-    monkeypatch.setattr(table, "PIECE", len(_lines(1)))  # a line or two
+    monkeypatch.setattr(table, "PIECE_SIZE", len(_lines(1)))  # a line or two
     return taken
 
 
@@ -119,10 +120,10 @@ def test_whoever_waits_has_a_turn_between_two_steps(pauses: list[float]) -> None
 
 def test_no_time_is_lost_where_nothing_takes_long(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file is read without a pause for each of its batches, and in a batch are as many tokens as it has room for."""
-    monkeypatch.setattr(steps.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr("freegpt_auth.stores.steps.time.perf_counter", lambda: 0.0)
     content = _lines(9)
     for size, lengths in ((len(content) // 2, [4, 4, 1]), (len(content), [9])):
-        monkeypatch.setattr(table, "PIECE", size)
+        monkeypatch.setattr(table, "PIECE_SIZE", size)
         pauses.clear()
         assert [len(part) for part in _read(content).parts] == lengths
         assert len(pauses) == 1
@@ -131,7 +132,7 @@ def test_no_time_is_lost_where_nothing_takes_long(pauses: list[float], monkeypat
 def test_a_table_is_dropped_piece_by_piece(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
     """Whoever looks into a table that is dropped is done first, and then each piece is a step of its own."""
     pieces, left = [object() for _ in range(9)], []
-    monkeypatch.setattr(steps.time, "sleep", lambda _: left.append(len(pieces)))
+    monkeypatch.setattr("freegpt_auth.stores.steps.time.sleep", lambda _: left.append(len(pieces)))
     steps.release(pieces)
     assert left == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     assert pauses == []

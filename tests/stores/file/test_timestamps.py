@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from freegpt_auth.exceptions import FileError
-from freegpt_auth.stores.file import disk, ticks
+from freegpt_auth.stores.file import disk, timestamps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,10 +18,12 @@ SECOND = 10**9
 FAR = 4_000_000_000 * SECOND  # so far ahead that the file system's clock does not move beyond it
 
 
-@pytest.mark.parametrize(("changed", "length"), [(100 * SECOND + 1, ticks.FINE), (100 * SECOND, ticks.COARSE)])
+@pytest.mark.parametrize(
+    ("changed", "length"), [(100 * SECOND + 1, timestamps.FINE_TICK), (100 * SECOND, timestamps.COARSE_TICK)]
+)
 def test_whole_second_is_of_a_coarse_clock(changed: int, length: float) -> None:
     """Times with fractions of a second come from a fine clock; whole seconds may be those of a clock of 1 s or 2 s."""
-    assert ticks.length(changed) == length
+    assert timestamps.tick_length(changed) == length
 
 
 @pytest.mark.parametrize("granularity", [1, 100, SECOND, 2 * SECOND])

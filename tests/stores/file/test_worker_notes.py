@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from freegpt_auth.stores.file import workers
+from freegpt_auth.stores.file import worker_notes
 
 FILE = "api_tokens.json"
-ONE, ANOTHER = workers._Server(os.getpid(), b"one"), workers._Server(os.getpid(), b"another")
+ONE, ANOTHER = worker_notes._Server(os.getpid(), b"one"), worker_notes._Server(os.getpid(), b"another")
 
 Run = Callable[..., Any]
 
@@ -25,7 +25,7 @@ Run = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _own_process() -> Iterator[None]:
     """Let no test find the server of another."""
-    cached = workers._servers
+    cached = worker_notes._servers
     cached.cache_clear()
     yield
     cached.cache_clear()
@@ -35,7 +35,7 @@ def _own_process() -> Iterator[None]:
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Keep notes in folders of this test's own."""
     folders = [tmp_path / "memory", tmp_path / "temporary"]
-    monkeypatch.setattr(workers, "_folders", lambda: folders)
+    monkeypatch.setattr(worker_notes, "_folders", lambda: folders)
     return folders
 
 
@@ -43,8 +43,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def serve_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that makes this process a worker of a server, which may take over from another."""
 
-    def become(*servers: workers._Server) -> None:
-        monkeypatch.setattr(workers, "_servers", lambda _: servers)
+    def become(*servers: worker_notes._Server) -> None:
+        monkeypatch.setattr(worker_notes, "_servers", lambda _: servers)
 
     return become
 
@@ -61,74 +61,75 @@ def gunicorn() -> dict[str, Any]:
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gunicorn: dict[str, Any]) -> Run:
     """Return a function that calls another in a worker, of a server that spawns its workers or of one that forks them."""
     if request.param == "gunicorn":
-        return gunicorn["spawn_worker"]
+        spawn: Run = gunicorn["spawn_worker"]
+        return spawn
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getppid()))
     return lambda function: function()
 
 
 def test_worker_knows_what_its_siblings_knew(folders: list[Path], run: Run) -> None:
     """A note is found again by workers of the same server, for the same token file, and belongs to this user alone."""
-    assert not run(lambda: workers.remembered(FILE))
-    run(lambda: workers.remember(FILE))
-    assert run(lambda: workers.remembered(FILE))
-    assert run(lambda: workers.remembered(f"./{FILE}"))
-    assert not run(lambda: workers.remembered("other.json"))
+    assert not run(lambda: worker_notes.found(FILE))
+    run(lambda: worker_notes.leave(FILE))
+    assert run(lambda: worker_notes.found(FILE))
+    assert run(lambda: worker_notes.found(f"./{FILE}"))
+    assert not run(lambda: worker_notes.found("other.json"))
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
 
 def test_server_without_workers_notes_nothing(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that an operator starts by hand opens after a restart, also if its application imports gunicorn."""
     monkeypatch.setitem(sys.modules, "gunicorn.arbiter", multiprocessing)
-    workers.remember(FILE)
-    assert not workers.remembered(FILE)
+    worker_notes.leave(FILE)
+    assert not worker_notes.found(FILE)
     assert not any(folder.exists() for folder in folders)
 
 
 def test_other_server_is_not_meant(folders: list[Path], serve_by: Callable[..., None]) -> None:
     """After stop, mv and start the workers are another server's."""
     serve_by(ONE)
-    workers.remember(FILE)
+    worker_notes.leave(FILE)
     serve_by(ANOTHER)
     assert all(folder.exists() for folder in folders)
-    assert not workers.remembered(FILE)
+    assert not worker_notes.found(FILE)
 
 
 @pytest.mark.usefixtures("folders")
 def test_successor_is_as_closed(serve_by: Callable[..., None]) -> None:
     """An arbiter that takes over from another, as at SIGUSR2, knows the notes of its predecessor, and adds its own."""
     serve_by(ONE)
-    workers.remember(FILE)
+    worker_notes.leave(FILE)
     serve_by(ANOTHER, ONE)
-    assert workers.remembered(FILE)
-    workers.remember(FILE)
+    assert worker_notes.found(FILE)
+    worker_notes.leave(FILE)
     serve_by(ANOTHER)
-    assert workers.remembered(FILE)
+    assert worker_notes.found(FILE)
 
 
 @pytest.mark.usefixtures("folders")
 def test_preloading_server_knows_its_workers_notes(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Under --preload gunicorn loads the application before it forks: its workers' notes hold there."""
-    gunicorn["setup"](lambda: workers.remember(FILE))
-    assert gunicorn["setup"](lambda: workers.remembered(FILE))
-    workers._servers.cache_clear()
+    gunicorn["setup"](lambda: worker_notes.leave(FILE))
+    assert gunicorn["setup"](lambda: worker_notes.found(FILE))
+    worker_notes._servers.cache_clear()
     monkeypatch.setattr(os, "getppid", os.getpid)
-    assert gunicorn["spawn_worker"](lambda: workers.remembered(FILE))
+    assert gunicorn["spawn_worker"](lambda: worker_notes.found(FILE))
 
 
 @pytest.mark.usefixtures("folders")
 def test_orphan_keeps_its_server(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that outlives its arbiter leaves no note under its new parent, which starts other servers too."""
-    gunicorn["spawn_worker"](lambda: workers.remembered(FILE))
+    gunicorn["spawn_worker"](lambda: worker_notes.found(FILE))
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    gunicorn["spawn_worker"](lambda: workers.remember(FILE))
-    workers._servers.cache_clear()
-    assert not gunicorn["spawn_worker"](lambda: workers.remembered(FILE))
+    gunicorn["spawn_worker"](lambda: worker_notes.leave(FILE))
+    worker_notes._servers.cache_clear()
+    assert not gunicorn["spawn_worker"](lambda: worker_notes.found(FILE))
 
 
 def test_processes_that_cannot_be_seen(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /proc, or where it hides the arbiter, a server is known by a secret that its forked workers inherit."""
     monkeypatch.setattr(os, "getppid", lambda: 0)
-    server, _ = gunicorn["spawn_worker"](lambda: workers._servers(0))
+    server, _ = gunicorn["spawn_worker"](lambda: worker_notes._servers(0))
     assert server == (0, str(hash("freegpt_auth.stores.file.workers")).encode())
 
 
@@ -136,12 +137,12 @@ def test_processes_that_cannot_be_seen(gunicorn: dict[str, Any], monkeypatch: py
 def test_either_folder_suffices(folders: list[Path], serve_by: Callable[..., None], lost: int) -> None:
     """A cleared folder, as at a logout, loses no note; the next worker that finds the file gone writes it again."""
     serve_by(ONE)
-    workers.remember(FILE)
+    worker_notes.leave(FILE)
     notes = [next(folder.iterdir()) for folder in folders]
     notes[lost].unlink()
     folders[lost].rmdir()
-    assert workers.remembered(FILE)
-    workers.remember(FILE)
+    assert worker_notes.found(FILE)
+    worker_notes.leave(FILE)
     assert all(note.exists() for note in notes)
 
 
@@ -150,8 +151,8 @@ def test_foreign_folder_closes(folders: list[Path], serve_by: Callable[..., None
     serve_by(ONE)
     folders[0].mkdir()
     folders[0].chmod(0o777)
-    assert workers.remembered(FILE)
-    workers.remember(FILE)
+    assert worker_notes.found(FILE)
+    worker_notes.leave(FILE)
     assert list(folders[0].iterdir()) == []
     assert f"({folders[0]}: it is not a folder of this user alone), so none of them is open" in caplog.text
 
@@ -160,22 +161,22 @@ def test_no_usable_folder_closes(folders: list[Path], serve_by: Callable[..., No
     """Where no note can be kept no worker is open without a token file; one folder that can hold notes is enough."""
     serve_by(ONE)
     folders[0].touch()
-    assert not workers.remembered(FILE)
+    assert not worker_notes.found(FILE)
     folders[1].rmdir()
     folders[1].symlink_to("nowhere/below")
-    assert workers.remembered(FILE)
+    assert worker_notes.found(FILE)
     assert f"({folders[0]}: {os.strerror(errno.EEXIST)}; {folders[1]}: {os.strerror(errno.EEXIST)})" in caplog.text
 
 
 def test_notes_of_stopped_servers_are_removed(folders: list[Path], serve_by: Callable[..., None]) -> None:
     """Restarts do not fill the memory; other files are left alone."""
     serve_by(ONE)
-    workers.remember(FILE)
+    worker_notes.leave(FILE)
     process = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], {})
     os.waitpid(process, 0)
     for name in (f"{process}-stopped", f"{os.getpid()}-running", "no note"):
         (folders[0] / name).touch()
-    workers.remember("other.json")
+    worker_notes.leave("other.json")
     names = {note.name for note in folders[0].iterdir()}
     assert {f"{os.getpid()}-running", "no note"} < names
     assert len(names) == 4
@@ -185,11 +186,11 @@ def test_folders_of_the_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notes are in memory and among the temporary files, apart for each namespace of process ids."""
     space = Path("/proc/self/ns/pid").stat().st_ino
     name = f"freegpt_auth-{os.geteuid()}-{space}"
-    assert list(workers._folders()) == [Path("/dev/shm", name), Path(tempfile.gettempdir(), name)]
+    assert list(worker_notes._folders()) == [Path("/dev/shm", name), Path(tempfile.gettempdir(), name)]
 
     def unusable(*_: object) -> str:
         raise FileNotFoundError
 
     monkeypatch.setattr(tempfile, "gettempdir", unusable)
     monkeypatch.setattr(Path, "stat", unusable)
-    assert list(workers._folders()) == [Path(f"/dev/shm/freegpt_auth-{os.geteuid()}-0")]
+    assert list(worker_notes._folders()) == [Path(f"/dev/shm/freegpt_auth-{os.geteuid()}-0")]

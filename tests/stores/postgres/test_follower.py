@@ -490,7 +490,7 @@ def test_whatever_goes_wrong_the_thread_goes_on(
 ) -> None:
     """A fault that nobody thought of is said like any other, and ends with its cause."""
     with monkeypatch.context() as broken:
-        broken.setattr(reads, "head", lambda _: {}["nobody thought of this"])
+        broken.setattr(reads, "head", lambda _: {"": ""}["nobody thought of this"])
         server = process(database)
         server.follower.start()
         assert "nobody thought of this" in _said(caplog, "ERROR")[0]
@@ -583,7 +583,14 @@ def test_the_time_is_the_databases(
     server = process(database)
     assert abs(server.follower.now() - right) < PATIENCE  # it was never asked, and is now
     head = reads.head
-    monkeypatch.setattr(reads, "head", lambda connection: (time.sleep(0.2), head(connection), time.sleep(0.2))[1])
+
+    def slow_head(connection: Connection) -> reads.Head:
+        time.sleep(0.2)
+        found = head(connection)
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(reads, "head", slow_head)
     server.follower.refresh()
     before = server.follower.now()
     with contextlib.closing(Address(database).connect()) as other:

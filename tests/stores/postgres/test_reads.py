@@ -112,7 +112,7 @@ def test_the_log_tells_what_was_changed_and_how_it_is_now(connection: Connection
     assert [each.token for each in noted] == [None, _token("three"), _token("one", revoked_at=NOW), None]
     assert noted[-1].mark == reads.head(connection).mark
     connection.run("TRUNCATE freegpt_auth.tokens")
-    assert list(reads.changes_since(connection, 6)) == [[(6, reads.head(connection).mark, None, None)]]
+    assert list(reads.changes_since(connection, 6)) == [[reads.Change(6, b"", None, reads.head(connection).mark)]]
     assert list(reads.changes_since(connection, 7)) == [[]]
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -290,10 +291,10 @@ def test_a_database_that_is_killed_loses_and_doubles_nothing(
     try:
         for _ in range(3):
             before = sum(counts(url).values())
-            wait_until(lambda before=before: sum(counts(url).values()) > before)
+            wait_until(partial(_exceeds, lambda: sum(counts(url).values()), before))
             cluster.kill()
             away = sum(recorded)
-            wait_until(lambda away=away: sum(recorded) > away + 50)
+            wait_until(partial(_exceeds, lambda: sum(recorded), away + 50))
             cluster.start()
     finally:
         stop.set()
@@ -380,3 +381,7 @@ def test_a_url_of_another_server_is_refused_without_its_password(filled: str) ->
     assert "not-the-password" not in str(caught.value)
     with psycopg.connect(filled) as connection:
         assert connection.execute("SELECT count(*) FROM freegpt_auth.usage").fetchone() == (0,)
+
+
+def _exceeds(read: Callable[[], int], limit: int) -> bool:
+    return read() > limit
