@@ -395,7 +395,7 @@ def test_text_with_nul_copies_nothing(run: Run, database: str) -> None:
 
 def test_copy_has_a_longer_time_limit(cluster: Any, run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of a million tokens may take the database longer than the time limit of other changes."""
-    monkeypatch.setattr("freegpt_auth.stores.postgres.store.PATIENCE", 0.5)
+    monkeypatch.setattr("freegpt_auth.stores.postgres.store.COMMAND_TIME_LIMIT", 0.5)
     name = database.rpartition("/")[2]
     slow = "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END $$"
     cluster.sql(slow, name)

@@ -1,4 +1,4 @@
-"""The thread that keeps memory as the database has it: by what it hears, by looking, and through all that may happen to both."""
+"""The thread that keeps the cache current: notifications, queries, faults of the database, shutdown and forks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ import pytest
 
 from freegpt_auth import StoreUnavailableError
 from freegpt_auth.clock import elapsed
-from freegpt_auth.stores.postgres import follower as module, reads, schema
-from freegpt_auth.stores.postgres.address import Address
+from freegpt_auth.stores.postgres import PostgresTokenStore, reads, schema
+from freegpt_auth.stores.postgres.address import TIME_LIMIT, Address
 from freegpt_auth.stores.postgres.cache import TokenCache
 from freegpt_auth.stores.postgres.follower import CERTAINTY, HEARTBEAT, Follower
 from tests.helpers.pooler import smallest
 from tests.helpers.ports import free_port
 from tests.helpers.postgresql import running
 from tests.helpers.proxy import PLAIN
+from tests.stores.postgres.common import PATIENCE, execute, name_of, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
     from tests.helpers.postgresql import Cluster
 
 LEASE = 30.0
-PATIENCE = 30.0
-LATE = 1_000_000  # a revision that nobody is at
-LONG = 10_000.0
-"""Seconds that no test waits: a look that is due after so long is none."""
+LATE = 1_000_000
+"""A revision that no process has reached."""
+
+NEVER = 10_000.0
+"""Seconds that no test waits: with this heartbeat only notifications lead to a query."""
 
 INSERT = """
     INSERT INTO freegpt_auth.tokens (digest, id, name, prefix, created_at)
@@ -53,40 +55,54 @@ def _digest(number: int) -> bytes:
 
 @dataclass
 class Process:
-    """What a server process has of all this, and the connections of its thread."""
+    """The follower and the cache of one server process, and the connections of its thread."""
 
     follower: Follower
     cache: TokenCache
     connections: list[Connection] = field(default_factory=list)
-    ages: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
 
     def ids(self) -> set[str]:
-        """Return the ids of the tokens that are remembered."""
+        """Return the ids of the cached tokens."""
         return {token.id for token in self.cache.tokens()}
 
     def is_revoked(self, number: int) -> bool:
-        """Tell whether a token is remembered as revoked."""
+        """Return whether a token is cached as revoked."""
         token = self.cache.find(_digest(number))
         return token is not None and token.revoked_at is not None
 
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Process]]:
-    """Return a function that gives a process that follows a database, and that is quick to try again."""
-    monkeypatch.setattr(module, "_RETRY", (0.01, 0.05))
+    """Return a function that makes a process with quick retries; its keywords go to the follower."""
     with contextlib.ExitStack() as stack:
 
-        def make(url: str, lease: float = LEASE, limit: int = 100_000) -> Process:
+        def make(
+            url: str,
+            lease: float = LEASE,
+            limit: int = 100_000,
+            *,
+            heartbeat: float = HEARTBEAT,
+            time_limit: float = TIME_LIMIT,
+        ) -> Process:
             address = Address(url)
             connect = address.connect
 
-            def connect_and_note(*limits: float) -> Connection:
-                made.connections.append(connect(*limits))
+            def connect_and_note(*limit: float) -> Connection:
+                made.connections.append(connect(*limit))
                 return made.connections[-1]
 
             monkeypatch.setattr(address, "connect", connect_and_note)
             cache = TokenCache(limit)
-            follower = Follower(address, cache, lease, lambda: made.ages.append(follower.state.generation))
+            follower = Follower(
+                address,
+                cache,
+                lease,
+                lambda: made.generations.append(follower.state.generation),
+                heartbeat=heartbeat,
+                time_limit=time_limit,
+                retry=(0.01, 0.05),
+            )
             made = Process(follower, cache)
             stack.callback(follower.stop)
             return made
@@ -99,39 +115,12 @@ def _log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="freegpt_auth")
 
 
-@pytest.fixture
-def _only_hearing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing be looked at without a notification."""
-    monkeypatch.setattr(module, "HEARTBEAT", LONG)
-
-
 @pytest.fixture(scope="module")
 def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Run a server that may be killed."""
+    """Run a PostgreSQL server that tests may kill."""
     with running(tmp_path_factory.mktemp("mortal") / "data", fsync="off") as cluster:
-        _migrate(cluster.url("postgres"))
+        PostgresTokenStore(cluster.url("postgres")).migrate()
         yield cluster
-
-
-def _migrate(url: str) -> None:
-    from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415  nothing else here is of a store
-
-    PostgresTokenStore(url).migrate()
-
-
-def _until(reached: Callable[[], object]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def _run(url: str, *statements: str) -> None:
-    """Run statements in one transaction, as an operator with psql does."""
-    with psycopg.connect(url) as connection:
-        for statement in statements:
-            connection.execute(statement.encode())
 
 
 def _behind(connection: Connection, revision: int) -> int:
@@ -139,7 +128,7 @@ def _behind(connection: Connection, revision: int) -> int:
     return int(reads.processes_behind(connection, revision)[0])
 
 
-def _said(log: pytest.LogCaptureFixture, level: str = "") -> list[str]:
+def _lines(log: pytest.LogCaptureFixture, level: str = "") -> list[str]:
     return [record.getMessage() for record in log.records if level in ("", record.levelname)]
 
 
@@ -161,80 +150,71 @@ CHANGES: dict[str, tuple[str, Callable[[Process], bool]]] = {
 }
 
 
-@pytest.mark.usefixtures("_only_hearing")
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_anybody_changes_is_heard_of_at_once(
+def test_notification_leads_to_a_query(
     process: Callable[..., Process], database: str, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A command, or an operator with psql, changes one token or all: each server knows without having looked."""
+    """A command, or an operator with psql, changes one token or all: each server follows at the notification."""
     statement, has_followed = CHANGES[change]
-    _run(database, INSERT.format(1, 3))
-    server = process(database)
+    execute(database, INSERT.format(1, 3))
+    server = process(database, heartbeat=NEVER)
     server.follower.start()
     assert server.ids() == {"t1", "t2", "t3"}
-    _run(database, statement)
-    _until(lambda: has_followed(server))
+    execute(database, statement)
+    until(lambda: has_followed(server))
     assert server.cache.complete
-    assert _said(caplog) == []
+    assert _lines(caplog) == []
 
 
-@pytest.mark.usefixtures("_only_hearing")
-def test_changes_in_one_transaction_are_seen_together(process: Callable[..., Process], database: str) -> None:
-    """What an operator does in one transaction is in force at once or not at all, however many statements it has."""
-    server = process(database)
+def test_transaction_is_followed_whole(process: Callable[..., Process], database: str) -> None:
+    """The statements of one transaction are in force together."""
+    server = process(database, heartbeat=NEVER)
     server.follower.start()
-    _run(database, INSERT.format(1, 3), REVOKE, "DELETE FROM freegpt_auth.tokens WHERE id = 't2'", INSERT.format(2, 2))
-    _until(lambda: server.cache.revision == 4)
+    execute(
+        database, INSERT.format(1, 3), REVOKE, "DELETE FROM freegpt_auth.tokens WHERE id = 't2'", INSERT.format(2, 2)
+    )
+    until(lambda: server.cache.revision == 4)
     assert server.ids() == {"t1", "t2", "t3"}
     assert server.is_revoked(1)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_notification_that_is_lost_is_made_good_by_looking(
-    process: Callable[..., Process], database: str, change: str
-) -> None:
-    """A second later at most a server knows what it was not told of."""
-    statement, has_followed = CHANGES[change]
-    _run(database, INSERT.format(1, 3))
+def test_lost_notification_is_made_good(process: Callable[..., Process], database: str) -> None:
+    """A change without a notification is followed at the next heartbeat."""
+    execute(database, INSERT.format(1, 3))
     server = process(database)
     server.follower.start()
     server.connections[0].run("UNLISTEN *")
-    _run(database, statement)
-    _until(lambda: has_followed(server))
+    execute(database, REVOKE)
+    until(lambda: server.is_revoked(1))
 
 
-def test_behind_a_pooler_that_delivers_nothing_a_server_looks_and_says_so(
-    process: Callable[..., Process],
-    cluster: Any,
-    database: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+def test_pooler_without_notifications(
+    process: Callable[..., Process], cluster: Any, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A pooler in transaction mode takes LISTEN and delivers nothing: one warning, and changes within a second."""
-    monkeypatch.setattr(module, "TIME_LIMIT", 0.5)
-    name = database.rpartition("/")[2]
+    """A pooler in transaction mode takes LISTEN and delivers nothing: one warning, and changes within a heartbeat."""
+    name = name_of(database)
     with smallest(cluster, name) as port:
-        server = process(cluster.url(name, port=port) + PLAIN)
+        server = process(cluster.url(name, port=port) + PLAIN, time_limit=0.5)
         server.follower.start()
-        _until(lambda: server.cache.complete)
-        [warning] = _said(caplog, "WARNING")
+        until(lambda: server.cache.complete)
+        [warning] = _lines(caplog, "WARNING")
         assert warning == (
             f"{server.follower._address.shown} delivers no notifications, as a pooler in transaction mode does not: "
             f"changes are looked for each {HEARTBEAT:g} s, and commands wait for that"
         )
         for statement, has_followed in ((INSERT.format(1, 3), lambda: "t3" in server.ids()), (REVOKE, None)):
-            _run(database, statement)
-            _until(has_followed or (lambda: server.is_revoked(1)))
+            execute(database, statement)
+            until(has_followed or (lambda: server.is_revoked(1)))
         with contextlib.closing(Address(database).connect()) as other:
             assert _behind(other, LATE) == 1
             server.follower.stop()
             assert _behind(other, LATE) == 0
-    assert len(_said(caplog)) == 1
+    assert len(_lines(caplog)) == 1
 
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the revisions at which a whole table is read."""
+    """Return the revisions at which the whole table was read."""
     revisions: list[int] = []
     load = TokenCache.load
 
@@ -246,114 +226,112 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return revisions
 
 
-def test_the_log_is_read_as_far_as_it_reaches(
+def test_log_with_a_gap_leads_to_a_reload(
     process: Callable[..., Process], database: str, loads: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server that was cut off reads the changes since, or everything where the log begins later or has a gap."""
+    """After a lost connection the changes are read from the log, or every token if the log begins later or has a gap."""
     server = process(database)
     server.follower.refresh()
     for number in range(1, 9):
-        _run(database, INSERT.format(number, number))
+        execute(database, INSERT.format(number, number))
     server.follower.refresh()
     assert (len(server.ids()), server.cache.revision, loads) == (8, 8, [0])
     for removed in ("revision <= 9", "revision > 10"):
         for number in (2 * server.cache.revision, 2 * server.cache.revision + 1):
-            _run(database, INSERT.format(number, number))
-        _run(database, f"DELETE FROM freegpt_auth.changes WHERE {removed}")
+            execute(database, INSERT.format(number, number))
+        execute(database, f"DELETE FROM freegpt_auth.changes WHERE {removed}")
         server.follower.refresh()
         assert f"t{number}" in server.ids()
         assert loads[-1] == server.cache.revision
-    assert (len(loads), _said(caplog)) == (3, [])
+    assert (len(loads), _lines(caplog)) == (3, [])
 
 
-def test_a_large_change_is_applied_in_steps(process: Callable[..., Process], database: str, loads: list[int]) -> None:
-    """A statement that revokes thousands of tokens reads no table afresh; only TRUNCATE does, or a hundred thousand rows."""
-    _run(database, INSERT.format(1, 5_000))
+def test_large_change_is_no_reload(process: Callable[..., Process], database: str, loads: list[int]) -> None:
+    """A statement that revokes thousands of tokens leads to no reload; TRUNCATE does, or a hundred thousand rows."""
+    execute(database, INSERT.format(1, 5_000))
     server = process(database)
     server.follower.refresh()
     kept = server.cache.find(_digest(5_000))
-    _run(database, "UPDATE freegpt_auth.tokens SET revoked_at = now() WHERE id <> 't5000'", INSERT.format(5_001, 5_001))
+    execute(
+        database, "UPDATE freegpt_auth.tokens SET revoked_at = now() WHERE id <> 't5000'", INSERT.format(5_001, 5_001)
+    )
     server.follower.refresh()
     assert (server.cache.revision, loads) == (3, [1])
     assert server.cache.find(_digest(5_000)) is kept
     assert "t5001" in server.ids()
     assert all(server.is_revoked(number) for number in range(1, 5_000))
-    _run(database, "TRUNCATE freegpt_auth.tokens", INSERT.format(1, 3_000), INSERT.format(4_000, 4_001))
+    execute(database, "TRUNCATE freegpt_auth.tokens", INSERT.format(1, 3_000), INSERT.format(4_000, 4_001))
     server.follower.refresh()
     assert (server.cache.revision, loads, len(server.ids())) == (6, [1, 6], 3_002)
 
 
-def test_a_whole_table_is_read_beside_the_known_one(process: Callable[..., Process], database: str) -> None:
-    """A table that is read afresh takes the place of the one in memory, whose unchanged tokens stay the same objects."""
-    _run(database, INSERT.format(1, 100))
+def test_reload_keeps_unchanged_tokens(process: Callable[..., Process], database: str) -> None:
+    """After a reload the unchanged tokens are the same objects."""
+    execute(database, INSERT.format(1, 100))
     server = process(database)
     server.follower.refresh()
     before = {number: server.cache.find(_digest(number)) for number in range(1, 101)}
-    _run(database, REVOKE, "DELETE FROM freegpt_auth.changes")
+    execute(database, REVOKE, "DELETE FROM freegpt_auth.changes")
     server.follower.refresh()
     assert server.is_revoked(1)
     assert all(server.cache.find(_digest(number)) is before[number] for number in range(2, 101))
 
 
-def test_a_larger_table_is_held_in_part(process: Callable[..., Process], database: str) -> None:
-    """Of a table that does not fit nothing is certain: a token that is not remembered may be there."""
-    _run(database, INSERT.format(1, 3))
+def test_larger_table_is_cached_in_part(process: Callable[..., Process], database: str) -> None:
+    """While the table exceeds the cache, a token missing there is never certain to be unknown."""
+    execute(database, INSERT.format(1, 3))
     server = process(database, limit=2)
     server.follower.start()
     assert not server.cache.complete
     assert server.follower.state.certain_until == float("-inf")
     assert server.follower.state.leased_until > elapsed()
-    _run(database, "DELETE FROM freegpt_auth.tokens WHERE id = 't3'")
-    _until(lambda: server.cache.revision == 2)
-    _run(database, "TRUNCATE freegpt_auth.tokens")
-    _until(lambda: server.cache.complete and server.follower.state.certain_until > elapsed())
+    execute(database, "DELETE FROM freegpt_auth.tokens WHERE id = 't3'")
+    until(lambda: server.cache.revision == 2)
+    execute(database, "TRUNCATE freegpt_auth.tokens")
+    until(lambda: server.cache.complete and server.follower.state.certain_until > elapsed())
 
 
 # --- how long memory may be relied on
 
 
-def test_the_lease_counts_from_before_the_database_was_asked(
+def test_lease_counts_from_before_the_query(
     process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long the answer took, nothing is accepted later than the lease after the question."""
-    asked: list[float] = []
+    """However long the query takes, the lease ends that long after its start."""
+    began: list[float] = []
     head = reads.head
 
     def slow_head(connection: Connection) -> reads.Head:
-        asked.append(elapsed())
+        began.append(elapsed())
         answer = head(connection)
         time.sleep(0.2)
         return answer
 
     monkeypatch.setattr(reads, "head", slow_head)
-    monkeypatch.setattr(module, "HEARTBEAT", LONG)
-    server = process(database)
+    server = process(database, heartbeat=NEVER)
     server.follower.start()
-    assert server.follower.state.leased_until <= asked[0] + LEASE
-    assert server.follower.state.certain_until <= asked[0] + CERTAINTY
+    assert server.follower.state.leased_until <= began[0] + LEASE
+    assert server.follower.state.certain_until <= began[0] + CERTAINTY
     assert server.follower.state.certain_until > elapsed()
 
 
-def test_the_row_covers_the_lease(
-    process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process relies on its memory until the end of the row that commands see, and no longer."""
-    monkeypatch.setattr(module, "HEARTBEAT", 0.02)
-    server = process(database)
+def test_row_covers_the_lease(process: Callable[..., Process], database: str) -> None:
+    """A process relies on its cache until the instant in the row that commands see, and no longer."""
+    server = process(database, heartbeat=0.02)
     server.follower.start()
-    time.sleep(1.0)  # many answers after the row was written
+    time.sleep(0.3)  # several queries after the row was written
     with contextlib.closing(Address(database).connect()) as other:
-        until = server.follower.state.leased_until
+        leased_until = server.follower.state.leased_until
         [left] = other.one(
             "SELECT extract(epoch FROM relies_until - clock_timestamp())::float8 FROM freegpt_auth.servers"
         )
-        assert until <= elapsed() + left
+        assert leased_until <= elapsed() + left
 
 
-def test_a_change_waits_for_those_who_have_not_begun_to_read(
+def test_commands_wait_from_before_the_first_read(
     process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is about to read is counted before it does, and until it is at the revision that is waited for."""
+    """Commands wait for a process from before its first read until it has reached their revision."""
     reading, go_on = threading.Event(), threading.Event()
     head = reads.head
 
@@ -369,48 +347,43 @@ def test_a_change_waits_for_those_who_have_not_begun_to_read(
     with contextlib.closing(Address(database).connect()) as other:
         assert reading.wait(PATIENCE)
         assert _behind(other, 0) == _behind(other, 1) == 1
-        _run(database, INSERT.format(1, 1))
+        execute(database, INSERT.format(1, 1))
         go_on.set()
-        _until(lambda: _behind(other, 1) == 0)
+        until(lambda: _behind(other, 1) == 0)
         assert server.ids() == {"t1"}
         starting.join()
         server.follower.stop()
         assert _behind(other, 2) == 0
 
 
-@pytest.mark.usefixtures("_only_hearing")
-def test_the_database_lets_a_process_be_that_asks_nothing(process: Callable[..., Process], database: str) -> None:
-    """The database ends the connection of a process that was cut off, no sooner than that may accept no token any more."""
-    server = process(database, lease=0.3)
+def test_idle_session_is_ended_after_the_lease(process: Callable[..., Process], database: str) -> None:
+    """The database ends the session of a process that was cut off, not before its lease ends."""
+    server = process(database, lease=0.3, heartbeat=NEVER)
     server.follower.start()
-    _until(lambda: server.follower.state.generation >= 2)
-    assert server.ages[:2] == [0, 1]  # other connections are renewed before anybody sees a new age
+    until(lambda: server.follower.state.generation >= 2)
+    assert server.generations[:2] == [0, 1]  # connections are renewed before the new generation is published
 
 
 # --- when the database is away
 
 
-def test_each_thing_is_said_once(
-    process: Callable[..., Process],
-    mortal: Cluster,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+def test_outage_is_logged_once(
+    process: Callable[..., Process], mortal: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Lost, over, and there again: three lines in the log, however often it was tried; and no restart."""
-    monkeypatch.setattr(module, "HEARTBEAT", 0.1)
-    server = process(mortal.url("postgres"), lease=2.0)
+    """Lost, lease over, answers again: three lines in the log, however many attempts are made."""
+    server = process(mortal.url("postgres"), lease=2.0, heartbeat=0.1)
     server.follower.start()
     assert server.follower.state.trouble is None
     mortal.kill()
-    _until(lambda: len(_said(caplog)) == 1)
+    until(lambda: len(_lines(caplog)) == 1)
     assert server.follower.state.certain_until == float("-inf")
     assert server.follower.state.leased_until < elapsed() + 2.0
-    _until(lambda: len(_said(caplog)) == 2)
+    until(lambda: len(_lines(caplog)) == 2)
     assert server.follower.state.leased_until <= elapsed()
-    tries = len(server.connections)
+    attempts = len(server.connections)
     mortal.start()
-    _until(lambda: server.follower.state.trouble is None and server.follower.state.leased_until > elapsed())
-    lost, over, again = _said(caplog)
+    until(lambda: server.follower.state.trouble is None and server.follower.state.leased_until > elapsed())
+    lost, over, again = _lines(caplog)
     shown = server.follower._address.shown
     assert lost.startswith(f"{shown} does not answer: ")
     assert "accepted for 2 s more" in lost or "accepted for 1 s more" in lost
@@ -418,83 +391,82 @@ def test_each_thing_is_said_once(
     assert over.endswith("Its tokens are answered 503 until this is mended")
     assert again == f"{shown} answers again"
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "INFO"]
-    assert len(server.connections) > tries
+    assert len(server.connections) > attempts
     assert server.follower.state.certain_until > elapsed()
     mortal.kill()
-    _until(lambda: len(_said(caplog)) == 5)  # all the same when it is lost again
+    until(lambda: len(_lines(caplog)) == 5)
     mortal.start()
-    _until(lambda: len(_said(caplog)) == 6)
-    assert _said(caplog, "INFO") == [again] * 2
-    assert _said(caplog)[4].endswith("Its tokens are answered 503 until this is mended")
+    until(lambda: len(_lines(caplog)) == 6)
+    assert _lines(caplog, "INFO") == [again] * 2
+    assert _lines(caplog)[4].endswith("Its tokens are answered 503 until this is mended")
 
 
-def test_what_hangs_is_given_up(
-    process: Callable[..., Process], mortal: Cluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_hung_database_is_given_up(
+    process: Callable[..., Process], mortal: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A database that takes connections and answers nothing is as good as none, until it goes on."""
-    monkeypatch.setattr(module, "HEARTBEAT", 0.1)
-    server = process(mortal.url("postgres") + "?connect_timeout=2")
+    """A database that accepts connections and answers nothing counts as lost, until it answers."""
+    server = process(mortal.url("postgres") + "?connect_timeout=2", heartbeat=0.1)
     server.follower.start()
     for connection in server.connections:
         connection._driver.limit = 0.3
     mortal.freeze()
     try:
-        _until(lambda: server.follower.state.trouble)
-        assert "timeout" in _said(caplog, "ERROR")[0]
+        until(lambda: server.follower.state.trouble)
+        assert "timeout" in _lines(caplog, "ERROR")[0]
     finally:
         mortal.freeze(signal.SIGCONT)
-    _until(lambda: server.follower.state.trouble is None)
+    until(lambda: server.follower.state.trouble is None)
 
 
-def test_a_database_that_is_away_from_the_start_is_found_when_it_comes(
+def test_database_down_at_start_is_found(
     process: Callable[..., Process], mortal: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server that starts before its database is closed, says so once, and follows it as soon as it is there."""
+    """A server that starts before its database is closed, logs that once, and follows the database once it runs."""
     mortal.stop()
     server = process(mortal.url("postgres"))
     server.follower.refresh()
     server.follower.start()
-    _until(lambda: server.follower.state.trouble)
-    assert [line.rpartition(". ")[2] for line in _said(caplog)] == ["Its tokens are answered 503 until this is mended"]
+    until(lambda: server.follower.state.trouble)
+    assert [line.rpartition(". ")[2] for line in _lines(caplog)] == ["Its tokens are answered 503 until this is mended"]
     with pytest.raises(StoreUnavailableError, match="does not answer"):
         server.follower.now()
     mortal.start()
-    _until(lambda: server.follower.state.trouble is None)
+    until(lambda: server.follower.state.trouble is None)
     assert server.cache.complete
 
 
-def test_tables_of_another_release_are_not_read(
+def test_schema_of_another_release_is_refused(
     process: Callable[..., Process], database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a schema, or with a later one, a server says which it needs, is closed, and goes on once it is there."""
-    _run(database, INSERT.format(1, 1), "UPDATE freegpt_auth.state SET version = 9")
+    """With a later schema, or without one, a server is closed, logs the version it needs, and recovers once it is there."""
+    execute(database, INSERT.format(1, 1), "UPDATE freegpt_auth.state SET version = 9")
     server = process(database)
     server.follower.start()
     shown = server.follower._address.shown
     newer = f"{shown} has version 9 of the schema, and this release knows {schema.VERSION}: upgrade freegpt_auth"
-    assert _said(caplog) == [f"{newer}. Its tokens are answered 503 until this is mended"]
+    assert _lines(caplog) == [f"{newer}. Its tokens are answered 503 until this is mended"]
     assert (server.follower.state.trouble, server.cache.tokens()) == (newer, [])
-    _run(database, f"UPDATE freegpt_auth.state SET version = {schema.VERSION}")
-    _until(lambda: server.ids() == {"t1"})
-    _run(database, "UPDATE freegpt_auth.state SET version = 99")
-    _until(lambda: server.follower.state.trouble)
-    assert "accepted for" in _said(caplog, "ERROR")[-1]
-    _run(database, "DROP SCHEMA freegpt_auth CASCADE")
-    _until(lambda: "has no schema" in str(server.follower.state.trouble))
-    _migrate(database)
-    _until(lambda: server.follower.state.trouble is None and server.ids() == set())
+    execute(database, f"UPDATE freegpt_auth.state SET version = {schema.VERSION}")
+    until(lambda: server.ids() == {"t1"})
+    execute(database, "UPDATE freegpt_auth.state SET version = 99")
+    until(lambda: server.follower.state.trouble)
+    assert "accepted for" in _lines(caplog, "ERROR")[-1]
+    execute(database, "DROP SCHEMA freegpt_auth CASCADE")
+    until(lambda: "has no schema" in str(server.follower.state.trouble))
+    PostgresTokenStore(database).migrate()
+    until(lambda: server.follower.state.trouble is None and server.ids() == set())
 
 
-def test_whatever_goes_wrong_the_thread_goes_on(
+def test_unexpected_error_is_retried(
     process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A fault that nobody thought of is said like any other, and ends with its cause."""
+    """An unexpected error is logged like any other, and the thread goes on."""
     with monkeypatch.context() as broken:
-        broken.setattr(reads, "head", lambda _: {"": ""}["nobody thought of this"])
+        broken.setattr(reads, "head", lambda _: {"": ""}["unexpected"])
         server = process(database)
         server.follower.start()
-        assert "nobody thought of this" in _said(caplog, "ERROR")[0]
-    _until(lambda: server.follower.state.trouble is None)
+        assert "unexpected" in _lines(caplog, "ERROR")[0]
+    until(lambda: server.follower.state.trouble is None)
 
 
 # --- a database that has lost changes
@@ -505,37 +477,37 @@ LOSE = [
     "UPDATE freegpt_auth.tokens SET revoked_at = NULL",
     "DELETE FROM freegpt_auth.tokens WHERE id = 't2'",
 ]
-"""What a backup does that is older than a revocation and than a second token."""
+"""The effect of restoring a backup older than a revocation and than a second token."""
 
 GOES_ON = "INSERT INTO freegpt_auth.changes SELECT revision, mark, NULL FROM freegpt_auth.state"
 
 
 def _restore(url: str, revision: int) -> None:
-    """Put an older state in the place of a database, which has counted up to a revision since."""
+    """Restore an older state of a database, and let its revision be *revision*."""
     raised = f"UPDATE freegpt_auth.state SET revision = {revision}, mark = gen_random_uuid()"
-    _run(url, *LOSE, f"DELETE FROM freegpt_auth.changes WHERE revision >= {revision}", raised, GOES_ON)
+    execute(url, *LOSE, f"DELETE FROM freegpt_auth.changes WHERE revision >= {revision}", raised, GOES_ON)
 
 
 @pytest.mark.parametrize("revision", [0, 2, 3], ids=["earlier", "before", "the same number"])
 @pytest.mark.parametrize("limit", [100_000, 1])
-def test_tokens_that_were_revoked_stay_so_when_the_database_lost_that(
+def test_lost_revocation_stays_in_force(
     process: Callable[..., Process], database: str, revision: int, limit: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failover or a backup that lost revocations is an ERROR, and what was known as revoked here is refused on."""
+    """A failover or a backup that loses revocations is logged as an ERROR; cached revocations stay in force."""
     server = process(database, limit=limit)
-    _run(database, INSERT.format(1, 1))
+    execute(database, INSERT.format(1, 1))
     server.follower.start()
-    _run(database, INSERT.format(2, 2))
-    _until(lambda: server.cache.revision == 2)
+    execute(database, INSERT.format(2, 2))
+    until(lambda: server.cache.revision == 2)
     with contextlib.closing(Address(database).connect()) as other:
         found = reads.look_up(other, _digest(1))[1]
         server.cache.fill(_digest(1), found, 2)
-    _run(database, REVOKE)
-    _until(lambda: server.cache.revision == 3 and server.is_revoked(1))
+    execute(database, REVOKE)
+    until(lambda: server.cache.revision == 3 and server.is_revoked(1))
     _restore(database, revision)
-    _until(lambda: _said(caplog))
+    until(lambda: _lines(caplog))
     assert server.cache.revision == revision
-    [error] = _said(caplog, "ERROR")
+    [error] = _lines(caplog, "ERROR")
     assert error == (
         f"{server.follower._address.shown} has lost changes that were in force (a failover or a backup?): every token was "
         "read again. Tokens that this process knew as revoked stay so (1); look through list and revoke what is missing "
@@ -544,44 +516,44 @@ def test_tokens_that_were_revoked_stay_so_when_the_database_lost_that(
     assert server.cache.fill(_digest(1), found, revision) != found
     assert server.is_revoked(1)
     assert "t2" not in server.ids()
-    _run(database, INSERT.format(3, 3))
-    _until(lambda: server.cache.revision == revision + 1)
-    _run(database, "TRUNCATE freegpt_auth.tokens")
-    _until(lambda: server.cache.revision == revision + 2)
-    _run(database, INSERT.format(1, 1))
-    _until(lambda: server.cache.revision == revision + 3)
+    execute(database, INSERT.format(3, 3))
+    until(lambda: server.cache.revision == revision + 1)
+    execute(database, "TRUNCATE freegpt_auth.tokens")
+    until(lambda: server.cache.revision == revision + 2)
+    execute(database, INSERT.format(1, 1))
+    until(lambda: server.cache.revision == revision + 3)
     assert not server.is_revoked(1)
-    assert len(_said(caplog)) == 1
+    assert len(_lines(caplog)) == 1
 
 
-def test_what_was_lost_is_noticed_after_any_number_of_later_changes(
+def test_loss_is_noticed_after_later_changes(
     process: Callable[..., Process], database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A database that has lost changes and gone on past the number that was known is not taken for the one before."""
+    """A database that lost changes and has passed the cached revision since is recognised as another."""
     server = process(database)
-    _run(database, INSERT.format(1, 2))
-    _run(database, REVOKE)
+    execute(database, INSERT.format(1, 2))
+    execute(database, REVOKE)
     server.follower.refresh()
     _restore(database, 1)
     for number in range(3, 8):
-        _run(database, INSERT.format(number, number))
+        execute(database, INSERT.format(number, number))
     server.follower.refresh()
     assert (server.cache.revision, server.cache.pinned, server.is_revoked(1)) == (6, 1, True)
-    assert len(_said(caplog, "ERROR")) == 1
+    assert len(_lines(caplog, "ERROR")) == 1
     assert server.ids() == {"t1", "t3", "t4", "t5", "t6", "t7"}
 
 
 # --- the clock
 
 
-def test_the_time_is_the_databases(
+def test_time_is_that_of_the_database(
     process: Callable[..., Process], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a host whose clock is five minutes off, tokens end when the database says, and never later."""
+    """On a host whose clock is five minutes off, tokens expire by the database's clock, and never later."""
     right = time.time()
     monkeypatch.setattr(time, "time", lambda: right - 300)
     server = process(database)
-    assert abs(server.follower.now() - right) < PATIENCE  # it was never asked, and is now
+    assert abs(server.follower.now() - right) < PATIENCE  # the first query
     head = reads.head
 
     def slow_head(connection: Connection) -> reads.Head:
@@ -601,33 +573,31 @@ def test_the_time_is_the_databases(
 # --- starting and stopping
 
 
-@pytest.mark.usefixtures("_only_hearing")
-def test_a_follower_stops_and_starts_again(process: Callable[..., Process], database: str, cluster: Any) -> None:
-    """After a shutdown nothing is relied on and no connection is left; what is asked then starts all anew."""
-    server = process(database)
+def test_follower_restarts(process: Callable[..., Process], database: str, cluster: Any) -> None:
+    """After a shutdown the cache is not used and no connection is left; the next request starts the thread again."""
+    server = process(database, heartbeat=NEVER)
     server.follower.stop()
     assert not server.follower.is_running()
-    for age in (1, 2, 3):
+    for generation in (1, 2, 3):
         threads = [threading.Thread(target=server.follower.start) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert server.follower.is_running()
-        assert server.follower.state.generation == age
-        _run(database, INSERT.format(age, age))
-        _until(lambda: server.cache.revision == age)  # noqa: B023  it is called in this round only
+        assert server.follower.state.generation == generation
+        execute(database, INSERT.format(generation, generation))
+        until(lambda: server.cache.revision == generation)  # noqa: B023  called in this round only
         server.follower.stop()
         assert not server.follower.is_running()
         assert server.follower.state.leased_until == server.follower.state.certain_until == float("-inf")
         assert all(connection._driver.closed for connection in server.connections)
-    name = database.rpartition("/")[2]
-    ours = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name}' AND application_name = 'freegpt_auth'"
-    _until(lambda: cluster.sql(ours) == [(0,)])
+    ours = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{name_of(database)}' AND application_name = 'freegpt_auth'"
+    until(lambda: cluster.sql(ours) == [(0,)])
 
 
-def test_a_follower_stops_while_it_cannot_connect(process: Callable[..., Process]) -> None:
-    """A server shuts down at once though its database is away."""
+def test_follower_stops_while_it_connects(process: Callable[..., Process]) -> None:
+    """A server shuts down at once while its database is down."""
     server = process(f"postgresql://127.0.0.1:{free_port()}/x")
     server.follower.start()
     began = time.monotonic()
@@ -638,7 +608,7 @@ def test_a_follower_stops_while_it_cannot_connect(process: Callable[..., Process
 
 FORK = """
 import os, sys, time, warnings
-warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)  # what this is about
+warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)  # the subject of this test
 from freegpt_auth import UNRESOLVED
 from freegpt_auth.stores.postgres import PostgresTokenStore
 from freegpt_auth.tokens import digest_of
@@ -693,10 +663,8 @@ print("done")
 
 
 @pytest.mark.parametrize("asked", ["asked", "not asked"])
-def test_a_process_that_forks_shares_nothing(database: str, keep: Callable[..., Any], asked: str) -> None:
-    """A child of a preloading server follows by itself and sees what is revoked; the parent goes on undisturbed."""
-    from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415  nothing else here is of a store
-
+def test_fork_shares_no_connection(database: str, keep: Callable[..., Any], asked: str) -> None:
+    """A forked child follows the database by its own connections and sees revocations; the parent is undisturbed."""
     store = PostgresTokenStore(database)
     token, secret = keep(store)
     _, other = keep(store)
@@ -711,9 +679,8 @@ def test_a_process_that_forks_shares_nothing(database: str, keep: Callable[..., 
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
-def test_a_thread_that_is_slow_to_end_does_not_go_on_beside_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was stopped while it waited for a database ends when it can, although another follows by then."""
-    monkeypatch.setattr(module, "TIME_LIMIT", 0.01)
+def test_restart_leaves_one_follower() -> None:
+    """A thread that was stopped while it waited for the database ends, although another has been started since."""
     connecting, going_on = threading.Event(), threading.Event()
     begun: list[threading.Thread] = []
 
@@ -724,7 +691,7 @@ def test_a_thread_that_is_slow_to_end_does_not_go_on_beside_the_next(monkeypatch
             going_on.wait(PATIENCE)
             raise psycopg.OperationalError(f"nothing within {limit:g} s")
 
-    follower = Follower(Slow("postgresql://host/database"), TokenCache(1), LEASE, lambda: None)
+    follower = Follower(Slow("postgresql://host/database"), TokenCache(1), LEASE, lambda: None, time_limit=0.01)
     for _ in range(2):
         connecting.clear()
         follower.start()
