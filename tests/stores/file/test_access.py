@@ -128,7 +128,7 @@ def test_group_that_grants_nothing_may_change(path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "fchown", refuse)
     real = access.kept_access
-    monkeypatch.setattr(disk, "to_keep", lambda target: real(target)._replace(group=54321))
+    monkeypatch.setattr(disk, "kept_access", lambda target: real(target)._replace(group=54321))
     disk.replace_file(str(path), b"new")
     assert path.read_bytes() == b"new"
     path.chmod(0o640)

@@ -130,7 +130,7 @@ def test_processes_that_cannot_be_seen(gunicorn: dict[str, Any], monkeypatch: py
     """Without /proc, or where it hides the arbiter, a server is known by a secret that its forked workers inherit."""
     monkeypatch.setattr(os, "getppid", lambda: 0)
     server, _ = gunicorn["spawn_worker"](lambda: worker_notes._servers(0))
-    assert server == (0, str(hash("freegpt_auth.stores.file.workers")).encode())
+    assert server == (0, str(hash(worker_notes.__name__)).encode())
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -308,7 +308,7 @@ COMMANDS: tuple[Callable[[PostgresTokenStore], object], ...] = (
 )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
 def test_unreachable_database_is_one_line(nowhere: str, command: Callable[[PostgresTokenStore], object]) -> None:
     """The error has no traceback, no hint of the driver and no password."""
     store = PostgresTokenStore(nowhere)
