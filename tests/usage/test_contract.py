@@ -190,7 +190,7 @@ for number in range(2000):
     assert counts(opener()) == {f"t{number}": 1200 for number in range(5)}
 
 
-def test_what_a_child_uses_is_counted_beside_what_its_parent_does(opener: Opener, location: str) -> None:
+def test_uses_of_child_and_parent_are_counted(opener: Opener, location: str) -> None:
     """A fork after the first write, when something is held open, costs and doubles no use in either process."""
     program = f"""
 import os, sys, warnings

@@ -205,7 +205,7 @@ def test_each_batch_has_a_number_of_its_own() -> None:
     assert fickle()[0]._process != fickle()[0]._process
 
 
-def test_a_batch_whose_answer_was_lost_is_written_again_as_it_was(log: Callable[[int], list[str]]) -> None:
+def test_unconfirmed_batch_is_retried_unchanged(log: Callable[[int], list[str]]) -> None:
     """What came since goes into a batch after it, so a place that knows the number counts each use once."""
     recorder, store = fickle(a=1)
     store.answers = False
@@ -223,7 +223,7 @@ def test_a_batch_whose_answer_was_lost_is_written_again_as_it_was(log: Callable[
     assert log(logging.INFO) == ["usage is written to a fickle place again"]
 
 
-def test_what_waits_in_a_batch_counts_against_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_batch_counts_against_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded in tokens also while a batch waits: what is in it goes on counting, and others are dropped."""
     monkeypatch.setattr("freegpt_auth.usage.recorder.PENDING_LIMIT", 2)
     monkeypatch.setattr(threading.Thread, "start", no_thread)
@@ -267,7 +267,7 @@ def test_a_child_begins_batches_of_its_own() -> None:
 # --- when and where it is written
 
 
-def test_where_nothing_happens_nothing_is_written_or_read(tmp_path: Path) -> None:
+def test_idle_recorder_writes_nothing(tmp_path: Path) -> None:
     """A server that nobody uses makes no database, and a missing, empty or new one holds no usage."""
     UsageRecorder(UsageDatabase(PATH), interval=NEVER).flush()
     recorder = recorder_of({"a": 1})
@@ -309,7 +309,7 @@ def test_the_database_is_where_it_was_named(monkeypatch: pytest.MonkeyPatch, nam
 # --- several processes
 
 
-def test_workers_lose_nothing_even_if_they_meet_a_corrupt_database() -> None:
+def test_corrupt_database_loses_no_use() -> None:
     """Workers that write side by side, and find the database corrupt at the same moment, lose no use of each other's."""
     _broken_pages()
     program = f"""
@@ -337,9 +337,7 @@ for number in range(2000):
     assert len(list(Path().glob(f"{PATH}.corrupt-*"))) == 1
 
 
-def test_a_write_that_fails_after_it_was_done_counts_once(
-    monkeypatch: pytest.MonkeyPatch, log: Callable[[int], list[str]]
-) -> None:
+def test_failed_commit_counts_once(monkeypatch: pytest.MonkeyPatch, log: Callable[[int], list[str]]) -> None:
     """Where SQLite says that it could not write, and yet it has, the uses count once."""
     recorder = recorder_of({"a": 1})
     connect = sqlite3.connect
@@ -365,7 +363,7 @@ def test_a_write_that_fails_after_it_was_done_counts_once(
     assert counts() == {"a": 3}
 
 
-def test_a_fork_in_the_middle_of_a_write_counts_everything_once() -> None:
+def test_fork_during_a_write_counts_once() -> None:
     """No lock and no use crosses a fork: parent and child each write what they recorded, at the latest when they end."""
     program = f"""
 import os, sys, threading, time, warnings
@@ -447,7 +445,7 @@ def test_counts_wait_until_they_can_be_written(
 
 
 @pytest.mark.usefixtures("short")
-def test_a_stuck_write_holds_up_neither_requests_nor_the_shutdown(log: Callable[[int], list[str]]) -> None:
+def test_stuck_write_delays_nothing(log: Callable[[int], list[str]]) -> None:
     """While a write is stuck recording goes on; a stopping server waits within its limit, and says what that costs."""
     recorder = recorder_of({"a": 1})
     with recorder._writing:
@@ -460,7 +458,7 @@ def test_a_stuck_write_holds_up_neither_requests_nor_the_shutdown(log: Callable[
     assert counts() == {"a": 2}
 
 
-def test_a_machine_without_threads_to_spare_fails_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_threads_fails_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no thread can be started a request still passes; its use is kept and written later."""
     recorder = UsageRecorder(UsageDatabase(PATH), interval=0.01)
     with monkeypatch.context() as context:
@@ -490,9 +488,7 @@ def test_what_does_not_fit_into_memory_is_dropped(
     assert log(logging.WARNING)[1:] == ["usage of 3 requests was dropped while it could not be written"]
 
 
-def test_what_comes_together_while_a_write_is_stuck_has_a_bound(
-    log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pending_uses_are_limited(log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that hangs does not fill the memory of a busy server; what is dropped is said when the disk is back."""
     monkeypatch.setattr("freegpt_auth.usage.recorder.PENDING_LIMIT", 3)
     recorder = UsageRecorder(UsageDatabase(PATH), interval=0.01)
@@ -561,7 +557,7 @@ def test_a_corrupt_database_is_moved_aside(log: Callable[[int], list[str]], spoi
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("spoil", [lambda: None, _broken_pages], ids=["none", "corrupt"])
-def test_nobody_opens_the_database_while_another_worker_writes(
+def test_writers_of_the_database_take_turns(
     monkeypatch: pytest.MonkeyPatch, log: Callable[[int], list[str]], spoil: Callable[[], None]
 ) -> None:
     """One writes, or moves a corrupt database aside; the others wait without having it open, and their counts with them.

@@ -1,8 +1,7 @@
 """The store of tokens in ``api_tokens.json``. A change is in force in every process of the host once its command returns.
 
-No task polls and no thread watches the file. Memory may answer only if the file was checked less than 10 ms ago, so
-requests check it themselves: one ``stat`` at most every 10 ms, about 2 µs. Commands return after twice that time: when
-``revoke`` has returned, no process of this host accepts the token. Requests never take the lock and never write.
+No task polls and no thread watches the file: requests check it themselves, by one ``stat`` (2 µs) at most every 10 ms.
+Commands return after twice that time: then no process of this host accepts a revoked token. Requests never take the lock.
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ if TYPE_CHECKING:
 
 FRESHNESS = 0.010
 """Default time between two checks of the file, in seconds. A check takes 2 µs: 0.02 % of a processor."""
-
 RETRY_INTERVAL = 1.0
 """Default time until a file that could not be read is read again although its signature is the same, in seconds."""
-
 LOCK_TIMEOUT = 10.0
 """Default limit of a writer's wait for another writer, in seconds."""
 
@@ -53,8 +50,8 @@ class FileTokenStore(TokenStore, Watched):
         path: of the token file, which need not exist: the first token makes it.
         lease: seconds for which known tokens are accepted while the file may have changed but cannot be opened or read.
             They count from the last check that found it unchanged.
-        freshness: seconds between two checks of the file; default: :data:`FRESHNESS`.
-        retry_interval: seconds until a file that could not be read is read again although its signature is the same.
+        freshness: seconds between two checks of the file; by default :data:`FRESHNESS`.
+        retry_interval: seconds until a file that could not be read is read again.
         lock_timeout: seconds that a writer waits for another.
         clock: returns seconds, including the time a host sleeps.
         sleep: waits for a number of seconds of the same clock.
@@ -69,7 +66,7 @@ class FileTokenStore(TokenStore, Watched):
         retry_interval: float = RETRY_INTERVAL,
         lock_timeout: float = LOCK_TIMEOUT,
         clock: Callable[[], float] = clocks.elapsed,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self.path: str = os.path.abspath(path)  # a server may change its directory later
         self.source: str = self.path
@@ -101,7 +98,7 @@ class FileTokenStore(TokenStore, Watched):
         return self._snapshot.state
 
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
-        """Answer from the snapshot if the file is unchanged; see :class:`~freegpt_auth.stores.base.TokenSource`."""
+        """Answer from the snapshot if the file is unchanged."""
         if self._clock() >= self._fresh_until and not self._is_unchanged():
             return UNRESOLVED
         if not digest:  # a request in open mode: unresolved, if another thread has read the first token since
@@ -152,8 +149,6 @@ class FileTokenStore(TokenStore, Watched):
         """Add missing tokens and apply revocations, in one rewrite of the file."""
         return self._change(lambda document: document.merge(tokens))
 
-    # --- reading, by servers
-
     def _find(self, digest: bytes) -> Token | None:
         snapshot = self._snapshot  # read once: another thread may replace it
         token = snapshot.tokens.find(digest)
@@ -198,9 +193,9 @@ class FileTokenStore(TokenStore, Watched):
         if not found.contents.blank or self._has_note():
             self._require_authentication()
         self._log_loaded(found.status, found.contents)
-        signature = disk.signature_of(found.status)
         # Counted from the end of the reading: a change within the same tick may have happened at any moment of it.
         compare_at = self._clock() + timestamps.tick_length(found.status.st_ctime_ns)
+        signature = disk.signature_of(found.status)
         return Snapshot(found.contents.tokens, signature, retry_at=compare_at, fingerprint=found.fingerprint)
 
     def _missing(self, error: FileNotFoundError, signature: disk.Signature, now: float) -> Snapshot:
@@ -210,8 +205,8 @@ class FileTokenStore(TokenStore, Watched):
             self._require_authentication()
         if not self._configured:
             return Snapshot(table.EMPTY, signature)
-        what_to_do = "its tokens are refused until it is back. To open this server, restart it without the file"
-        self._log(logging.ERROR, f"{self.path} {error.strerror}: {what_to_do}")
+        advice = "its tokens are refused until it is back. To open this server, restart it without the file"
+        self._log(logging.ERROR, f"{self.path} {error.strerror}: {advice}")
         return Snapshot(table.EMPTY, signature, retry_at=now + self._retry_interval)
 
     def _failed(self, error: Exception, signature: disk.Signature, now: float) -> Snapshot:
@@ -242,8 +237,7 @@ class FileTokenStore(TokenStore, Watched):
             self._last_logged = None
 
     def _log(self, level: int, message: str) -> None:
-        """Log once per cause, not once per reading."""
-        if message != self._last_logged:
+        if message != self._last_logged:  # once per cause, not once per reading
             self._last_logged = message
             _logger.log(level, "%s", message)
 
@@ -251,7 +245,6 @@ class FileTokenStore(TokenStore, Watched):
 
     def _change(self, edit: Callable[[Document], _T]) -> _T:
         result = editing.change(self.path, edit, self._lock_timeout)
-        # A server that checked the file just before the change relies on it for FRESHNESS. Wait even if another command
-        # made the change already: that command may still be waiting too.
+        # A server may rely on a check just before the change, also if another command has made the change just now.
         self._sleep(2 * self._freshness)
         return result

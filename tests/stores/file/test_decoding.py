@@ -75,13 +75,13 @@ def test_byte_order_mark_is_skipped(layout: Any) -> None:
     assert json.loads(document.encode())["tokens"] == [_row(1)]
 
 
-def test_a_record_may_span_lines_and_a_digest_be_in_capitals() -> None:
+def test_record_over_lines_and_capital_digest() -> None:
     """A file half in this library's layout and half in another is read all the same."""
     content = _lines(_row(digest="sha256$" + "AB" * 32, note=["a", "b"])).replace(b'"a", "b"', b'"a",\n"b"')
     assert list(read(content).tokens) == [b"\xab" * 32]
 
 
-def test_an_empty_object_says_nothing_and_an_empty_list_does() -> None:
+def test_empty_object_is_blank_and_empty_list_is_not() -> None:
     """A file that is an empty JSON object is told from one whose last token was deleted."""
     assert read(b" {\n}\n") == ({}, True, False)
     assert read(Document(None).encode()) == read(Document(b"{}").encode()) == ({}, False, False)
@@ -148,7 +148,7 @@ def test_a_bad_file_gets_one_sentence_with_the_place(fault: str) -> None:
         assert problem.isprintable()
 
 
-def test_a_field_that_only_a_change_reads_is_never_half_written() -> None:
+def test_fields_read_only_by_changes_are_whole() -> None:
     """A field that this release does not know, with bytes that are not UTF-8, makes a change fail."""
     with pytest.raises(ValueError, match="not UTF-8"):
         Document(_lines(_row(note="x")).replace(b'"x"', b'"\xff"'))

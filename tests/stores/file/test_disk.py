@@ -80,9 +80,7 @@ def _bind(path: Path) -> None:
     ],
     ids=["directory", "FIFO", "socket", "dangling link", "link to itself", "unreadable"],
 )
-def test_what_is_no_file_is_never_missing_and_never_hangs(
-    path: Path, make: Callable[[Path], object], problem: str
-) -> None:
+def test_other_kinds_of_file_are_refused(path: Path, make: Callable[[Path], object], problem: str) -> None:
     """Something at the path that cannot be read is a fault and not an absence, and is told without waiting."""
     make(path)
     assert disk.signature_at(str(path)) != disk.MISSING
@@ -118,9 +116,7 @@ def test_the_size_limit_is_the_last_size_that_is_read(path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("moment", ["before it is looked at", "while it is read"])
-def test_a_file_that_is_replaced_while_it_is_opened_is_read(
-    path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_file_replaced_during_opening_is_read(path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """A writer that replaces the file in the very moment it is opened makes it neither missing nor broken."""
     path.write_bytes(b"old")
     new = path.with_name("new")
@@ -153,7 +149,7 @@ def test_file_that_may_be_read_later_is_told_apart(path: Path) -> None:
         assert caught.value.transient is transient
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_believed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_changed_during_reading_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of one state and half of another are never taken for a file, nor for a file with a mistake in it."""
     path.write_bytes(b"one")
     monkeypatch.setattr(disk, "_check_readable", lambda *_: path.write_bytes(path.read_bytes() + b"more"))
@@ -215,7 +211,7 @@ def test_a_user_writes_a_file_of_his_own(unprivileged: Path) -> None:
     assert path.read_bytes() == b"old"
 
 
-def test_a_link_that_cannot_be_followed_is_not_taken_for_the_file(path: Path) -> None:
+def test_broken_link_is_not_replaced(path: Path) -> None:
     """A symbolic link is never replaced by a file because it could not be followed at that moment."""
     path.symlink_to(path)
     with pytest.raises(FileError, match="too many levels"):

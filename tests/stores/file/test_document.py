@@ -82,7 +82,7 @@ def test_a_change_leaves_everything_else_as_it_was(layout: Any) -> None:
     assert Document(document.encode()).encode() == document.encode()
 
 
-def test_records_that_share_a_line_or_take_several_are_told_apart() -> None:
+def test_any_layout_of_lines_is_decoded() -> None:
     """A change meets the record that it means, however the lines of a file are broken by hand."""
     nested = _row(2, x=[{}, _row(0), {}])
     content = _in_lines(_row(0), _row(1), nested).replace(b",\n", b", ", 1).replace(b"[{}, ", b"[{},\n")

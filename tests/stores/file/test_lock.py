@@ -34,7 +34,7 @@ def _lock(path: str) -> Callable[[], object]:
     return locked(path, 0.01).__enter__
 
 
-def test_a_lock_held_by_another_process_is_waited_for_only_so_long(path: Path) -> None:
+def test_lock_of_another_process_times_out(path: Path) -> None:
     """A command that cannot get the lock gives up with one sentence, and gets it once it is free."""
     script = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
     program = [sys.executable, "-c", script, f"{path}.lock"]

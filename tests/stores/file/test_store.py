@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -157,9 +158,7 @@ def test_writers_outlast_the_freshness(path: Path, clock: Clock) -> None:
 # --- several threads, several processes
 
 
-def test_waiting_requests_share_one_reading_and_the_loop_goes_on(
-    path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_requests_share_one_reading(path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a change the file is read once for all who wait; meanwhile nothing blocks and no old token is answered."""
     digest, token = _issued()
     _write(path, _content((digest, token)))
@@ -230,7 +229,7 @@ os.waitpid(child, 0)
 """
 
 
-def test_a_fork_in_the_middle_of_a_reading_leaves_a_working_child(path: Path) -> None:
+def test_fork_during_a_reading(path: Path) -> None:
     """A preloading server may fork at any moment: the child reads the file itself and never waits for the parent."""
     _write(path, _content(_issued(), _issued()))
     assert subprocess.check_output([sys.executable, "-c", _FORK_WHILE_READING], timeout=60) == b"2\n"
@@ -250,7 +249,7 @@ os.wait()
 """
 
 
-def test_a_worker_forked_from_an_open_process_is_as_closed_as_its_siblings() -> None:
+def test_fork_of_an_open_process_reads_the_note() -> None:
     """What a preloading server saw before it forked does not open a worker whose siblings have been closed since."""
     output = subprocess.check_output([sys.executable, "-c", _FORK_WHILE_OPEN], timeout=60, text=True)
     assert output.split() == ["False", "UNRESOLVED", "True"]
@@ -298,7 +297,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_while_serving_keeps_the_last_good_tokens(
+def test_fault_keeps_the_last_good_tokens(
     path: Path, caplog: pytest.LogCaptureFixture, clock: Clock, kind: str
 ) -> None:
     """A broken file stops no token that worked, accepts none, and is logged once, as is its recovery; it has no lease."""
@@ -346,7 +345,7 @@ def test_a_fault_at_start_closes_until_it_is_mended(path: Path, store: FileToken
     assert store.survey().active == 1
 
 
-def test_a_failed_reading_is_tried_again_after_a_second(
+def test_failed_reading_is_retried(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """A fault that leaves no trace in the file, such as a disk error, ends by itself; it is not tried at each request."""
@@ -520,7 +519,7 @@ def test_configured_once_is_configured_for_good(path: Path, content: bytes, *, c
         assert _look(store, UNKNOWN) is None
 
 
-def test_a_deleted_file_is_an_error_and_its_return_is_logged(
+def test_deleted_file_and_its_return_are_logged(
     path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """When the file goes its tokens are refused and the operator is told what that means; when it returns they work."""
@@ -538,7 +537,7 @@ def test_a_deleted_file_is_an_error_and_its_return_is_logged(
     assert _said(caplog) == [("ERROR", gone), ("INFO", f"{path} was read again: 1 active token(s)")] * 2
 
 
-def test_a_file_replaced_behind_its_mount_is_refused_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_replaced_mount_is_refused_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A file mounted by itself shows its old tokens for ever after it was replaced: they are refused."""
     digest, token = _issued()
     with tempfile.TemporaryFile() as mounted:
@@ -557,7 +556,7 @@ def test_a_file_replaced_behind_its_mount_is_refused_and_said(caplog: pytest.Log
     ("mode", "warned", "left"),
     [(0o640, False, 0o640), (0o604, True, 0o604), (0o620, True, 0o600), (0o602, True, 0o600)],
 )
-def test_a_file_open_to_others_is_loaded_with_a_warning(
+def test_file_open_to_others_is_loaded_with_a_warning(
     path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture, mode: int, left: int, *, warned: bool
 ) -> None:
     """Digests that everybody may read, or tokens that others may add, are said once; they work all the same.
@@ -617,7 +616,7 @@ def test_what_could_not_be_read_again_is_not_written(path: Path, store: FileToke
     assert path.read_bytes() == before
 
 
-def test_plain_tokens_work_and_are_converted_by_the_first_change(
+def test_first_change_converts_plain_tokens(
     path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A file of plain tokens works as it is, with a warning; after one command no plain token is left in it."""

@@ -138,7 +138,7 @@ def test_a_table_is_dropped_piece_by_piece(monkeypatch: pytest.MonkeyPatch, paus
     assert pauses == []
 
 
-def test_a_request_that_holds_a_dropped_table_misses_no_token() -> None:
+def test_released_table_misses_no_token() -> None:
     """A valid token is never refused because the file is read again at the same moment."""
     tokens = _read(_content([(number << 248, number) for number in range(9)]))
     steps.release(tokens.all_parts())

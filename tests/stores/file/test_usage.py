@@ -170,7 +170,7 @@ def test_a_last_use_that_is_no_instant_is_an_error() -> None:
         assert connection.execute("SELECT use_count FROM usage").fetchone() == (1,)
 
 
-def test_a_writer_that_is_killed_in_the_middle_takes_nothing_with_it(unprivileged: Path) -> None:
+def test_killed_writer_loses_nothing(unprivileged: Path) -> None:
     """What it had begun is taken back by whoever looks next; who may not write is told why, and what was there stays."""
     whole, path = str(unprivileged / "whole.db"), str(unprivileged / "usage.db")
     UsageDatabase(whole).write(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(5000)}), 1.0)

@@ -73,7 +73,7 @@ def _until(reached: Callable[[], object]) -> None:
 # --- the row
 
 
-def test_the_row_is_extended_a_fifth_of_the_lease_early(connections: Callable[[], Connection]) -> None:
+def test_row_is_extended_a_fifth_of_the_lease_early(connections: Callable[[], Connection]) -> None:
     """The row ends no sooner than the process stops to rely on its memory, and is not written each second."""
     connection, clock = connections(), Clock()
     presence = Presence(LEASE, clock)
@@ -235,9 +235,7 @@ def test_a_command_waits_for_a_lost_process(connections: Callable[[], Connection
     assert connection.one("SELECT count(*) FROM freegpt_auth.servers WHERE revision < 2") == (0,)
 
 
-def test_a_command_names_the_processes_it_waited_for_in_vain(
-    connections: Callable[[], Connection], database: str
-) -> None:
+def test_command_names_unconfirmed_processes(connections: Callable[[], Connection], database: str) -> None:
     """Their number, and the seconds until the last of them is over; a second change waits for the others only."""
     connection = connections()
     store = PostgresTokenStore(database, confirmation=1.5)

@@ -102,7 +102,7 @@ def test_the_head_tells_one_state_from_every_other(connection: Connection) -> No
     assert reads.head(connection).version == 0
 
 
-def test_the_log_tells_what_was_changed_and_how_it_is_now(connection: Connection) -> None:
+def test_log_has_changes_and_present_records(connection: Connection) -> None:
     """A change is told with the token's present state; the list begins with what made the revision that was known."""
     one, two, three = _add(connection, _token("one"), _token("two"), _token("three"))
     writes.revoke(connection, "one", NOW)
@@ -147,7 +147,7 @@ def test_a_large_table_is_read_in_batches(connection: Connection) -> None:
         assert list(reads.in_order(connection).items()) == list(many.items())
 
 
-def test_tokens_that_work_are_counted_by_the_databases_clock(connection: Connection) -> None:
+def test_active_tokens_are_counted_by_database_time(connection: Connection) -> None:
     """Those that were revoked or have expired are not counted, nor those whose end is this moment."""
     now = datetime.fromtimestamp(reads.head(connection).now, UTC)
     _add(connection, _token("for ever"), _token("revoked", revoked_at=NOW), _token("expired", expires_at=now))

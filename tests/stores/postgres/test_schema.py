@@ -103,7 +103,7 @@ def test_any_number_of_processes_may_migrate_at_once(cluster: Any, empty: str) -
     assert cluster.sql("SELECT version, revision FROM freegpt_auth.state", name_of(empty)) == [(THIS, 0)]
 
 
-def test_who_migrates_at_the_same_moment_waits_for_the_first(cluster: Any, empty: str) -> None:
+def test_concurrent_migrations_run_in_turn(cluster: Any, empty: str) -> None:
     """However closely they meet, one of them makes the schema, and the others find it made."""
     name = name_of(empty)
     waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND wait_event_type = 'Lock'"
@@ -244,7 +244,7 @@ def test_a_server_waits_for_the_schema(empty: str, command: Command, serve: Call
     assert server.stop().count(said) == 1
 
 
-def test_a_server_of_the_next_release_waits_for_its_migration(
+def test_server_waits_for_its_migration(
     database: str, command: Command, at: Callable[..., Any], serve: Callable[..., Any], tmp_path: Path
 ) -> None:
     """On an older schema a new server is closed until it is migrated; then the old one says that it must be upgraded."""
@@ -271,7 +271,7 @@ def test_a_server_of_the_next_release_waits_for_its_migration(
 
 
 @pytest.mark.parametrize("schema_said", [(0, "has no schema, and"), (99, "has version 99 of the schema, and")])
-def test_a_server_recovers_when_the_version_is_put_right(
+def test_server_recovers_with_the_right_version(
     cluster: Any, database: str, keep: Any, serve: Callable[..., Any], schema_said: tuple[int, str]
 ) -> None:
     """A running server whose schema changes under it closes when its lease is over, and opens again without a restart."""
@@ -377,7 +377,7 @@ def test_the_servers_role_lists_without_usage(roles: Roles, command: Command) ->
 @pytest.mark.parametrize(
     "arguments", [["create", "x"], ["revoke", "{ref}"], ["delete", "{ref}"], ["copy", "{file}", "{server}"]]
 )
-def test_a_command_with_the_servers_role_says_that_it_is_the_wrong_one(
+def test_serving_role_is_refused_by_commands(
     cluster: Any, roles: Roles, command: Command, keep: Any, arguments: list[str]
 ) -> None:
     """Whoever runs a command with the servers' URL reads in one line what to do, and nothing has changed."""
@@ -467,7 +467,7 @@ def test_a_servers_password_is_good_for_nothing_else(cluster: Any, roles: Roles,
         "SET ROLE freegpt_server",
     ],
 )
-def test_an_admins_password_cannot_change_how_things_work(cluster: Any, roles: Roles, statement: str) -> None:
+def test_admin_cannot_change_functions(cluster: Any, roles: Roles, statement: str) -> None:
     """Who may run commands can do nothing behind the revision's back, and nothing that commands do not do."""
     before = _contents(cluster)
     _denied(roles.admin, statement)

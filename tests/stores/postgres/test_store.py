@@ -330,7 +330,7 @@ def test_commands_require_the_schema(opener: Opener, database: str) -> None:
             command(opener())
 
 
-def test_interrupted_command_warns_of_an_unknown_result(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_command_warns_of_unknown_result(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the connection is lost after a commit, the operator is asked to check the result, which is in force."""
     store = opener()
 

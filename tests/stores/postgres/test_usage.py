@@ -125,9 +125,7 @@ class Proxy:
 # --- each use once
 
 
-def test_an_answer_that_is_lost_after_the_commit_costs_and_doubles_nothing(
-    cluster: Any, filled: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_reply_counts_once(cluster: Any, filled: str, caplog: pytest.LogCaptureFixture) -> None:
     """Where the connection is cut between the commit and its answer, each use counts once in the end."""
     caplog.set_level(logging.INFO, "freegpt_auth")
     proxy = Proxy(cluster.port)
@@ -165,7 +163,7 @@ def test_a_batch_is_added_whole_or_not_at_all(cluster: Any, filled: str, usage: 
     assert counts(filled) == {"a": 1, "b": 1}
 
 
-def test_servers_do_not_wait_for_each_other_in_a_circle(cluster: Any, filled: str, usage: PostgresUsage) -> None:
+def test_concurrent_batches_do_not_deadlock(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """Whatever the order in which a server has counted tokens, it writes them in one order, so that all can go on."""
     fill(filled, "c", "d")
     usage.write(batch(1, a=1, b=1, c=1, d=1), 1.0)
@@ -269,9 +267,7 @@ def own(tmp_path: Any) -> Iterator[tuple[Cluster, str]]:
         yield cluster, url
 
 
-def test_a_database_that_is_killed_loses_and_doubles_nothing(
-    own: tuple[Cluster, str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_killed_database_loses_no_use(own: tuple[Cluster, str], caplog: pytest.LogCaptureFixture) -> None:
     """Through kill -9 in the middle of writing, and a while without a database, every use counts once in the end."""
     caplog.set_level(logging.INFO, "freegpt_auth")
     cluster, url = own
@@ -306,9 +302,7 @@ def test_a_database_that_is_killed_loses_and_doubles_nothing(
     assert "the-password" not in caplog.text
 
 
-def test_a_database_that_hangs_holds_up_a_stopping_server_for_seconds_only(
-    own: tuple[Cluster, str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_hung_database_delays_shutdown_briefly(own: tuple[Cluster, str], caplog: pytest.LogCaptureFixture) -> None:
     """A server stops within a few seconds though its database answers nothing any more, and says what that costs."""
     cluster, url = own
     recorder = UsageRecorder(PostgresUsage(url), interval=NEVER)
@@ -327,7 +321,7 @@ def test_a_database_that_hangs_holds_up_a_stopping_server_for_seconds_only(
     assert counts(url) == {"a": 2}
 
 
-def test_an_idle_connection_that_was_ended_is_made_anew(cluster: Any, filled: str, usage: PostgresUsage) -> None:
+def test_ended_idle_connection_is_replaced(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """A firewall or an operator that ends the connection between two writes costs no warning and no use."""
     usage.write(batch(1, a=1), 1.0)
     ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}' AND application_name <> ''"
@@ -373,7 +367,7 @@ def test_no_connection_is_left_behind(cluster: Any, filled: str, usage: Postgres
     wait_until(lambda: not cluster.sql(query))
 
 
-def test_a_url_of_another_server_is_refused_without_its_password(filled: str) -> None:
+def test_foreign_url_is_refused_without_its_password(filled: str) -> None:
     """A password that is wrong is not repeated in what is said."""
     wrong = filled.replace("the-password-of-the-database", "not-the-password")
     with pytest.raises(UsageError, match="password authentication failed") as caught:

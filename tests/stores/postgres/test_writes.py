@@ -69,7 +69,7 @@ def test_a_deleted_token_takes_its_usage_with_it(connection: Connection) -> None
     assert _rows(connection) == _tokens("two")
 
 
-def test_to_merge_adds_what_is_missing_and_revokes_what_is_revoked(connection: Connection) -> None:
+def test_merge_adds_and_revokes(connection: Connection) -> None:
     """A token that is there keeps everything else, the new ones keep their order, and each is one change."""
     known = _tokens("known", "revoked", "bystander")
     _merge(connection, known)
@@ -154,7 +154,7 @@ def test_a_change_is_as_durable_as_was_promised(connection: Connection, before: 
     assert connection.one(show) == (before,)
 
 
-def test_a_command_that_changes_nothing_waits_for_what_was_changed_before(connection: Connection) -> None:
+def test_unchanged_command_waits_for_the_standby(connection: Connection) -> None:
     """To revoke a second time is to wait for the first: something is written, for which the standbys are waited for."""
     _merge(connection, _tokens("one", revoked_at=NOW))
     written = "SELECT pg_current_wal_insert_lsn()"
