@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import io
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -23,11 +24,12 @@ from unittest.mock import patch
 
 import freegpt_auth
 from freegpt_auth.cli import main as run_command
+from freegpt_auth.stores.base import CompleteSource
 
 DOCS = Path(__file__).parent
 PROJECT = DOCS.parent
 FROM_ROOT = {"SECURITY.md": "security.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-CONTRACTS = (freegpt_auth.TokenSource, freegpt_auth.TokenStore)
+CONTRACTS = (freegpt_auth.TokenSource, CompleteSource, freegpt_auth.TokenStore)
 SHORT = 4
 """Parameters of a signature in several lines."""
 
@@ -65,9 +67,10 @@ def rendered(name: str) -> str:
     """
     if name == "command" or name.startswith("command "):
         return f"```text\n{_help(name.split()[1:])}\n```"
-    if name.removeprefix("freegpt_auth.") not in freegpt_auth.__all__:
-        raise ValueError(f"{name} is no public name")
-    described = getattr(freegpt_auth, name.removeprefix("freegpt_auth."))
+    try:
+        described = pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        raise ValueError(f"{name} is no public name") from None
     parts = [_signature(described), _docstring(described)]
     for attribute, value in vars(described).items():
         if _is_shown(described, attribute, value):

@@ -1,4 +1,4 @@
-"""How a refusal reaches a client that is uploading. On real servers it is tested in test_servers.py and hardening/floods.py."""
+"""The delivery of a denial to a client that uploads. test_servers.py and attacks/test_floods.py use real servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that need no credentials. On the wire they are tested in test_middleware.py and hardening/bypasses.py."""
+"""Requests that need no credentials. test_middleware.py and attacks/test_bypasses.py send them to applications."""
 
 from __future__ import annotations
 
