@@ -1,4 +1,4 @@
-"""The least code that does what the middleware does, written by hand: what nobody can be faster than.
+"""The floor: the work of the middleware in the least code, written by hand.
 
 Every header is looked at, the secret is digested and looked up, the token file is looked at every 10 ms, expiry is
 checked, the use is noted, user and auth are put into the scope. What it leaves out is what makes a library of a sketch:
@@ -34,7 +34,7 @@ TIMEOUT = 5.0
 
 
 class Entry(NamedTuple):
-    """What is kept ready of a token."""
+    """The prepared data of a token."""
 
     token_id: str
     user: BaseUser
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 
 class Floor:
-    """Guards *app* with the tokens whose secrets are given; *receives* the body of what it refuses, or leaves it."""
+    """Guards *app* with the tokens whose secrets are given; *receives* the body of refused requests, or leaves it."""
 
     def __init__(self, app: ASGIApp, secrets: list[str], path: str, *, receives: bool = False) -> None:
         self.app = app

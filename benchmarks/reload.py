@@ -60,7 +60,7 @@ class TwoFiles:
 
 
 def measure(rounds: int) -> list[results.Row]:
-    """Measure in *rounds* new processes: a process that has used memory before shows less of what it takes."""
+    """Measure in *rounds* new processes: memory that a process has used before hides a part of the growth."""
     figures: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder, "one"), Path(folder, "two")

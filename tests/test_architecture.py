@@ -1,4 +1,4 @@
-"""The house rules that keep the library readable: who may import whom, and how large things grow."""
+"""The rules of the house: allowed imports, and sizes of modules and functions."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_middleware_is_the_top() -> None:
 
 
 def test_only_the_settings_read_the_environment() -> None:
-    """Every variable that changes what a server accepts is read in one place."""
+    """Environment variables are read in one module."""
     readers = {path.name for path in MODULES if "os.environ" in path.read_text() or "getenv" in path.read_text()}
     assert readers == {"settings.py"}
 

@@ -1,4 +1,4 @@
-"""The public names, and what importing them costs."""
+"""The public names, and the cost of importing them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import freegpt_auth
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Files of the interpreter and of installed packages, the package's own among them, are what an import reads.
+# An import may read files of the interpreter and of installed packages, this package among them.
 WATCH = """
 import json, os, site, sys, sysconfig
 folders = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), *site.getsitepackages(), PACKAGE}
@@ -38,7 +38,7 @@ NAMES = """
 
 
 def watched(statements: str) -> Any:
-    """Run statements in a process of its own; return what they opened and which modules came with them."""
+    """Run statements in a process of its own; return the files they opened and the modules they loaded."""
     program = WATCH.replace("PACKAGE", repr(freegpt_auth.__path__[0])).replace("IMPORT", statements)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     assert done.stderr == ""
@@ -73,6 +73,6 @@ def test_importing_touches_nothing(tmp_path: Path) -> None:
     seen = watched("from freegpt_auth import *")
     assert "starlette" in seen["modules"]
     assert (seen["opened"], seen["others"]) == ([], [])
-    file = tmp_path / "api_tokens.json"  # the watch sees what it looks for
+    file = tmp_path / "api_tokens.json"  # a check of the audit hook itself
     seen = watched(f"import sqlite3\nopen({str(file)!r}, 'w').close()\nsqlite3.connect(':memory:').close()")
     assert (seen["opened"], seen["others"]) == ([str(file.resolve())], ["sqlite3.connect"])

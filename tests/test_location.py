@@ -19,7 +19,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize("text", ["api_tokens.json", "/a/b.json", "postgresql", "postgres/t.json", "C:/x", "./a:b@c"])
 def test_path_is_no_url(text: str) -> None:
-    """A path stays a path, whatever characters are in it, and names one file from any directory."""
+    """A path with any characters stays a path, and names one file from every directory."""
     location = Location.of(text)
     assert location == Location(text)
     assert location.can_be_open

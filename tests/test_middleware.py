@@ -207,7 +207,7 @@ async def test_request_that_closes_a_server_is_read(ask: Ask, keep: Keep) -> Non
 
 @pytest.fixture
 def realtime(store: MemoryTokenStore) -> Callable[..., Any]:
-    """Return a function that connects a WebSocket to an application that tells what it sees."""
+    """Return a function that connects a WebSocket to an application that sends its scope."""
 
     async def echo(websocket: WebSocket) -> None:
         offered = websocket.scope["subprotocols"]
@@ -257,7 +257,7 @@ async def test_websocket_without_extension_is_closed(ask: Ask, store: MemoryToke
 
 
 async def test_public_paths_are_exact(ask: Ask) -> None:
-    """A public path opens itself and no other, with or without a mount point, whatever the headers say."""
+    """A public path opens itself and no other, with or without a mount point, for any headers."""
     guarded = BearerTokenMiddleware(plain, store=MemoryTokenStore(), public_paths=["/health"])
     names = [b"host", b"x-original-url", b"x-rewrite-url", b"x-forwarded-prefix", b"x-forwarded-path", b"referer"]
     paths = ["/health/", "/healthsecret", "/health/../v1/models", "//health", "/HEALTH", "/v1/health", "health", ""]
@@ -327,7 +327,7 @@ def test_where_tokens_and_usage_are(
 
 
 async def test_no_answer_shares_its_headers_with_another(ask: Ask, guarded: Any) -> None:
-    """What a middleware outside adds to one refusal, a cookie say, never reaches the next client."""
+    """A header that an outer middleware adds to one refusal, such as a cookie, never reaches the next client."""
     first = await ask(guarded)
     first.messages[0]["headers"].append((b"set-cookie", b"session=1"))
     assert "set-cookie" not in (await ask(guarded)).headers
@@ -527,7 +527,7 @@ async def test_receive_and_send_are_the_servers_own(store: MemoryTokenStore, kin
 
 
 def who(request: Request) -> JSONResponse:
-    """Tell a caller what Starlette's conventions say about it."""
+    """Return the caller as Starlette's conventions describe it."""
     return JSONResponse([request.user.is_authenticated, request.user.display_name, request.auth.scopes])
 
 
@@ -555,7 +555,7 @@ def test_starlettes_conventions_work(store: MemoryTokenStore) -> None:
 
 @pytest.mark.parametrize("root", ["", "/proxy"])
 def test_mounted_below_a_path(store: MemoryTokenStore, root: str) -> None:
-    """Mounted, the middleware guards what is below it, by paths as its application knows them."""
+    """Mounted, the middleware guards its subtree, by the paths that its application sees."""
     guarded = BearerTokenMiddleware(Starlette(routes=ROUTES), store=store, public_paths=["/who"])
     client = TestClient(Starlette(routes=[Mount("/llm", guarded)]), root_path=root)
     paths = {"/llm/who": 200, "/llm/members": 401, "/llm/llm/who": 401, "/llm/absent": 401}

@@ -176,7 +176,7 @@ def _usage_in(path: str) -> Mapping[str, Usage]:
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 @pytest.mark.parametrize("interval", [2.0, 9.0])
 async def test_two_guards_count_one_use(ask: Ask, keep: Any, kind: str, interval: float) -> None:
-    """A request through the guard of an application and that of a mounted one is one use, whatever their settings."""
+    """A request through two guards, of an application and of a mounted one, is one use with any settings."""
     token, secret = keep(FileTokenStore(TOKEN_FILE))
     inner = BearerTokenMiddleware(plain, usage_interval=interval)
     elsewhere = BearerTokenMiddleware(inner, usage="elsewhere.db")

@@ -143,7 +143,7 @@ def test_mode_is_found_at_the_start(
 def test_named_store_is_never_open(
     keep: Keep, caplog: pytest.LogCaptureFixture, content: str | None, key: EnvironmentKey | None
 ) -> None:
-    """A named file that is missing or blank refuses every request but the key's, and the log says what to do."""
+    """With a named file that is missing or blank only the key is accepted, and the log names the remedy."""
     if content is not None:
         FILE.write_text(content)
         FILE.chmod(0o600)
@@ -260,7 +260,7 @@ def test_key_that_is_a_token(token: Any, token_id: str | None, *, refused: bool)
 @pytest.mark.parametrize("is_presented", [False, True])
 @pytest.mark.parametrize("fate", ["missing", "restored", "broken"])
 def test_revoked_key_stays_refused(keep: Keep, fate: str, *, is_presented: bool) -> None:
-    """A process that once read the revocation of the key refuses it, whatever happens to the file."""
+    """A process that has read the revocation of the key refuses the key, also after every later change of the file."""
     store = FileTokenStore(FILE)
     token, secret = keep(store)
     before = FILE.read_bytes()
@@ -385,7 +385,7 @@ def test_any_verified_secret_is_enough(wrong: Any, right: str) -> None:
 
 @pytest.mark.parametrize("other", [None, REVOKED, EXPIRED, BROKEN])
 def test_unresolved_secret_is_left_to_the_store(other: Any) -> None:
-    """A token that memory does not hold is looked up, whatever is sent beside it; without an answer it is refused."""
+    """A token that is not in memory is looked up, also beside other credentials; without an answer it is refused."""
     stub = Stub({"sk-later": UNRESOLVED, "sk-other": other}, {"sk-later": LIVE, "sk-other": other})
     authenticator = Authenticator(stub, None)
     for presented in (presenting("sk-later", "sk-other"), presenting("sk-other", "sk-later")):

@@ -1,4 +1,4 @@
-"""What the application is told of its caller."""
+"""The caller in the scope of the application."""
 
 from __future__ import annotations
 

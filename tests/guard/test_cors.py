@@ -97,7 +97,7 @@ async def test_origins_come_from_the_variable(ask: Ask, hello: Any, monkeypatch:
     ],
 )
 def test_wrong_origins_stop_the_start(origin: str) -> None:
-    """What no browser would send as an origin is an error that says how to write one."""
+    """A value that no browser sends as an origin is an error that shows the right form."""
     with pytest.raises(ConfigurationError, match="is none that a browser sends; write scheme://host"):
         checked_origins([PAGE, origin])
 

@@ -1,4 +1,4 @@
-"""What a request presented: which carriers are read, what is taken from them, and what the application still sees."""
+"""The credentials of a request: the carriers, their secrets, and the headers left for the application."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def websocket(*subprotocols: str, headers: tuple[tuple[bytes, bytes], ...] = ())
 
 
 def read(scope: dict[str, Any]) -> list[bytes]:
-    """Return the digests of what is presented; the quick look at a request's headers says the same, or nothing."""
+    """Return the digests of the presented secrets; check that the quick reading finds the same or nothing."""
     credentials = presented(scope)
     assert credentials.fault != "malformed"
     if scope["type"] == "http":
@@ -45,7 +45,7 @@ def left(scope: dict[str, Any], *secrets: bytes) -> dict[str, Any]:
 
 
 def digests(*secrets: bytes) -> list[bytes]:
-    """Return what :func:`read` returns for these secrets."""
+    """Return the result of :func:`read` for these secrets."""
     return [sha256(secret).digest() for secret in secrets]
 
 
@@ -69,7 +69,7 @@ def test_other_schemes_present_nothing(value: bytes) -> None:
 @pytest.mark.parametrize("around", [[], [(b"accept", b"*/*"), (b"user-agent", b"x-api-key")]])
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_plain_requests_are_read_at_once(carrier: bytes, around: list[tuple[bytes, bytes]]) -> None:
-    """What clients send nearly always takes no second look, which would slow every request."""
+    """The usual form of credentials is read once: a second reading would slow every request."""
     for secret in (b"s", b"sk-1", b"a" * VALUE_LIMIT):
         headers = [*around, (carrier, CARRIERS[carrier] + secret), *around]
         digest, place = plain(http(*headers))
@@ -121,7 +121,7 @@ def test_no_other_white_space_is_stripped(blank: bytes) -> None:
 @settings(max_examples=50, deadline=None)
 @given(value=st.binary(max_size=64), blanks=st.tuples(*[st.text(" \t", max_size=3)] * 3))
 def test_a_secret_is_what_was_sent_less_space_and_tab(value: bytes, blanks: tuple[str, str, str]) -> None:
-    """Whatever bytes a secret has, they arrive unchanged, and only spaces and tabs round them are lost."""
+    """All bytes of a secret arrive unchanged; only spaces and tabs around it are removed."""
     before, between, after = (blank.encode() for blank in blanks)
     secret = value.strip(b" \t")
     for carrier, scheme in CARRIERS.items():
@@ -213,7 +213,7 @@ def test_scopes_without_subprotocols_are_read(scope: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", [list, tuple, iter])
 def test_verified_headers_are_withdrawn(kind: Any) -> None:
-    """Each header with a verified secret goes, and all others stay in order, in whatever iterable the server sends them."""
+    """Headers with a verified secret are removed, all others stay in order, for every iterable that a server sends."""
     headers = [(b"api-key", b"sk-1"), (b"host", b"x"), (b"authorization", b"Bearer sk-2"), (b"x-api-key", b"sk-1")]
     scope = {"type": "http", "headers": kind(headers)}
     outside = scope["headers"]

@@ -1,4 +1,4 @@
-"""What a refusal looks like on the wire."""
+"""The responses for refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNAUTHORIZED = ("invalid_request_error", "invalid_api_key", "authentication_erro
 def test_clients_read_their_own_error(
     reason: str, status: int, challenge: str | None, faces: tuple[str, str, str]
 ) -> None:
-    """The clients of each protocol find the error as they know it, and learn by RFC 6750 what was wrong."""
+    """Clients of each protocol get the error in their form, with the challenge of RFC 6750."""
     kind, code, anthropic_kind = faces
     openai, anthropic, mcp = denial(OPENAI, reason), denial(ANTHROPIC, reason), denial(MCP, reason)
     for answer in (openai, anthropic, mcp):

@@ -98,7 +98,7 @@ def live() -> Callable[[Any, list[str]], Awaitable[None]]:
     "app", [rejects, returns, answers_http, reads_then_answers_http, reads_and_returns, starts_only, takes_part]
 )
 async def test_every_lifespan_is_completed(live: Any, app: Any) -> None:
-    """A server sends the shutdown whatever the application does with the lifespan, and usage is written before it ends."""
+    """Shutdown is seen for every behaviour of the application's lifespan, and usage is written before it completes."""
     steps: list[str] = []
     await live(app, steps)
     assert steps == ["startup.complete", "stop", "shutdown.complete"]

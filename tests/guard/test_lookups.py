@@ -1,4 +1,4 @@
-"""What becomes of look-ups in a table that memory does not hold, while the database does not answer them."""
+"""Look-ups in a partly cached table while the database does not answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator finds in the log of refused requests, and programs such as fail2ban too."""
+"""The log of refused requests, for operators and for programs such as fail2ban."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """Return a function that returns what was logged since its last call."""
+    """Return a function that returns the lines logged since its last call."""
     caplog.set_level(logging.INFO, "freegpt_auth")
 
     def take() -> list[str]:
@@ -55,7 +55,7 @@ def _scope(client: str | None = "192.0.2.7", path: str = "/v1/models") -> dict[s
 
 
 def test_each_refusal_is_a_record_with_its_facts(caplog: pytest.LogCaptureFixture) -> None:
-    """A refusal is one record at INFO that says who, where, why and which token, in words and in fields."""
+    """A refusal is one record at INFO with client, path, reason and token id, in its text and in its attributes."""
     caplog.set_level(logging.DEBUG, "freegpt_auth")
     log = RefusalLog()
     for refusal in (UNKNOWN, Refusal("revoked", "t1")):
@@ -79,7 +79,7 @@ def test_each_refusal_is_a_record_with_its_facts(caplog: pytest.LogCaptureFixtur
     ids=["no-client", "address", "long", "path", "white-space"],
 )
 def test_no_client_can_forge_a_line(lines: Callable[[], list[str]], client: str | None, path: str) -> None:
-    """Whatever a client calls itself or asks for: the record is one short line of four words, with the client second."""
+    """For any client name and path the record is one short line of four words, the client second."""
     RefusalLog().log(_scope(client, path), UNKNOWN)
     (line,) = lines()
     word, shown, where, reason = line.split(" ")

@@ -135,7 +135,7 @@ async def test_nothing_leaves_without_authentication(ask: Ask, store: MemoryToke
 
 
 async def test_inner_guard_accepts_the_outer_ones_caller(ask: Ask, store: MemoryTokenStore) -> None:
-    """Behind a guard over the same store a second one lets the same caller in, by whatever carrier it came."""
+    """Behind a guard over the same store a second guard accepts the same caller, for every carrier."""
     guarded = BearerTokenMiddleware(BearerTokenMiddleware(plain, store=store), store=store)
     for headers in ([BEARER], [BEARER, UPSTREAM], [UPSTREAM, (b"api-key", SECRET.encode())]):
         for kind in ("http", "websocket"):

@@ -86,7 +86,7 @@ def _look(store: TokenStore, digest: bytes) -> Token | None:
 
 
 def _facts(token: Token | None) -> dict[str, object]:
-    """Return what a record says; a store may answer a type of its own."""
+    """Return the fields of a record: a store may use a subclass."""
     return {name: getattr(token, name) for name in Token.__struct_fields__}
 
 
@@ -101,7 +101,7 @@ def _full(name: str = "full") -> tuple[bytes, Token]:
 
 
 def test_an_added_token_is_answered_with_every_field(opener: Opener) -> None:
-    """What is put in comes out, field for field, here and in every other process, even if it has expired."""
+    """A token is read back field by field, here and in every other process, also if it has expired."""
     store, other = opener(), opener()
     digest, token = _full()
     store.add(digest, token)
@@ -121,7 +121,7 @@ def test_an_unknown_digest_has_no_token(store: TokenStore, keep: Keep) -> None:
 
 
 def test_token_is_one_object_until_changed(store: TokenStore, keep: Keep) -> None:
-    """What is made once for each token, such as a user object, is found again by the token, and never once it changed."""
+    """An unchanged token is the same object, a changed one another: callers are cached by it."""
     token, secret = keep(store)
     first = store.resolve(digest_of(secret))
     for _ in range(3):
@@ -166,7 +166,7 @@ def test_each_change_replaces_the_state(store: TokenStore, keep: Keep) -> None:
 
 @pytest.mark.anyio
 async def test_peek_never_blocks_the_event_loop(store: TokenStore, keep: Keep) -> None:
-    """No request holds up the others: ``peek`` may run on the event loop whatever has happened to the store."""
+    """``peek`` may run on the event loop in every state of the store: it never blocks."""
     assert store.peek(UNKNOWN) in (None, UNRESOLVED)
     token, secret = keep(store)
     for change in (store.revoke, lambda token_id, _: store.delete(token_id)):
@@ -300,7 +300,7 @@ def test_a_reference_means_the_same_in_every_store(opener: Opener, keep: Keep) -
 
 
 def test_ambiguous_reference_finds_all(store: TokenStore) -> None:
-    """What is ambiguous is known to be, oldest first, and the whole secret still means one."""
+    """An ambiguous reference finds all matches, oldest first; the whole secret finds one."""
     secrets = ["sk-short-1", "sk-short-2"]
     tokens = [msgspec.structs.replace(issue(secret, now=NOW)[0], prefix="sk-") for secret in secrets]
     for secret, token in zip(secrets, tokens, strict=True):
@@ -332,7 +332,7 @@ def test_a_name_means_the_same_in_every_store(store: TokenStore) -> None:
 
 
 def test_the_source_tells_where_the_tokens_are(opener: Opener, request: pytest.FixtureRequest) -> None:
-    """What an operator reads of a store is the same in each process, and no password is in it."""
+    """The name of a store is the same in each process, and contains no password."""
     store = opener()
     assert store.source == opener().source == store.survey().source
     kind = request.node.callspec.params["opener"]
@@ -357,7 +357,7 @@ def _all_facts(store: TokenStore) -> dict[bytes, dict[str, object]]:
 
 
 def test_what_is_merged_is_in_force_everywhere(opener: Opener) -> None:
-    """New tokens come whole and in their order, what is revoked is revoked and else as it was, and every process knows."""
+    """New tokens arrive whole and in order, revocations change nothing else, and every process follows."""
     store, other = opener(), opener()
     bystander, known, new = _given("bystander"), _given("known"), _given("new 2", "new 1")
     assert store.merge({**known, **bystander}) == (2, 0)
@@ -403,7 +403,7 @@ def test_duplicate_id_ends_the_whole_merge(opener: Opener, clash: str) -> None:
 
 
 def test_several_may_merge_the_same_at_once(opener: Opener) -> None:
-    """Two operators who copy at the same time add each token once, and neither fails."""
+    """Two simultaneous copies add each token once, and neither fails."""
     given = {**_given("one", "two"), **_revoked(_given("three"), NOW)}
     opener().merge(_given("three"))
     stores = [opener() for _ in range(4)]
@@ -418,7 +418,7 @@ def test_several_may_merge_the_same_at_once(opener: Opener) -> None:
 
 @pytest.fixture
 def _switching() -> Iterator[None]:
-    """Make threads take turns as often as they can, so that what may go wrong between two steps does."""
+    """Switch threads as often as possible: races show."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -459,7 +459,7 @@ def test_many_threads_may_change_one_store(opener: Opener, keep: Keep) -> None:
     assert len(opener().tokens()) == len(changed) + 1
 
 
-# --- what the store in memory adds
+# --- the store in memory
 
 
 def test_memory_store_is_never_open(keep: Keep) -> None:
@@ -472,7 +472,7 @@ def test_memory_store_is_never_open(keep: Keep) -> None:
     assert not MemoryTokenStore().tokens()
 
 
-# --- what the store in a file adds
+# --- the store in a file
 
 
 def test_several_tokens_change_together(tmp_path: Path, keep: Keep) -> None:

@@ -14,7 +14,7 @@ from freegpt_auth.stores import open_store, open_usage
 
 @pytest.mark.parametrize("location", ["api_tokens.json", "missing folder/t.json", "C:/x"])
 def test_a_path_names_a_token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
-    """Whatever is no URL is the path of a token file in the directory of that moment; opening it touches nothing."""
+    """A location that is no URL is a path, relative to the present directory; opening touches nothing."""
     store = open_store(location)
     monkeypatch.chdir("/")
     assert isinstance(store, FileTokenStore)
@@ -48,7 +48,7 @@ def test_folder_out_of_reach_is_no_missing_folder() -> None:
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
 def test_a_url_of_postgresql_names_a_database(scheme: str) -> None:
-    """Both usual schemes open a store and its usage with what was set; nothing is asked of the database yet."""
+    """Both usual schemes open a store and its usage with the given limits, and without a query."""
     from freegpt_auth.stores.postgres import PostgresTokenStore  # noqa: PLC0415  its driver is an extra
     from freegpt_auth.stores.postgres.usage import PostgresUsage  # noqa: PLC0415
 
@@ -75,7 +75,7 @@ def test_unreadable_url_is_a_configuration_error(url: str) -> None:
     "arguments", [["list"], ["create", "ci"], ["migrate"], ["copy", "t.json", "postgresql://u:hunter2@h/d"]]
 )
 def test_command_without_driver_explains(arguments: list[str]) -> None:
-    """Without the extra a command with a database ends in one line that says what to install; a file needs none."""
+    """Without the extra a command with a database ends in one line that names the package; a file needs none."""
     hidden = "import sys; sys.modules['psycopg'] = None; from freegpt_auth.cli import main; sys.exit(main())"
     program = [sys.executable, "-c", hidden]
     store = [] if arguments[0] == "copy" else ["--store", "postgresql://u:hunter2@h/d"]

@@ -61,7 +61,7 @@ class OneToken:
         return self.peek(digest)
 
     def survey(self) -> Survey:
-        """Tell what there is."""
+        """Return the survey."""
         return Survey(configured=True, active=1, source="this script")
 
 

@@ -129,7 +129,7 @@ def test_a_batch_that_is_given_again_counts_once(opener: Opener) -> None:
 
 
 def test_merged_usage_is_raised_to_and_not_added(store: UsageStore) -> None:
-    """Copied usage is at least what was given, never less than what is there, and the same when it is copied again."""
+    """A copy raises counts to at least the given ones, lowers none, and is idempotent."""
     store.write(batch(t0=(5, 0.0), t1=(1, 60.0)), 1.0)
     given = {"t0": Usage(2, at(90.0)), "t1": Usage(9, at(1.0)), "t2": Usage(3, at(2.5))}
     for _ in range(2):
@@ -168,7 +168,7 @@ def test_several_threads_may_add_at_the_same_time(opener: Opener) -> None:
 
 
 def test_processes_count_exactly(opener: Opener, location: str) -> None:
-    """What several processes record side by side, until they end as programs do, is there to the last use."""
+    """Uses of several processes that end normally are counted to the last one."""
     program = f"""
 import sys
 from freegpt_auth.stores import open_usage
@@ -217,7 +217,7 @@ use()
 
 
 def test_after_it_was_closed_it_opens_again(store: UsageStore) -> None:
-    """Closing lets go of what is held open, and loses nothing: a server that stops late may still write."""
+    """Closing releases open resources and loses nothing: later writes reopen them."""
     store.close()
     store.write(batch(t0=(1, 0.0)), 1.0)
     store.close()
@@ -253,7 +253,7 @@ def test_what_cannot_be_done_is_an_error_of_one_line(request: pytest.FixtureRequ
 
 
 def test_a_path_is_a_path_of_that_moment(tmp_path: Path) -> None:
-    """Whatever is no URL is the path of a database in the directory where the server began, and opening makes nothing."""
+    """A location that is no URL is a path, relative to the directory of the start; opening creates nothing."""
     store = open_usage("counts.db")
     os.chdir("/")
     assert store.source == str(tmp_path / "counts.db")

@@ -1,4 +1,4 @@
-"""Usage: exact counts from any number of processes, whatever happens to the database or to a process."""
+"""The recorder: exact counts from any number of processes, in spite of faults of the database and killed processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PATH = "api_tokens.usage.db"
 NEVER = 3600.0
-"""An interval that no test lives to see: what is written then, flush() wrote."""
+"""An interval longer than any test: only flush() writes."""
 
 
 def recorder_of(uses: dict[str, int], path: str = PATH) -> UsageRecorder:
@@ -138,7 +138,7 @@ def test_two_first_requests_start_one_writer() -> None:
 
 
 class Fickle:
-    """A place for usage that keeps what it was given, and whose answers may be lost."""
+    """A usage store in memory whose replies may be lost."""
 
     source = "a fickle place"
 
@@ -192,7 +192,7 @@ def use(recorder: UsageRecorder, **uses: int) -> None:
 
 
 def test_each_batch_has_a_number_of_its_own() -> None:
-    """What a process writes at once has its name and the next number, and an empty batch is never written."""
+    """A batch has the id of its process and the next number; an empty batch is never written."""
     recorder, store = fickle(a=2, b=1)
     recorder.flush()
     recorder.flush()
@@ -206,7 +206,7 @@ def test_each_batch_has_a_number_of_its_own() -> None:
 
 
 def test_unconfirmed_batch_is_retried_unchanged(log: Callable[[int], list[str]]) -> None:
-    """What came since goes into a batch after it, so a place that knows the number counts each use once."""
+    """Later uses go into a later batch: a store that knows the number counts each use once."""
     recorder, store = fickle(a=1)
     store.answers = False
     for _ in range(3):
@@ -224,7 +224,7 @@ def test_unconfirmed_batch_is_retried_unchanged(log: Callable[[int], list[str]])
 
 
 def test_failed_batch_counts_against_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded in tokens also while a batch waits: what is in it goes on counting, and others are dropped."""
+    """The limit of pending tokens includes a failed batch: its tokens are still counted, others are dropped."""
     monkeypatch.setattr("freegpt_auth.usage.recorder.PENDING_LIMIT", 2)
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     recorder, store = fickle(a=1, b=1)
@@ -239,7 +239,7 @@ def test_failed_batch_counts_against_the_limit(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_server_that_stops_lets_go_of_the_place() -> None:
-    """At shutdown what is left is written first, and then nothing is held open; that may happen more than once."""
+    """At shutdown pending uses are written, then resources are released; both may happen repeatedly."""
     recorder, store = fickle(a=1)
     recorder.finish()
     assert (len(store.given), store.closed) == (1, 1)
@@ -293,7 +293,7 @@ def test_it_is_written_on_an_interval() -> None:
 
 @pytest.mark.parametrize("name", ["a?mode=memory#b.db", "ü %20'.db"])
 def test_the_database_is_where_it_was_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Any file name will do, from the directory where the server began, and only its owner may read what is there."""
+    """Any file name works, relative to the directory of the start, and only the owner may read the file."""
     recorder = recorder_of({"a": 1}, name)
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
@@ -364,7 +364,7 @@ def test_failed_commit_counts_once(monkeypatch: pytest.MonkeyPatch, log: Callabl
 
 
 def test_fork_during_a_write_counts_once() -> None:
-    """No lock and no use crosses a fork: parent and child each write what they recorded, at the latest when they end."""
+    """No lock and no use crosses a fork: parent and child each write their own uses, at the latest at exit."""
     program = f"""
 import os, sys, threading, time, warnings
 from freegpt_auth.usage import recorder as usage
@@ -425,7 +425,7 @@ def _another_program(path: Path) -> Callable[[], None]:
 def test_counts_wait_until_they_can_be_written(
     log: Callable[[int], list[str]], unprivileged: Path, spoil: Callable[[Path], Callable[[], None]], problem: str
 ) -> None:
-    """What keeps usage from being written is said once, holds nobody up and costs no count; its end is said too."""
+    """A fault of the usage store is logged once, delays no request and loses no count; its end is logged."""
     path = unprivileged / "folder" / "usage.db"
     recorder = UsageRecorder(UsageDatabase(str(path)), interval=NEVER)
     said = f"usage cannot be written to {path}: {problem.format(path)}. It is kept in memory until it can"
@@ -446,7 +446,7 @@ def test_counts_wait_until_they_can_be_written(
 
 @pytest.mark.usefixtures("short")
 def test_stuck_write_delays_nothing(log: Callable[[int], list[str]]) -> None:
-    """While a write is stuck recording goes on; a stopping server waits within its limit, and says what that costs."""
+    """Recording goes on during a stuck write; shutdown waits within its limit, and logs the number of lost uses."""
     recorder = recorder_of({"a": 1})
     with recorder._writing:
         recorder.record(("a", 1.0))
@@ -489,7 +489,7 @@ def test_what_does_not_fit_into_memory_is_dropped(
 
 
 def test_pending_uses_are_limited(log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that hangs does not fill the memory of a busy server; what is dropped is said when the disk is back."""
+    """A hung disk does not fill the memory of a busy server; the number of dropped uses is logged later."""
     monkeypatch.setattr("freegpt_auth.usage.recorder.PENDING_LIMIT", 3)
     recorder = UsageRecorder(UsageDatabase(PATH), interval=0.01)
     with recorder._writing:

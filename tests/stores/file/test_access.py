@@ -63,7 +63,7 @@ def test_acl_is_kept_without_permission_to_write(path: Path, before: bytes, afte
 
 
 def test_default_acl_of_folder_gives_no_access(path: Path) -> None:
-    """A new file is for its owner only and a file without an ACL gets none, whatever the folder's default ACL is."""
+    """A new file is for its owner only, and a file without an ACL gets none, in spite of the folder's default ACL."""
     os.setxattr(path.parent, DEFAULT_ACL, shared(7, 7, group=7))
     path.chmod(0o640)
     disk.replace_file(str(path), b"new")

@@ -1,4 +1,4 @@
-"""What stands in a token file: bytes to tokens, and one sentence with the place for every bad file."""
+"""Decoding of a token file: bytes to tokens, or one sentence with the place of the fault."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def _plain(**entries: object) -> bytes:
     return json.dumps({f"sk-{name}": entry for name, entry in entries.items()}).encode()
 
 
-# --- what is read
+# --- accepted
 
 
 @pytest.mark.parametrize("layout", [_lines, _pretty])
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_file_is_read_in_any_layout(layout: Any, count: int) -> None:
-    """A file that was formatted by hand means what it meant before, and no record in memory holds its digest."""
+    """A file that was formatted by hand has the same tokens, and no record in memory holds its digest."""
     contents = read(layout(*(_row(number, note=["a", "b"]) for number in range(count))))
     assert [token.id for token in contents.tokens.values()] == [f"id{number}" for number in range(count)]
     assert list(contents.tokens) == [number.to_bytes(32) for number in range(count)]
@@ -87,7 +87,7 @@ def test_empty_object_is_blank_and_empty_list_is_not() -> None:
     assert read(Document(None).encode()) == read(Document(b"{}").encode()) == ({}, False, False)
 
 
-# --- what is refused
+# --- refused
 
 BAD = {
     "zero bytes": (b"", "it is empty; a new token file is made by create, not by touch"),
@@ -136,7 +136,7 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_file_gets_one_sentence_with_the_place(fault: str) -> None:
-    """An operator is told in one short line what is wrong with the file and where, and no secret is in it."""
+    """The error is one short line with the fault and its place, and without a secret."""
     content, expected = BAD[fault]
     for reader in (read, Document):
         with pytest.raises(ValueError, match=r".") as caught:
@@ -193,7 +193,7 @@ def test_nesting_at_the_limit_is_a_bad_file() -> None:
 @quick
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(data: st.DataObject) -> None:
-    """Whatever happens to the bytes of a file, reading them ends in tokens or in one kind of error."""
+    """Any bytes are decoded to tokens or raise one kind of error."""
     content = bytearray(data.draw(st.sampled_from([_lines(_row(), _row(1)), _plain(a=ENTRY)])))
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(content)))

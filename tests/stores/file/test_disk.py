@@ -30,13 +30,13 @@ def path(tmp_path: Path) -> Path:
 
 
 def _read(path: Path) -> bytes:
-    """Read in a thread, so that what should not hang cannot hang the tests."""
+    """Read in a thread: a reading that hangs fails the test instead of blocking it."""
     with ThreadPoolExecutor() as pool:
         return pool.submit(disk.read_file, str(path), _content).result(10)[1]
 
 
 def _content(file: BinaryIO) -> bytes:
-    """Make of a file what is in it."""
+    """Return the content of a file."""
     return file.read()
 
 
@@ -164,9 +164,9 @@ def test_file_changed_during_reading_is_refused(path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("umask", [0o000, 0o777])
 def test_every_file_is_its_owners_alone(path: Path, umask: int) -> None:
-    """Whatever the umask, files are born for their owner only, and nobody else may ever write them; root keeps the owner.
+    """With every umask a new file is for its owner only, and never writable by others; root keeps the owner.
 
-    Who could read the old file can read the new one: a server that could not would never learn of a revocation.
+    Readers of the old file can read the new one: otherwise a server would miss a revocation.
     """
     owner = NOBODY if os.geteuid() == 0 else os.geteuid()
     before = os.umask(umask)
@@ -187,7 +187,7 @@ def test_every_file_is_its_owners_alone(path: Path, umask: int) -> None:
 
 
 def test_a_user_replaces_no_file_of_another(unprivileged: Path) -> None:
-    """Who may write the folder but does not own the file is refused: its server could no longer read it."""
+    """A user with write permission for the folder alone is refused: the owner's server could not read the new file."""
     path = unprivileged / "t.json"
     path.write_bytes(b"old")
     user, other = os.getuid(), os.geteuid()
@@ -200,7 +200,7 @@ def test_a_user_replaces_no_file_of_another(unprivileged: Path) -> None:
 
 
 def test_a_user_writes_a_file_of_his_own(unprivileged: Path) -> None:
-    """Whoever may write the folder may change the file; where it may not be listed, nothing has changed at a refusal."""
+    """Write permission for the folder suffices; if the folder cannot be listed, a refusal changes nothing."""
     path = unprivileged / "t.json"
     with locked(str(path), 1):
         disk.replace_file(str(path), b"old")
@@ -220,7 +220,7 @@ def test_broken_link_is_not_replaced(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["t.json", "*[1].json"])
 def test_the_next_writer_clears_up_after_a_killed_one(tmp_path: Path, name: str) -> None:
-    """No half-written file stays for ever, and no file of anybody else is touched, whatever the file is called."""
+    """Leftover temporary files are removed, and no other file is touched, for every file name."""
     leftover = tmp_path / f".{name}.0123456789abcdef.tmp"
     others = [tmp_path / each for each in (".other1.json.0123.tmp", f"{name}.tmp")]
     for each in (leftover, *others):

@@ -1,4 +1,4 @@
-"""A token file that is changed: what was not to be changed stays, and what is written reads well and is read again."""
+"""Changes of a token file: other fields stay, and the new bytes are readable by people and by the decoder."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_foreign_descriptor_is_never_closed(path: str) -> None:
 def test_reserve_ends_with_its_store() -> None:
     """A store that is dropped leaves no descriptor open."""
     folder = Path("/proc/self/fd")
-    gc.collect()  # for what other tests left
+    gc.collect()  # releases the descriptors of earlier tests
     before = len(list(folder.iterdir()))
     reserve = Reserve()
     reserve.fill()

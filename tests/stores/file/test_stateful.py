@@ -47,7 +47,7 @@ several = st.integers(0, 9)
 
 @dataclass(frozen=True)
 class Known:
-    """What the model knows of a token."""
+    """A token in the model."""
 
     id: str
     prefix: str
@@ -61,7 +61,7 @@ class Known:
 
 @dataclass
 class Server:
-    """A middleware that lives long, and what it must know: the tokens it read last, whether the last reading failed."""
+    """A long-lived middleware with its expected knowledge: the tokens of the last reading, and whether it failed."""
 
     middleware: BearerTokenMiddleware
     has_key: bool
@@ -130,7 +130,7 @@ class Lives(RuleBasedStateMachine):
         self.wait(LIFETIME)
 
     def by_hand(self) -> None:
-        """Let what an operator did to the file be seen: that takes as long as a look may be relied on."""
+        """Wait until an operator's change of the file is seen: the freshness of a check."""
         self.wait(file_store.FRESHNESS + 1e-9)  # a sum of fractions may be a little less than it should be
 
     def tick(self) -> None:
@@ -165,7 +165,7 @@ class Lives(RuleBasedStateMachine):
         delete=st.booleans(),
     )
     def end(self, which: int, one: int, kind: str, *, delete: bool) -> None:
-        """Revoke a token, perhaps once more, or delete it, by whatever the operator has of it."""
+        """Revoke a token, perhaps again, or delete it, by any reference to it."""
         self.tick()
         secret = list(self.tokens)[one % len(self.tokens)]
         known, writer = self.tokens[secret], self.writers[which % 2]
@@ -182,7 +182,7 @@ class Lives(RuleBasedStateMachine):
         self.written()
 
     def written(self) -> None:
-        """Find no secret in what a command wrote, and nothing beside it."""
+        """Check that a command left neither a secret in the file nor a file beside it."""
         content = self.path.read_text()
         assert [secret for secret in self.issued + self.plain if secret in content] == []
         assert list(self.path.parent.glob(".*.tmp")) == []
@@ -200,7 +200,7 @@ class Lives(RuleBasedStateMachine):
         assert self.contents() == before
 
     def contents(self) -> list[tuple[str, object]]:
-        """Return what is in the folder: the kinds and the bytes of all that could be taken for the token file."""
+        """Return the kinds and the bytes of all files in the folder."""
         found = [path for path in self.path.parent.iterdir() if path.suffix != ".lock"]
         return sorted(
             (path.name, path.read_bytes() if path.is_file() else oct(path.lstat().st_mode)) for path in found
@@ -209,7 +209,7 @@ class Lives(RuleBasedStateMachine):
     # --- an operator's hands
 
     def clear(self) -> None:
-        """Take away whatever is in the file's place."""
+        """Remove the file, or the object in its place."""
         with contextlib.suppress(IsADirectoryError, FileNotFoundError):
             self.path.unlink()
         with contextlib.suppress(FileNotFoundError):
@@ -238,7 +238,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.copies)
     @rule(one=several, replace=st.booleans())
     def restore(self, one: int, *, replace: bool) -> None:
-        """Put a backup in the file's place, whatever is there: what it says of each token holds again."""
+        """Restore a backup of the file: its records are in force again."""
         content, self.tokens = self.copies[one % len(self.copies)]
         self.put(content, replace=replace)
         self.state = "good"
@@ -262,7 +262,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.state != "broken")
     @rule(kind=st.sampled_from(SPECIAL))
     def put_something_else(self, kind: str) -> None:
-        """Put into the file's place what is no file."""
+        """Replace the file by another kind of object."""
         self.clear()
         ways: dict[str, Any] = {
             "folder": self.path.mkdir,
@@ -295,7 +295,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.moved is not None)
     @rule()
     def move_back(self) -> None:
-        """Move it back, over whatever is there by now."""
+        """Move the file back, over its present successor."""
         self.clear()
         self.aside.rename(self.path)
         self.by_hand()
@@ -304,7 +304,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.state != "missing")
     @rule()
     def remove(self) -> None:
-        """Remove the file, or what is in its place."""
+        """Remove the file, or its replacement."""
         self.clear()
         self.by_hand()
         self.tokens, self.state = {}, "missing"
@@ -312,7 +312,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.state == "good")
     @rule(mode=st.sampled_from([None, 0o600, 0o640, 0o666]))
     def touch(self, mode: int | None) -> None:
-        """Touch the file, or change who may read it: that changes nothing."""
+        """Touch the file, or change its permissions: no token changes."""
         self.path.touch() if mode is None else self.path.chmod(mode)
         self.by_hand()
 
@@ -320,7 +320,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """Stop the server and start it: its workers know nothing of what was before."""
+        """Restart the server: its new workers know nothing of the past."""
         self.supervisor = os.urandom(8)
         self.ever_configured = False
         self.servers.clear()
@@ -341,7 +341,7 @@ class Lives(RuleBasedStateMachine):
         self.ask(self.servers[-1])
 
     def look(self, server: Server) -> None:
-        """Note what a server knows once it has looked at the file."""
+        """Record a server's knowledge after a check of the file."""
         server.broken = self.state == "broken"
         server.configured = server.configured or self.state != "missing"
         self.ever_configured = self.ever_configured or server.configured
@@ -349,7 +349,7 @@ class Lives(RuleBasedStateMachine):
             server.tokens = self.tokens
 
     def ask(self, server: Server) -> None:
-        """Send a server every secret that ever was: it answers what the file says, or said last."""
+        """Send a server every secret so far: it decides by the file, or by its last good reading."""
         self.look(server)
         is_open = not server.configured and not server.has_key
         for secret in [*self.issued, *self.plain, STRANGER, KEY, None]:
@@ -371,7 +371,7 @@ class Lives(RuleBasedStateMachine):
 
 
 async def no_app(*_: object) -> None:
-    """Stand where an application would be: the servers are only asked what they decide."""
+    """Stand in for an application: only the decisions of the servers matter."""
 
 
 def decided(middleware: BearerTokenMiddleware, secret: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What the token file adds to the contract: every fault of it, every change to it, and what is said about them."""
+"""The file store beyond the contract: faults and changes of the file, and the log lines about them."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def _log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class Clock:
-    """A clock that stands still until it is moved on."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.instant = 1000.0
 
     def __call__(self, seconds: float = 0.0) -> float:
-        """Move on, and return the time."""
+        """Advance, and return the time."""
         self.instant += seconds
         return self.instant
 
@@ -63,7 +63,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Return where the token file is, or will be."""
+    """Return the path of the token file."""
     return tmp_path / "api_tokens.json"
 
 
@@ -74,14 +74,14 @@ def store(path: Path, clock: Clock) -> FileTokenStore:
 
 
 def _said(log: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Return what was logged since this was called last."""
+    """Return the lines logged since the last call."""
     lines = [(record.levelname, record.getMessage()) for record in log.records]
     log.clear()
     return lines
 
 
 def _look(store: FileTokenStore, digest: bytes) -> Token | None:
-    """Ask a store as the middleware does."""
+    """Return the token in the steps of the middleware."""
     token = store.peek(digest)
     return store.resolve(digest) if token is UNRESOLVED else token
 
@@ -96,7 +96,7 @@ def _issued(name: str = "ci") -> tuple[bytes, Token]:
 
 
 def _content(*issued: tuple[bytes, Token]) -> bytes:
-    """Return the bytes of a file that holds these tokens."""
+    """Return the bytes of a file with these tokens."""
     document = Document(None)
     for digest, token in issued:
         document.append(digest, token)
@@ -104,7 +104,7 @@ def _content(*issued: tuple[bytes, Token]) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file as an editor may: not as this library does."""
+    """Write a file in place, as an editor does."""
     path.write_bytes(content)
     path.chmod(0o600)
 
@@ -159,7 +159,7 @@ def test_writers_outlast_the_freshness(path: Path, clock: Clock) -> None:
 
 
 def test_waiting_requests_share_one_reading(path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a change the file is read once for all who wait; meanwhile nothing blocks and no old token is answered."""
+    """After a change waiting requests share one reading; meanwhile nothing blocks, and no old token is accepted."""
     digest, token = _issued()
     _write(path, _content((digest, token)))
     begun, go_on, readings, real = threading.Event(), threading.Event(), [], disk.read_file
@@ -183,7 +183,7 @@ def test_waiting_requests_share_one_reading(path: Path, store: FileTokenStore, m
 def test_what_is_in_force_no_more_is_let_go_at_leisure(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Old tokens are dropped piece by piece when the new ones are in force, and no other request waits for it."""
+    """Old tokens are released in steps once the new ones are in force, and no request waits for that."""
     held: list[bool] = []
 
     def drop(pieces: list[object]) -> None:
@@ -202,7 +202,7 @@ def test_what_is_in_force_no_more_is_let_go_at_leisure(
 
 
 def test_an_answer_rests_on_one_state_of_the_file(store: FileTokenStore) -> None:
-    """A token is not called unknown because the file was mended by another thread in the middle of the answer."""
+    """A token is not unknown because another thread read the repaired file during the answer."""
     digest, token = _issued()
 
     class MendedMeanwhile(dict[bytes, Token]):
@@ -230,7 +230,7 @@ os.waitpid(child, 0)
 
 
 def test_fork_during_a_reading(path: Path) -> None:
-    """A preloading server may fork at any moment: the child reads the file itself and never waits for the parent."""
+    """After a fork during a reading the child reads the file itself and never waits for the parent."""
     _write(path, _content(_issued(), _issued()))
     assert subprocess.check_output([sys.executable, "-c", _FORK_WHILE_READING], timeout=60) == b"2\n"
 
@@ -250,7 +250,7 @@ os.wait()
 
 
 def test_fork_of_an_open_process_reads_the_note() -> None:
-    """What a preloading server saw before it forked does not open a worker whose siblings have been closed since."""
+    """A worker forked from an open process is closed if another worker required authentication since."""
     output = subprocess.check_output([sys.executable, "-c", _FORK_WHILE_OPEN], timeout=60, text=True)
     assert output.split() == ["False", "UNRESOLVED", "True"]
 
@@ -258,7 +258,7 @@ def test_fork_of_an_open_process_reads_the_note() -> None:
 def test_note_is_written_again(
     path: Path, store: FileTokenStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """While the file is gone a worker that is asked writes a lost note again, each second: the next worker needs it."""
+    """While the file is missing a lost note is written again each second: the next worker needs it."""
     monkeypatch.setattr(worker_notes, "_servers", lambda _: (worker_notes._Server(os.getpid(), b""),))
     monkeypatch.setattr(worker_notes, "_folders", lambda: [tmp_path / "notes"])
     store.add(*_issued())
@@ -274,7 +274,7 @@ def test_note_is_written_again(
 
 @pytest.mark.parametrize("content", [None, b"{}"])
 def test_recycled_worker_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None) -> None:
-    """Where a sibling was closed, neither a missing file nor a blank one opens the worker that replaces it."""
+    """If an earlier worker required authentication, a missing or blank file does not open its successor."""
     if content is not None:
         _write(path, content)
     assert not FileTokenStore(path).survey().configured
@@ -300,7 +300,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_fault_keeps_the_last_good_tokens(
     path: Path, caplog: pytest.LogCaptureFixture, clock: Clock, kind: str
 ) -> None:
-    """A broken file stops no token that worked, accepts none, and is logged once, as is its recovery; it has no lease."""
+    """A broken file ends no token and adds none; the fault and its recovery are logged once; no lease applies."""
     store, (digest, token) = FileTokenStore(path, freshness=0.0, clock=clock), _issued()
     ended, secret = issue("ended", now=NOW, expires_at=NOW + timedelta(seconds=1))
     good = _content((digest, token), (digest_of(secret), ended))
@@ -330,7 +330,7 @@ def test_fault_keeps_the_last_good_tokens(
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_at_start_closes_until_it_is_mended(path: Path, store: FileTokenStore, kind: str) -> None:
-    """On a broken file a server starts closed, commands change nothing and say why; both work once it is mended."""
+    """With a broken file a server starts closed, and commands change nothing and name the fault; both recover."""
     FAULTS[kind][0](path)
     before = disk.signature_at(str(path))
     assert store.survey()[:3] == (True, 0, str(path))
@@ -348,7 +348,7 @@ def test_a_fault_at_start_closes_until_it_is_mended(path: Path, store: FileToken
 def test_failed_reading_is_retried(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    """A fault that leaves no trace in the file, such as a disk error, ends by itself; it is not tried at each request."""
+    """A fault without a change of the file, such as a disk error, is retried each second, not at each request."""
     digest, token = _issued()
     _write(path, _content((digest, token)))
     with monkeypatch.context() as patch:
@@ -367,7 +367,7 @@ def test_failed_reading_is_retried(
 
 
 def test_exhausted_descriptors_hide_no_revocation(path: Path, store: FileTokenStore, tmp_path: Path) -> None:
-    """A flood of connections takes every descriptor of the server, and a revocation is in force at once all the same."""
+    """A revocation is in force at once although connections occupy every descriptor of the server."""
     digest, token = _issued()
     for name in ("good", "bad"):
         (tmp_path / name).mkdir()
@@ -400,7 +400,7 @@ HIDDEN: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]
 def test_hidden_change_ends_tokens_after_lease(
     unprivileged: Path, caplog: pytest.LogCaptureFixture, clock: Clock, kind: str
 ) -> None:
-    """A file that cannot be opened, read or looked at may hide a revocation: its tokens work for one lease, then 503."""
+    """A file that cannot be opened, read or checked may hide a revocation: its tokens work for one lease, then 503."""
     hide, mend, problem = HIDDEN[kind]
     path, (digest, token) = unprivileged / "t.json", _issued()
     store = FileTokenStore(path, lease=30, freshness=0.0, clock=clock)
@@ -429,7 +429,7 @@ def test_hidden_change_ends_tokens_after_lease(
 
 
 def test_lease_counts_from_last_look(path: Path, clock: Clock) -> None:
-    """A server that nobody asked for a minute cannot know since when a change is hidden: it relies on nothing."""
+    """A server without requests for a minute cannot date a hidden change: it has no lease."""
     store, (digest, token) = FileTokenStore(path, lease=30, freshness=0.0, clock=clock), _issued()
     _write(path, _content((digest, token)))
     assert _id(_look(store, digest)) == token.id
@@ -443,7 +443,7 @@ def test_lease_counts_from_last_look(path: Path, clock: Clock) -> None:
 def test_rewrite_within_one_tick_is_found(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, clock: Clock
 ) -> None:
-    """Where the file system's clock stands still, a rewrite of equal size is found when the tick is over, by one reading."""
+    """A rewrite of equal size within one tick is found by one reading after the tick."""
     monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
     (one, first), (two, second) = _issued(), _issued()
     _write(path, _content((one, first)))
@@ -464,7 +464,7 @@ def test_rewrite_within_one_tick_is_found(
 def test_tick_counts_from_the_end_of_a_reading(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock, delay: float
 ) -> None:
-    """A rewrite is found though the file server's clock is behind the host's, or the host was too busy to read at once."""
+    """A rewrite is found although the file server's clock is late, or the reading was slow."""
     monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
     real = disk.read_file
     monkeypatch.setattr(disk, "read_file", lambda *arguments: (clock(delay), real(*arguments))[1])
@@ -480,7 +480,7 @@ def test_tick_counts_from_the_end_of_a_reading(
 def test_return_within_one_tick_is_compared_again(
     path: Path, store: FileTokenStore, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    """A file that changes and is as before within one tick may change once more: the comparison still comes."""
+    """A file that changes back within one tick is still compared after the tick: it may change again."""
     monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
     (one, first), (two, second) = _issued(), _issued()
     _write(path, _content((one, first)))
@@ -498,7 +498,7 @@ def test_return_within_one_tick_is_compared_again(
 
 
 def test_a_missing_file_says_nothing(path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture) -> None:
-    """Where no token file ever was, nothing is configured, nothing is logged and nothing is made."""
+    """Without a token file nothing is configured, logged or created."""
     assert store.survey()[:3] == (False, 0, str(path))
     assert store.peek(UNKNOWN) is None
     assert dict(store.tokens()) == {}
@@ -509,7 +509,7 @@ def test_a_missing_file_says_nothing(path: Path, store: FileTokenStore, caplog: 
 
 @pytest.mark.parametrize(("content", "configured"), [(b" {\n} ", False), (EMPTY, True), (b"", True)])
 def test_configured_once_is_configured_for_good(path: Path, content: bytes, *, configured: bool) -> None:
-    """Only an empty object says nothing, and nothing that happens to the file opens a server that was closed once."""
+    """Only an empty object counts as unconfigured, and no change of the file opens a server that was closed once."""
     for end in (Path.unlink, lambda path: path.write_bytes(b"{}")):
         store = FileTokenStore(path)
         _write(path, content)
@@ -522,7 +522,7 @@ def test_configured_once_is_configured_for_good(path: Path, content: bytes, *, c
 def test_deleted_file_and_its_return_are_logged(
     path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """When the file goes its tokens are refused and the operator is told what that means; when it returns they work."""
+    """Tokens of a deleted file are refused, with one line for the operator; after its return they work again."""
     digest, token = _issued()
     _write(path, _content((digest, token)))
     store.survey()
@@ -538,7 +538,7 @@ def test_deleted_file_and_its_return_are_logged(
 
 
 def test_replaced_mount_is_refused_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A file mounted by itself shows its old tokens for ever after it was replaced: they are refused."""
+    """A file mounted by itself shows its old content after a replacement: its tokens are refused."""
     digest, token = _issued()
     with tempfile.TemporaryFile() as mounted:
         mounted.write(_content((digest, token)))
@@ -561,7 +561,7 @@ def test_file_open_to_others_is_loaded_with_a_warning(
 ) -> None:
     """Digests that everybody may read, or tokens that others may add, are said once; they work all the same.
 
-    The next change takes from others what lets them write.
+    The next change removes the write permission of others.
     """
     _write(path, _content(_issued()))
     path.chmod(mode)
@@ -578,7 +578,7 @@ def test_file_open_to_others_is_loaded_with_a_warning(
 
 
 def test_a_link_stays_a_link(path: Path, store: FileTokenStore) -> None:
-    """A token file that is a symbolic link stays one: what it points to is replaced, under the lock beside that."""
+    """A token file that is a symbolic link stays one: its target is replaced, under the lock beside the target."""
     target = path.with_name("data") / "tokens.json"
     target.parent.mkdir()
     _write(target, EMPTY)
@@ -603,7 +603,7 @@ def test_held_lock_times_out(path: Path) -> None:
 
 
 def test_what_could_not_be_read_again_is_not_written(path: Path, store: FileTokenStore) -> None:
-    """A record that would break the file for every server is refused, and the file stays as it was."""
+    """A record that would make the file unreadable is refused, and the file stays unchanged."""
     digest, token = _issued()
     store.add(digest, token)
     before, no_offset = path.read_bytes(), NOW.replace(tzinfo=None)
@@ -619,7 +619,7 @@ def test_what_could_not_be_read_again_is_not_written(path: Path, store: FileToke
 def test_first_change_converts_plain_tokens(
     path: Path, store: FileTokenStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file of plain tokens works as it is, with a warning; after one command no plain token is left in it."""
+    """A file of plain tokens works, with a warning; the first command replaces them by digests."""
     entry = {"name": "old", "created_at": "2024-01-01T00:00:00"}
     one, two = digest_of("sk-plain-one"), digest_of("sk-plain-two")
     _write(path, json.dumps({"sk-plain-one": entry, "sk-plain-two": {**entry, "active": False}}).encode())
@@ -637,9 +637,9 @@ def test_first_change_converts_plain_tokens(
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """In whatever order tokens, faults and looks come, a server answers what the file says, or said last.
+    """For any order of changes, faults and requests a server decides by the file, or by its last good reading.
 
-    Commands, a server and an operator with an editor, against a dict from ids to what is known of the tokens.
+    Commands, a server and an operator with an editor, compared with a dict of the expected tokens.
     """
 
     def __init__(self) -> None:
@@ -653,7 +653,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.ever: list[bytes] = [UNKNOWN]
 
     def teardown(self) -> None:
-        """Leave nothing behind."""
+        """Remove the folder."""
         self.folder.cleanup()
 
     @precondition(lambda self: self.state in ("missing", "good"))
@@ -678,7 +678,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.state == "good")
     @rule(content=st.sampled_from([None, b"", b"[]", EMPTY[:-3]]))
     def spoil(self, content: bytes | None) -> None:
-        """Take the file away, or break it."""
+        """Remove or break the file."""
         self.saved, self.state = self.path.read_bytes(), "missing" if content is None else "broken"
         if content is None:
             self.path.unlink()
@@ -689,13 +689,13 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.state == "broken")
     @rule()
     def restore(self) -> None:
-        """Put back what was there."""
+        """Restore the file."""
         _write(self.path, self.saved)
         self.state = "good"
 
     @rule()
     def look(self) -> None:
-        """Ask the server for every token that ever was, and whether it is configured."""
+        """Check every token so far, and the server's survey."""
         self.configured = self.configured or self.state != "missing"
         self.served = self.served if self.state == "broken" else dict(self.written)
         for digest in self.ever:

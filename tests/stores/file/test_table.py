@@ -1,4 +1,4 @@
-"""The tokens that a server keeps: the same as a command reads, in steps that are short for those who wait meanwhile."""
+"""The tokens in a server's memory: the same as commands decode, read and released in short steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _lines(count: int) -> bytes:
 
 
 def _outcome(read: Any, content: Any) -> Any:
-    """Return what a reading ends in: the tokens by their digests and in their order, or the words of the error."""
+    """Return the tokens of a reading, by digest and in order, or the text of its error."""
     try:
         tokens, *others = read(content)
     except ValueError as error:
@@ -73,7 +73,7 @@ def test_a_server_reads_what_a_command_reads(rows: Rows, size: int, end: bytes) 
 
 
 def test_other_files_are_read_too() -> None:
-    """A file in an editor's layout, an empty object and plain tokens mean to a server what they mean to a command."""
+    """Servers and commands read the same tokens from an editor's layout, an empty object and plain tokens."""
     plain = {"sk-plain": {"name": "old", "created_at": "2024-01-01T00:00:00"}}
     for content in (json.dumps(json.loads(_content([(1, 1), (2, 2)]))), "{}", json.dumps(plain)):
         assert _outcome(table.read, BytesIO(content.encode())) == _outcome(decoding.decode, content.encode())
@@ -130,7 +130,7 @@ def test_no_time_is_lost_where_nothing_takes_long(pauses: list[float], monkeypat
 
 
 def test_a_table_is_dropped_piece_by_piece(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
-    """Whoever looks into a table that is dropped is done first, and then each piece is a step of its own."""
+    """Releasing waits for a present reader, and then takes one step per part."""
     pieces, left = [object() for _ in range(9)], []
     monkeypatch.setattr("freegpt_auth.stores.steps.time.sleep", lambda _: left.append(len(pieces)))
     steps.release(pieces)

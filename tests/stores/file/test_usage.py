@@ -1,4 +1,4 @@
-"""What the usage database beside a token file keeps to beyond the contract."""
+"""The usage database beside a token file, beyond the contract."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_last_use_that_is_no_instant_is_an_error() -> None:
 
 
 def test_killed_writer_loses_nothing(unprivileged: Path) -> None:
-    """What it had begun is taken back by whoever looks next; who may not write is told why, and what was there stays."""
+    """The next reader rolls an unfinished write back; a reader without write permission gets the reason."""
     whole, path = str(unprivileged / "whole.db"), str(unprivileged / "usage.db")
     UsageDatabase(whole).write(Batch("p", 1, {f"t{number}": (1, 0.0) for number in range(5000)}), 1.0)
     with contextlib.closing(sqlite3.connect(whole, isolation_level=None)) as connection:

@@ -47,7 +47,7 @@ def _frozen(cluster: Cluster) -> Iterator[ThreadPoolExecutor]:
 
 
 def test_transaction_is_atomic(connection: Connection) -> None:
-    """A block that fails leaves nothing, and the isolation level is ours whatever the session's default is."""
+    """A failed block is rolled back, and the isolation level is ours with any default of the session."""
     connection.run("CREATE TABLE public.here (number integer)")
     connection.run("SET default_transaction_isolation TO 'serializable'")
     with contextlib.suppress(psycopg.errors.DivisionByZero), connection.transaction():

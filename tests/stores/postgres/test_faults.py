@@ -1,4 +1,4 @@
-"""Errors of the driver in one line: the fault, and what to do about it."""
+"""Errors of the driver in one line: the fault, and its remedy."""
 
 from __future__ import annotations
 

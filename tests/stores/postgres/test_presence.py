@@ -1,4 +1,4 @@
-"""The row of a server process: it covers all that the process relies on, whatever becomes of connections and databases."""
+"""The row of a server process: it covers the process's lease in spite of lost connections and databases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of the tables: each answer is of one moment, and a row says the same as the token it was."""
+"""Queries of the tables: each result is of one instant, and a row becomes the token that was written."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_instants_are_kept_whatever_their_zone_is(connection: Connection) -> Non
 
 
 def test_a_look_up_is_of_one_moment(connection: Connection) -> None:
-    """What was read of a token belongs to the revision that is read with it, for one that is there or not."""
+    """A look-up returns the revision of its snapshot, for known and unknown tokens."""
     assert reads.look_up(connection, bytes(32)) == (0, None)
     [digest] = _add(connection, _token("one"))
     assert reads.look_up(connection, digest) == (1, _token("one"))
@@ -103,7 +103,7 @@ def test_the_head_tells_one_state_from_every_other(connection: Connection) -> No
 
 
 def test_log_has_changes_and_present_records(connection: Connection) -> None:
-    """A change is told with the token's present state; the list begins with what made the revision that was known."""
+    """The log has each change with the token's present record, beginning with the known revision."""
     one, two, three = _add(connection, _token("one"), _token("two"), _token("three"))
     writes.revoke(connection, "one", NOW)
     writes.delete(connection, "two")

@@ -1,4 +1,4 @@
-"""The schema: it is made and migrated whole or not at all, and each role may do what docs/guide/fleet.md says, and no more."""
+"""The schema: migrations are atomic, and each role has exactly the rights that docs/guide/fleet.md lists."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def name_of(url: str) -> str:
 
 
 def one_line(done: subprocess.CompletedProcess[str], about: str) -> bool:
-    """Tell whether a command failed as it may: one line, which says what."""
+    """Return whether a command failed with one line that contains the text."""
     said = done.stderr.startswith("freegpt-auth: ") and done.stderr.count("\n") == 1
     return done.returncode == 1 and not done.stdout and said and about in done.stderr
 
@@ -158,7 +158,7 @@ def test_each_migration_is_done_once_and_in_turn(
 
 
 def test_version_2_keeps_roles_working(cluster: Any, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The roles of a database of version 1 may do what servers and commands do since: no grant is to be repeated."""
+    """The roles of a database of version 1 have the rights of version 2 after the migration, without a new grant."""
     name, store = name_of(empty), PostgresTokenStore(empty)
     with monkeypatch.context() as earlier:
         earlier.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:1])
@@ -230,7 +230,7 @@ def answers(server: Any, token: str | None, status: int) -> Callable[[], bool]:
 
 
 def test_a_server_waits_for_the_schema(empty: str, command: Command, serve: Callable[..., Any], tmp_path: Path) -> None:
-    """A server that is started too early says once what to do, lets only the environment key in, and needs no restart."""
+    """A server that is started before the migration logs the remedy once, accepts only the key, and recovers."""
     (tmp_path / "early.py").write_text(APPLICATION)
     server = serve("early:app", FREEGPT_AUTH_STORE=empty, FREEGPT_API_KEY=KEY)
     for _ in range(3):
@@ -362,7 +362,7 @@ def test_a_server_serves_and_counts_with_its_own_role(
 
 
 def test_the_servers_role_lists_without_usage(roles: Roles, command: Command) -> None:
-    """With the servers' role the list shows the tokens and says in one line what it leaves out."""
+    """With the servers' role the list shows the tokens and names the missing part in one line."""
     secret = command("--store", roles.admin, "create", "listed").stdout.strip()
     done = command("--store", roles.server, "list")
     assert done.returncode == 0
@@ -380,7 +380,7 @@ def test_the_servers_role_lists_without_usage(roles: Roles, command: Command) ->
 def test_serving_role_is_refused_by_commands(
     cluster: Any, roles: Roles, command: Command, keep: Any, arguments: list[str]
 ) -> None:
-    """Whoever runs a command with the servers' URL reads in one line what to do, and nothing has changed."""
+    """A command with the servers' role fails with one line that names the remedy, and changes nothing."""
     token, _ = keep(PostgresTokenStore(roles.admin))
     Path("t.json").write_text(
         '{"version": 1, "tokens": [{"id": "f", "name": "f", "prefix": "", "digest": "sha256$%s", '
@@ -443,7 +443,7 @@ FOR_NOBODY = [
     ],
 )
 def test_a_servers_password_is_good_for_nothing_else(cluster: Any, roles: Roles, statement: str) -> None:
-    """Whoever steals the servers' password makes, changes, revives and deletes nothing, and becomes nobody else."""
+    """A thief of the servers' password can make, change, un-revoke and delete no token, and take no other role."""
     before = _contents(cluster)
     _denied(roles.server, statement)
     assert _contents(cluster) == before
@@ -468,7 +468,7 @@ def test_a_servers_password_is_good_for_nothing_else(cluster: Any, roles: Roles,
     ],
 )
 def test_admin_cannot_change_functions(cluster: Any, roles: Roles, statement: str) -> None:
-    """Who may run commands can do nothing behind the revision's back, and nothing that commands do not do."""
+    """The commands' role cannot change tokens without a new revision, and has no further rights."""
     before = _contents(cluster)
     _denied(roles.admin, statement)
     assert _contents(cluster) == before
@@ -536,7 +536,7 @@ def test_a_role_without_rights_is_told_so(cluster: Any, database: str, command: 
         cluster.sql("DROP ROLE stranger")
 
 
-# --- what defaults and other roles could open
+# --- defaults and other roles
 
 
 @pytest.fixture
@@ -615,11 +615,11 @@ def test_functions_of_the_owner_look_nowhere_else(cluster: Any) -> None:
     assert cluster.sql(query, "migrated") == [(name, path) for name in names]
 
 
-# --- what an operator does by hand
+# --- changes by hand
 
 
 def test_a_change_by_hand_counts_like_a_commands(cluster: Any, database: str) -> None:
-    """Whatever changes a token raises the revision and is noted, one by one or, of very many at once, as a whole."""
+    """Each change of a token raises the revision and is logged, singly or, for very many rows, as one."""
     name = name_of(database)
     store = PostgresTokenStore(database)
     for _ in range(2):

@@ -108,7 +108,7 @@ def hostile(request: pytest.FixtureRequest, cluster: Any, database: str) -> Iter
 def test_hostile_defaults_change_no_command(
     hostile: str, database: str, cluster: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Create, list, revoke, delete, copy and migrate do the same whatever the defaults of role and database are."""
+    """Create, list, revoke, delete, copy and migrate work with any defaults of role and database."""
 
     def run(*arguments: str) -> Any:
         assert main(["--store", hostile, *arguments] if arguments[0] != "copy" else arguments) == 0, capsys.readouterr()
@@ -138,7 +138,7 @@ def test_hostile_defaults_change_no_command(
 
 @pytest.mark.parametrize("hostile", ["role", "database", "role, through a pooler"], indirect=True)
 def test_hostile_defaults_change_no_server(hostile: str, keep: Callable[..., Any]) -> None:
-    """A server accepts, expires, revokes and counts the same whatever the defaults of role and database are."""
+    """A server accepts, expires, revokes and counts alike with any defaults of role and database."""
     operator, server, usage = (
         PostgresTokenStore(hostile),
         PostgresTokenStore(hostile, cache_limit=1),
@@ -188,7 +188,7 @@ def test_time_limits_are_ours(hostile: str) -> None:
 
 
 def test_read_only_default_is_explained(cluster: Any, database: str) -> None:
-    """A role that may only read connects to nothing, as to a standby; the error says what to do."""
+    """A read-only role cannot connect, as to a standby; the error names the remedy."""
     cluster.sql(f"ALTER DATABASE {database.rpartition('/')[2]} SET default_transaction_read_only = on")
     with pytest.raises(
         StoreUnavailableError, match="session is read-only; check that the database runs and can be written to"
@@ -286,7 +286,7 @@ FAULTS = {
 def test_damaged_tables_are_one_line(
     cluster: Any, database: str, keep: Any, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
-    """A table that was changed by hand stops a command in one line that says what to correct, and serves no token."""
+    """A row that was damaged by hand stops a command in one line that names the row, and no token is served."""
     store = PostgresTokenStore(database)
     digest = digest_of(keep(store)[1])
     statement, said = FAULTS[fault]

@@ -1,4 +1,4 @@
-"""What a store in PostgreSQL adds to the contract: its answers while the cache is partial, late or not to be relied on."""
+"""The PostgreSQL store beyond the contract: its answers while the cache is partial, late or without a lease."""
 
 from __future__ import annotations
 

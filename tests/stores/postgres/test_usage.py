@@ -1,4 +1,4 @@
-"""Usage in PostgreSQL: exact over all servers, whatever becomes of a connection, of the database or of a clock."""
+"""Usage in PostgreSQL: exact over all servers, in spite of lost connections, databases and clocks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 NEVER = 3600.0
-"""An interval that no test lives to see: what is written then, flush() wrote."""
+"""An interval longer than any test: only flush() writes."""
 
 
 def fill(url: str, *ids: str) -> None:
@@ -164,7 +164,7 @@ def test_a_batch_is_added_whole_or_not_at_all(cluster: Any, filled: str, usage: 
 
 
 def test_concurrent_batches_do_not_deadlock(cluster: Any, filled: str, usage: PostgresUsage) -> None:
-    """Whatever the order in which a server has counted tokens, it writes them in one order, so that all can go on."""
+    """Batches are written in the order of token ids, in whichever order they were counted: no deadlock."""
     fill(filled, "c", "d")
     usage.write(batch(1, a=1, b=1, c=1, d=1), 1.0)
     name = filled.rpartition("/")[2]
@@ -181,7 +181,7 @@ def test_concurrent_batches_do_not_deadlock(cluster: Any, filled: str, usage: Po
 
 
 def test_of_deleted_tokens_nothing_is_kept(filled: str, usage: PostgresUsage) -> None:
-    """Deleting a token forgets its usage, and what a server writes of it later is dropped, not the rest of the batch."""
+    """Deleting a token deletes its usage; later uses of it are dropped, the rest of their batch is not."""
     usage.write(batch(1, a=1, b=1), 1.0)
     PostgresTokenStore(filled).delete("a")
     assert counts(filled) == {"b": 1}
@@ -191,7 +191,7 @@ def test_of_deleted_tokens_nothing_is_kept(filled: str, usage: PostgresUsage) ->
 
 
 def test_the_names_of_processes_are_not_kept_for_ever(cluster: Any, filled: str, usage: PostgresUsage) -> None:
-    """What a process left that wrote last 30 days ago is cleared away when another begins, and no other's."""
+    """The first batch of a process deletes the batch records older than 30 days, and no others."""
     name = filled.rpartition("/")[2]
     for process in ("old", "young"):
         usage.write(batch(1, process, a=1), 1.0)
@@ -204,7 +204,7 @@ def test_the_names_of_processes_are_not_kept_for_ever(cluster: Any, filled: str,
 
 
 def test_what_a_server_writes_spoils_nothing(cluster: Any, filled: str, usage: PostgresUsage) -> None:
-    """Whatever whoever has the servers' password adds, the usage can be read, and other servers go on counting."""
+    """A thief of the servers' password cannot make usage unreadable or stop the counting of other servers."""
     largest = 2**63 - 1
     call = "SELECT freegpt_auth.add_usage('thief', {}, '{{a,b}}', ARRAY[{}, 0]::bigint[], ARRAY[{}, 0]::float8[])"
     for sequence, (count, ago) in enumerate(
@@ -220,7 +220,7 @@ def test_what_a_server_writes_spoils_nothing(cluster: Any, filled: str, usage: P
 
 
 def test_an_instant_outside_the_calendar_is_one_line(cluster: Any, filled: str, usage: PostgresUsage) -> None:
-    """A last use that no calendar here has, in a table without its checks, is an error that says what to correct."""
+    """A last use outside the calendar, in a table without its checks, is an error that names the row."""
     usage.write(batch(1, a=1), 1.0)
     unchecked = "ALTER DOMAIN freegpt_auth.instant DROP CONSTRAINT instant_check"
     cluster.sql(f"{unchecked}; UPDATE freegpt_auth.usage SET last_used_at = '12000-01-01'", filled.rpartition("/")[2])
@@ -259,7 +259,7 @@ recorder.record(("b", time.time()))
 
 @pytest.fixture
 def own(tmp_path: Any) -> Iterator[tuple[Cluster, str]]:
-    """Run a PostgreSQL of this test's own, which keeps what it has acknowledged, with the tokens a and b."""
+    """Run a durable PostgreSQL for this test, with the tokens a and b."""
     with running(tmp_path / "data") as cluster:
         url = cluster.url("postgres")
         PostgresTokenStore(url).migrate()
@@ -303,7 +303,7 @@ def test_killed_database_loses_no_use(own: tuple[Cluster, str], caplog: pytest.L
 
 
 def test_hung_database_delays_shutdown_briefly(own: tuple[Cluster, str], caplog: pytest.LogCaptureFixture) -> None:
-    """A server stops within a few seconds though its database answers nothing any more, and says what that costs."""
+    """A server stops within a few seconds although its database hangs, and logs the number of lost uses."""
     cluster, url = own
     recorder = UsageRecorder(PostgresUsage(url), interval=NEVER)
     recorder.record(("a", time.time()))
@@ -368,7 +368,7 @@ def test_no_connection_is_left_behind(cluster: Any, filled: str, usage: Postgres
 
 
 def test_foreign_url_is_refused_without_its_password(filled: str) -> None:
-    """A password that is wrong is not repeated in what is said."""
+    """The error about a wrong password does not repeat it."""
     wrong = filled.replace("the-password-of-the-database", "not-the-password")
     with pytest.raises(UsageError, match="password authentication failed") as caught:
         PostgresUsage(wrong).read()

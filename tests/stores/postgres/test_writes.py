@@ -1,4 +1,4 @@
-"""What commands change in the tables: whole or not at all, once, and as durable as it was promised."""
+"""Changes by commands: atomic, made once, and durable."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _merge(connection: Connection, tokens: dict[bytes, Token]) -> Merged:
 
 
 def test_a_token_is_revoked_once(connection: Connection) -> None:
-    """The first instant stays, and what changes nothing raises no revision."""
+    """The first instant of revocation stays, and a change of nothing raises no revision."""
     [(digest, token)] = _tokens("one").items()
     writes.insert(connection, digest, token)
     revoked = msgspec.structs.replace(token, revoked_at=NOW)
