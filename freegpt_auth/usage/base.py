@@ -1,4 +1,4 @@
-"""The contract that every place for usage keeps; ``tests/usage`` holds the suite that each must pass."""
+"""The contract of a usage store; ``tests/usage/test_contract.py`` is the test suite of every implementation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class Usage(NamedTuple):
-    """How a token was used.
+    """The usage of one token.
 
     Attributes:
-        use_count: accepted requests.
-        last_used_at: when the last of them came.
+        use_count: number of accepted requests.
+        last_used_at: instant of the last one.
     """
 
     use_count: int
@@ -22,12 +22,12 @@ class Usage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one process writes at once.
+    """Uses that one process writes at once.
 
     Attributes:
-        process: which process, in a word that no other has.
-        sequence: the how-manieth of its batches. One whose answer was lost is written again with the same number.
-        counts: for each token id how many uses to add, and the last of them in seconds since the epoch.
+        process: random id of the writing process.
+        sequence: number of the batch within that process, from 1. A retry has the same number.
+        counts: number of uses to add, and instant of the last one in seconds since the epoch, by token id.
     """
 
     process: str
@@ -36,23 +36,23 @@ class Batch(NamedTuple):
 
 
 class UsageStore(Protocol):
-    """Where usage is kept. Several processes and threads may use it at the same time.
+    """A store of usage, safe to use from several processes and threads at once.
 
     Attributes:
-        source: where that is, in words for the log. No password is in it.
+        source: name of the store for the log, without a password.
     """
 
     source: str
 
     def write(self, batch: Batch, timeout: float) -> None:
-        """Add to each token's count and move its last use forward: all of the batch, or nothing if it was added before.
+        """Add the counts of a batch and advance the last uses, atomically. A batch added before changes nothing.
 
         Args:
-            batch: what to add.
-            timeout: seconds to wait at most for other writers.
+            batch: the batch.
+            timeout: longest wait for other writers, in seconds.
 
         Raises:
-            UsageError: it may not have been added; the same batch is to be given again.
+            UsageError: the result is unknown; retry with the same batch.
         """
         ...
 
@@ -60,36 +60,36 @@ class UsageStore(Protocol):
         """Return the usage of each used token by its id.
 
         Raises:
-            UsageError: it cannot be read.
+            UsageError: the usage cannot be read.
         """
         ...
 
     def merge(self, usage: Mapping[str, Usage]) -> None:
-        """Raise each token's count and last use to at least these; so it makes no difference to do it twice.
+        """Raise each token's count and last use to at least the given ones, atomically. Idempotent.
 
         Raises:
-            UsageError: it cannot be done, and nothing was.
+            UsageError: nothing was changed.
         """
         ...
 
     def check(self) -> None:
-        """Check that usage can be kept here; called once, when a server starts. A fault that may pass is no error.
+        """Check at the start of a server that usage can be written. A fault that may be temporary is no error.
 
         Raises:
-            ConfigurationError: the place holds something else than usage, which must not be changed.
+            ConfigurationError: the location holds foreign data, which must not be changed.
         """
         ...
 
     def forget(self, token_ids: Collection[str]) -> None:
-        """Remove the usage of deleted tokens, and drop their uses up to this moment that are added later.
+        """Remove the usage of deleted tokens, also their uses until now that servers have not written yet.
 
-        Servers may hold uses that they have not written yet. Where no usage was ever kept, nothing is done.
+        Without any usage so far this does nothing.
 
         Raises:
-            UsageError: it cannot be done, and nothing was.
+            UsageError: nothing was changed.
         """
         ...
 
     def close(self) -> None:
-        """Let go of what is held open. What is asked after that opens it again."""
+        """Release open resources. Later calls reopen them."""
         ...

@@ -1,7 +1,7 @@
-"""Counts uses in memory, and writes them without slowing a request.
+"""Counts uses in memory and writes them to a usage store, without slowing a request.
 
-Recording is one append to memory, and nothing else while the writer sleeps. This is one daemon thread a process, which
-writes what came together: every 2 seconds, when the server shuts down, and when the interpreter exits.
+Recording a use is one append. One daemon thread per process writes the accumulated uses every 2 seconds, at shutdown
+and at exit.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from .base import UsageStore
 
 SHUTDOWN_TIMEOUT = 5.0
-"""Seconds that a stopping server waits at most for its last write."""
+"""Longest wait of a stopping server for its last write, in seconds."""
 
 FORK_TIMEOUT = 1.0
-"""Seconds that a fork waits at most for a write under way."""
+"""Longest wait of a fork for a running write, in seconds."""
 
 LONGEST_SLEEP = 2.0
-"""Seconds after which the writer looks at what came together, though it may not write it yet: till then that has no bound."""
+"""Longest sleep of the writer, in seconds. It folds pending uses into counts this often: the queue has no limit then."""
 
 PENDING_LIMIT = 1_000_000
-"""Uses, and tokens with unwritten uses, that are kept in memory while they cannot be written."""
+"""Largest number of pending uses, and of tokens with unwritten uses, while the store cannot be written."""
 
-PIECE = 10_000
-"""Number of uses counted at once, in C: in half the time of a loop, and 1 ms under the interpreter lock."""
+PIECE_SIZE = 10_000
+"""Number of uses counted at once, in C: half the time of a loop, and 1 ms under the interpreter lock."""
 
 Use = tuple[str, float]
-"""A token's id, and when it was used, in seconds since the epoch."""
+"""Id of a token, and instant of its use in seconds since the epoch."""
 
 _logger = logging.getLogger("freegpt_auth")
 
@@ -52,19 +52,20 @@ class UsageRecorder(Watched):
     """Counts uses in memory and adds them to a store.
 
     Args:
-        store: where to.
-        interval: seconds between two writes: what a killed process can lose.
+        store: the usage store.
+        interval: seconds between two writes; a killed process loses the uses of one interval.
 
     Attributes:
-        record: call it to count one use. It never blocks and never fails.
+        record: records one use; never blocks, never raises. While the writer sleeps it is the queue's own ``append``,
+            which is 70 ns faster than a method; during a write it is a method that limits the queue.
 
     Raises:
-        ConfigurationError: *store* names something that is no place for usage.
+        ConfigurationError: *store* holds foreign data.
     """
 
     def __init__(self, store: UsageStore, *, interval: float) -> None:
-        # Now, for a last write at exit: while the interpreter shuts down it cannot be imported, and version 3.30 tries out
-        # the file system when it is, which importing this package must not do.
+        # For the last write at exit, when nothing can be imported any more. Not at the import of this module: filelock 3.30
+        # then probes the file system.
         import ctypes  # noqa: F401, PLC0415
 
         import filelock  # noqa: F401, PLC0415
@@ -73,7 +74,7 @@ class UsageRecorder(Watched):
             store.check()
         self._store = store
         self._interval = interval
-        self._told: str | None = None
+        self._last_logged: str | None = None
         self._is_held = False
         self.after_fork_in_child()
         self.watch_forks()
@@ -84,12 +85,12 @@ class UsageRecorder(Watched):
         self._is_held = self._writing.acquire(timeout=FORK_TIMEOUT)
 
     def after_fork_in_parent(self) -> None:
-        """Let the writer go on."""
+        """Let the writer continue."""
         if self._is_held:
             self._writing.release()
 
     def after_fork_in_child(self) -> None:
-        """Start with nothing recorded: the uses in memory are the parent's to write."""
+        """Begin with no uses: the parent writes those in memory."""
         self._pending: deque[Use] = deque()
         self._counts: dict[str, tuple[int, float]] = {}
         self._process = secrets.token_hex(8)
@@ -98,9 +99,9 @@ class UsageRecorder(Watched):
         self._writer: threading.Thread | None = None
         self._starting = threading.Lock()
         self._writing = threading.Lock()
-        self.record: Callable[[Use], None] = self._record_within_bounds
+        self.record: Callable[[Use], None] = self._record_within_limit
 
-    def _record_within_bounds(self, use: Use) -> None:
+    def _record_within_limit(self, use: Use) -> None:
         if len(self._pending) >= PENDING_LIMIT:
             self._dropped += 1
             return
@@ -109,40 +110,40 @@ class UsageRecorder(Watched):
             self._start()
 
     def flush(self) -> None:
-        """Write what was recorded so far. It blocks for at most 5 seconds and never raises; trouble is logged."""
+        """Write all uses recorded so far. It blocks for at most 5 seconds and never raises; faults are logged."""
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT
         if not self._writing.acquire(timeout=SHUTDOWN_TIMEOUT):
-            self._tell("usage is being written for too long; what came last is lost")
+            self._log("usage is being written for too long; what came last is lost")
             return
         try:
             self._drain()
-            # What could not be written goes first, as it was: it may be there already, and only its answer be lost.
+            # Retry the failed batch first and unchanged: it may have been committed and only the reply lost.
             while (self._batch.counts or self._counts) and self._write(max(0.0, deadline - time.monotonic())):
                 pass
         finally:
             self._writing.release()
 
     def finish(self) -> None:
-        """Write what was recorded so far, as :meth:`flush` does, and let go of the store."""
+        """Write all uses recorded so far, as :meth:`flush` does, and close the store."""
         self.flush()
         self._store.close()
 
     def _start(self) -> None:
         with self._starting:
             if self._writer is None:
-                # Started by the first use and not before: a thread does not survive the fork of a preloading server.
+                # Started by the first use: a thread does not survive the fork of a preloading server.
                 writer = threading.Thread(target=self._run, name="freegpt_auth-usage", daemon=True)
-                with contextlib.suppress(RuntimeError):  # no thread to spare: the next use tries again
+                with contextlib.suppress(RuntimeError):  # no thread available: the next use retries
                     writer.start()
                     self._writer = writer
 
     def _run(self) -> None:
         due = time.monotonic() + self._interval
         while True:
-            # A request then does nothing but append, which takes 70 ns off each. A write may take long, so it is bounded.
+            # Unlimited only during the sleep, which is short. A write may take long: then the queue has a limit.
             self.record = self._pending.append
             time.sleep(min(LONGEST_SLEEP, max(0.0, due - time.monotonic())))
-            self.record = self._record_within_bounds
+            self.record = self._record_within_limit
             if time.monotonic() >= due:
                 self.flush()
                 due = time.monotonic() + self._interval
@@ -154,7 +155,7 @@ class UsageRecorder(Watched):
         pending = self._pending
         left = len(pending)  # uses recorded from here on are counted by the next call
         while left:
-            uses = [pending.popleft() for _ in range(min(left, PIECE))]
+            uses = [pending.popleft() for _ in range(min(left, PIECE_SIZE))]
             left -= len(uses)
             latest = dict(sorted(uses, key=itemgetter(1)))  # the last use of each token
             for token_id, count in Counter(map(itemgetter(0), uses)).items():
@@ -176,20 +177,20 @@ class UsageRecorder(Watched):
             with thread_as_owner_of(self._store.source):
                 self._store.write(self._batch, timeout)
         except (StoreError, UsageError) as error:
-            self._tell(f"usage cannot be written to {self._store.source}: {error}. It is kept in memory until it can")
+            self._log(f"usage cannot be written to {self._store.source}: {error}. It is kept in memory until it can")
             return False
         self._batch = self._batch._replace(counts={})
         if self._dropped:
             _logger.warning("usage of %d requests was dropped while it could not be written", self._dropped)
             self._dropped = 0
-        if self._told is not None:
+        if self._last_logged is not None:
             _logger.info("usage is written to %s again", self._store.source)
-            self._told = None
+            self._last_logged = None
         return True
 
-    def _tell(self, message: str) -> None:
-        if message != self._told:
-            self._told = message
+    def _log(self, message: str) -> None:
+        if message != self._last_logged:
+            self._last_logged = message
             _logger.warning("%s", message)
 
 

@@ -494,8 +494,8 @@ def test_pending_uses_are_limited(log: Callable[[int], list[str]], monkeypatch: 
     recorder = UsageRecorder(UsageDatabase(PATH), interval=0.01)
     with recorder._writing:
         recorder.record(("a", 1.0))
-        wait_until(lambda: recorder.record != recorder._record_within_bounds)  # the writer sleeps
-        wait_until(lambda: recorder.record == recorder._record_within_bounds)  # it wants to write
+        wait_until(lambda: recorder.record != recorder._record_within_limit)  # the writer sleeps
+        wait_until(lambda: recorder.record == recorder._record_within_limit)  # it wants to write
         for _ in range(9):
             recorder.record(("a", 1.0))
         assert len(recorder._pending) == 3
