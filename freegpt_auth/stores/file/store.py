@@ -241,8 +241,6 @@ class FileTokenStore(TokenStore, Watched):
             self._last_logged = message
             _logger.log(level, "%s", message)
 
-    # --- writing, by commands
-
     def _change(self, edit: Callable[[Document], _T]) -> _T:
         result = editing.change(self.path, edit, self._lock_timeout)
         # A server may rely on a check just before the change, also if another command has made the change just now.
