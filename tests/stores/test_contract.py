@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -22,6 +21,7 @@ import pytest
 from freegpt_auth import UNRESOLVED, FileTokenStore, MemoryTokenStore, StoreError, Token, TokenStore
 from freegpt_auth.exceptions import TokenNotFoundError
 from freegpt_auth.tokens import digest_of, issue
+from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,13 +136,15 @@ def test_token_is_one_object_until_changed(store: TokenStore, keep: Keep) -> Non
 
 def _state(store: TokenStore, digest: bytes) -> object:
     """Return the state in which a store answers a token, once memory can answer it."""
-    for _ in range(200):
-        state = store.state()
-        if state is not None and store.peek(digest) is not UNRESOLVED:
-            return state
+    states: list[object | None] = []
+
+    def is_certain() -> bool:
         _look(store, digest)
-        time.sleep(0.01)
-    raise AssertionError("memory answers nothing")
+        states.append(store.state())
+        return states[-1] is not None and store.peek(digest) is not UNRESOLVED
+
+    wait_until(is_certain)
+    return states[-1]
 
 
 def test_each_change_replaces_the_state(store: TokenStore, keep: Keep) -> None:
