@@ -105,7 +105,8 @@ async def _events(common: dict[str, Any], reply: str, usage: dict[str, int] | No
     first, *others = reply.split(" ")
     contents = [first, *(f" {word}" for word in others)]
     deltas = [{"role": "assistant", "content": ""}, *({"content": content} for content in contents), {}]
-    # As OpenAI's reference has it: a client that asks for usage gets the field in every chunk, and the counts in one more.
+    # As OpenAI's reference has it: a client that asks for usage gets the field in every chunk, and the counts in one
+    # more.
     chunk: dict[str, Any] = {**common, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
     for delta in deltas:
         choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}

@@ -1,4 +1,4 @@
-"""Forks of the process: each object that holds a lock, a thread or a connection prepares for one and recovers after it."""
+"""Forks of the process: objects that hold a lock, a thread or a connection prepare for one and recover after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A location of tokens or usage: the path of a file, or the URL of a database. Pure but for :meth:`Location.absolute`."""
+"""A location of tokens or usage: the path of a file, or the URL of a database. Only ``absolute`` is not pure."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Location:
             subject: its name in messages.
 
         Raises:
-            ConfigurationError: it resembles the address of a database but is no ``postgresql://`` URL. As a path it would
-                be logged with its password. The message repeats nothing but the scheme.
+            ConfigurationError: it resembles the address of a database but is no ``postgresql://`` URL. As a path it
+                would be logged with its password. The message repeats nothing but the scheme.
         """
         return text if isinstance(text, Location) else cls(text, _is_url(text, subject))
 

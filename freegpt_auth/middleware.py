@@ -47,8 +47,8 @@ class BearerTokenMiddleware(Copyable):
     Args:
         app: the application to protect.
         store: where the tokens are: a path, a ``postgresql://`` URL, or any
-            :class:`~freegpt_auth.stores.base.TokenSource`. A server whose store is named, here or by the variable, is never
-            open. Default: ``FREEGPT_AUTH_STORE``, else ``api_tokens.json`` in the working directory.
+            :class:`~freegpt_auth.stores.base.TokenSource`. A server whose store is named, here or by the variable, is
+            never open. Default: ``FREEGPT_AUTH_STORE``, else ``api_tokens.json`` in the working directory.
         public_paths: exact paths that need no token. Default: ``FREEGPT_AUTH_PUBLIC_PATHS``, else none.
         required: raise instead of starting in open mode. Default: ``FREEGPT_AUTH_REQUIRED``, else no.
         usage: path of the usage database, or ``off``. Default: ``FREEGPT_AUTH_USAGE``, else beside the tokens;
@@ -60,9 +60,9 @@ class BearerTokenMiddleware(Copyable):
             Default: ``FREEGPT_AUTH_CORS_ORIGINS``, else none.
 
     Raises:
-        ConfigurationError: the settings cannot be used, and no event loop runs. While one runs, a server is constructing
-            the middleware, and most servers ignore an exception then. So the error is kept: it fails the startup of the
-            lifespan, and a request without a lifespan is answered 503.
+        ConfigurationError: the settings cannot be used, and no event loop runs. While one runs, a server is
+            constructing the middleware, and most servers ignore an exception then. So the error is kept: it fails the
+            startup of the lifespan, and a request without a lifespan is answered 503.
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class BearerTokenMiddleware(Copyable):
     def _read(self, scope: Scope, digest: bytes, place: int) -> Presented:
         """Return the credentials of a request, read once.
 
-        A guard outside over the same source may have verified and removed one: it is verified again by its digest, after
-        those still presented. An application may have replaced them in a copy of the scope.
+        A guard outside over the same source may have verified and removed one: it is verified again by its digest,
+        after those still presented. An application may have replaced them in a copy of the scope.
         """
         credentials = presented(scope, digest, place)
         outer = scope.get(MARK)

@@ -71,8 +71,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def status(self, now: float) -> Status:
         """Return the state at *now*, in seconds since the epoch. It is derived from the instants, never stored.
 
-        No other code decides whether a token is in force, except the same rule in SQL in ``stores.postgres.reads``. Each
-        status takes the same time: refusals must not differ in time.
+        No other code decides whether a token is in force, except the same rule in SQL in ``stores.postgres.reads``.
+        Each status takes the same time: refusals must not differ in time.
         """
         is_expired = (self.expires_at or _NEVER).timestamp() <= now
         if self.revoked_at is not None:

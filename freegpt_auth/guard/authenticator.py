@@ -99,7 +99,8 @@ class Authenticator:
     def recognise(self, scope: Any) -> tuple[Caller | None, bytes, int]:
         """Return the caller of a secret that was accepted before, its digest and its place among the headers.
 
-        This is the whole decision about nearly every request. ``None`` leaves it to ``peek``. An open server reads nothing.
+        This is the whole decision about nearly every request. ``None`` leaves it to ``peek``. An open server reads
+        nothing.
         """
         digest, place = NOT_PLAIN if self.mode is _OPEN else plain(scope)
         caller = self._callers.get(digest)

@@ -4,8 +4,8 @@ A secret is digested where it is read: it is hashed once, and no later code hold
 traceback of a faulty one. After its verification, :func:`withdraw` removes it from the scope.
 
 Four carriers are read, one value each, in no order of preference: of two well-known clients one sends its token in
-``Authorization`` and another secret in ``x-api-key``, the other does the opposite. Query strings, bodies and cookies are
-never read: they end in logs and caches (RFC 6750, section 5.3).
+``Authorization`` and another secret in ``x-api-key``, the other does the opposite. Query strings, bodies and cookies
+are never read: they end in logs and caches (RFC 6750, section 5.3).
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Presented(msgspec.Struct, frozen=True):  # made in a third of the time of 
     """The credentials of one request.
 
     Attributes:
-        digests: of the secrets, in the order sent. A secret over 4 KB or with a mistake is ``b""``: it is refused unhashed.
+        digests: of the secrets, in the order sent. A secret over 4 KB or with a mistake is ``b""``: it is refused
+            unhashed.
         fault: the first mistake.
     """
 
@@ -137,7 +138,7 @@ def _header_secrets(scope: Any) -> list[bytes] | None:
 
 
 def _secret(name: bytes, value: bytes) -> bytes:
-    """Return the secret in a header: behind the scheme, in any case and after one or more spaces (RFC 9110, 11.1 and 11.4)."""
+    """Return the secret in a header, after the scheme in any case and one or more spaces (RFC 9110, 11.1 and 11.4)."""
     stripped = value.strip(_BLANK)
     if name != b"authorization":
         return stripped

@@ -23,7 +23,8 @@ class Lifespan:
     """Forwards the lifespan to an application, and completes it in place of an application that has none.
 
     An application has no lifespan if it returns without an answer, sends a message of another protocol, or raises
-    before it has received ``lifespan.startup``. Any other exception is the application's failure and reaches the server.
+    before it has received ``lifespan.startup``. Any other exception is the application's failure and reaches the
+    server.
 
     Args:
         receive: of the server.

@@ -25,8 +25,8 @@ def open_store(
     Args:
         location: the path or the URL.
         named: a server was given this location, so the folder of a token file must exist.
-        lease: seconds for which known tokens are accepted while the database cannot be reached, or while a token file that
-            may have changed cannot be read.
+        lease: seconds for which known tokens are accepted while the database cannot be reached, or while a token file
+            that may have changed cannot be read.
         cache_limit: number of tokens of a database that a process keeps in memory.
 
     Raises:

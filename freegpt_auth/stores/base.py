@@ -1,7 +1,7 @@
 """The contracts of a token source and of a token store; ``tests/stores`` holds the suite that every store must pass.
 
-A store is synchronous code. The middleware calls :meth:`TokenSource.peek` and :meth:`CompleteSource.state` on the event loop
-and every other method in worker threads, several at once: a store must be thread-safe.
+A store is synchronous code. The middleware calls :meth:`TokenSource.peek` and :meth:`CompleteSource.state` on the event
+loop and every other method in worker threads, several at once: a store must be thread-safe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from ..tokens import Token
-
 
 LEASE = 30.0
 """Default lease, in seconds: how long known tokens are accepted while their source cannot be read."""
@@ -79,16 +78,16 @@ class Unseen(NamedTuple):
 class TokenSource(Protocol):
     """The methods that a token source must have. The optional ones of :class:`CompleteSource` are used if it has them.
 
-    The answer is the token itself, also if it is revoked or expired: the caller decides. While a token does not change, a
-    source should answer the same object: user and credentials of the application are made once per object.
+    The answer is the token itself, also if it is revoked or expired: the caller decides. While a token does not change,
+    a source should answer the same object: user and credentials of the application are made once per object.
     """
 
     @abstractmethod
     def peek(self, digest: bytes) -> Token | Literal[Unresolved.UNRESOLVED] | None:
-        """Return the token whose secret has this SHA-256 digest, from memory; :data:`UNRESOLVED` if memory cannot decide.
+        """Return the token with this SHA-256 digest, from memory; :data:`UNRESOLVED` if memory cannot decide.
 
-        It runs on the event loop and must not block. A server in open mode passes ``b""``, the digest of no token: return
-        :data:`UNRESOLVED` while ``survey`` could now report a configured store.
+        It runs on the event loop and must not block. A server in open mode passes ``b""``, the digest of no token:
+        return :data:`UNRESOLVED` while ``survey`` could now report a configured store.
 
         Raises:
             StoreUnavailableError: the source cannot decide about this digest now.
@@ -108,8 +107,8 @@ class TokenSource(Protocol):
     def survey(self) -> Survey:
         """Read the store and return its contents in numbers. It may block.
 
-        A store that cannot be read is *configured*: a fault must not open a server. Once configured, a store stays so for
-        the life of the process.
+        A store that cannot be read is *configured*: a fault must not open a server. Once configured, a store stays so
+        for the life of the process.
         """
         ...
 
@@ -118,7 +117,7 @@ class CompleteSource(TokenSource, Protocol):
     """A token source with all parts. Inherit from it for the defaults of the optional ones.
 
     Attributes:
-        look_up_limit: number of requests that may wait for ``resolve``; further ones are answered 503. Default: no limit.
+        look_up_limit: number of requests that may wait for ``resolve``; others are answered 503. Default: no limit.
         cache_limit: number of tokens in its memory, the limit of the callers kept ready too. Default: no limit.
     """
 

@@ -34,7 +34,7 @@ FORK_TIMEOUT = 1.0
 """Longest wait of a fork for a running write, in seconds."""
 
 LONGEST_SLEEP = 2.0
-"""Longest sleep of the writer, in seconds. It folds pending uses into counts this often: the queue has no limit then."""
+"""Longest sleep of the writer, in seconds. It counts pending uses this often: the queue has no limit then."""
 
 PENDING_LIMIT = 1_000_000
 """Largest number of pending uses, and of tokens with unwritten uses, while the store cannot be written."""
@@ -64,8 +64,8 @@ class UsageRecorder(Watched):
     """
 
     def __init__(self, store: UsageStore, *, interval: float) -> None:
-        # For the last write at exit, when nothing can be imported any more. Not at the import of this module: filelock 3.30
-        # then probes the file system.
+        # For the last write at exit, when nothing can be imported any more. Not at the import of this module: filelock
+        # 3.30 then probes the file system.
         import ctypes  # noqa: F401, PLC0415
 
         import filelock  # noqa: F401, PLC0415

@@ -1,8 +1,8 @@
 """However a request without a credential is spelled, real servers refuse or drop it.
 
 The requests are bytes on a socket, or HTTP/2 frames without validation: no client corrects them. The application behind
-the middleware answers REACHED to every path and method except two public paths, so a bypass is visible in the raw answer.
-Over HTTP/2 the table of HTTP/1 is sent again, with further requests that only HTTP/2 can express.
+the middleware answers REACHED to every path and method except two public paths, so a bypass is visible in the raw
+answer. Over HTTP/2 the table of HTTP/1 is sent again, with further requests that only HTTP/2 can express.
 
 ``spellings.txt`` has the tables, one entry a line. It leaves out spellings that are let through by right: those that a
 server decodes to a public path (``/%68ealth``), a preflight, and the spellings of a credential that RFC 9110 allows.
@@ -336,8 +336,8 @@ def to_http2(row: bytes, settings: bytes = SETTINGS) -> bytes:
 def all_to_http2(rows: Iterable[bytes]) -> list[bytes]:
     """Return the rows that a server can upgrade, with an upgrade to HTTP/2.
 
-    Requests with a body or another upgrade are left out. So are HEAD, after which the client expects a body, and CONNECT,
-    after which hypercorn hangs.
+    Requests with a body or another upgrade are left out. So are HEAD, after which the client expects a body, and
+    CONNECT, after which hypercorn hangs.
     """
     unfit = re.compile(rb"(?:HEAD|CONNECT) |.*\r\n(?:Content-Length|Upgrade): ", re.DOTALL)
     fit = (row for row in rows if ONE_REQUEST.match(row) and not unfit.match(row))

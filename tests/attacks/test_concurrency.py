@@ -1,8 +1,8 @@
 """Sixteen commands at a time beside four busy workers: nothing is lost, no command fails, every use is counted.
 
-Each story has one token. A command creates it; then it stays, or one command ends it, or two commands race for its end. The
-token is presented after every step, and clients use the tokens of all stories meanwhile. Each client knows whether an end was
-ordered before the answer, and whether it was done before the request: the answer must agree.
+Each story has one token. A command creates it; then it stays, or one command ends it, or two commands race for its end.
+The token is presented after every step, and clients use the tokens of all stories meanwhile. Each client knows whether
+an end was ordered before the answer, and whether it was done before the request: the answer must agree.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Commands that are killed at any moment: their output is true, and the next command works at once.
 
-A launcher starts two to four commands at once and kills each with SIGKILL at a random moment: in the whole life of a command,
-in its first part, or in the milliseconds after its temporary file appeared, while it replaces the token file. A temporary
-file that is left behind proves that a kill fell into that time.
+A launcher starts two to four commands at once and kills each with SIGKILL at a random moment: in the whole life of a
+command, in its first part, or in the milliseconds after its temporary file appeared, while it replaces the token file.
+A temporary file that is left behind proves that a kill fell into that time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from tests.attacks.conftest import Record
     from tests.helpers.servers import Serve, Server
 
-# One batch a line. A warm command is a fork of this process, which has imported everything and has no threads; a cold one
-# is a new interpreter. All commands wait at a gate. An alarm ends a command that hangs.
+# One batch a line. A warm command is a fork of this process, which has imported everything and has no threads; a cold
+# one is a new interpreter. All commands wait at a gate. An alarm ends a command that hangs.
 LAUNCHER = """
 import json, os, signal, sys, time, traceback
 import filelock
@@ -321,7 +321,7 @@ def test_killed_writers_break_no_promise(
     assert "cannot be used" not in log, log
     assert "Traceback" not in log, log
     assert one.longest < LOCK_TIMEOUT
-    # A test that never kills during a write proves nothing. About two rounds in five leave a temporary file: later writers
-    # of the same round remove files, and a command that was killed before its first write leaves none.
+    # A test that never kills during a write proves nothing. About two rounds in five leave a temporary file: later
+    # writers of the same round remove files, and a command that was killed before its first write leaves none.
     assert ledger.tally["rounds_killed_in_a_write"] >= rounds / 20
     assert ledger.tally["killed_after_the_change"] >= rounds / 30

@@ -1,8 +1,8 @@
 """Faults of files, clocks and workers: no fault opens a server of two workers that gets requests without a pause.
 
-Each fault happens under a real server, with and without an environment key, with and without lifespan. The tests check every
-answer: a request that began before a change may get the old answer, one that began 20 ms after it must get the new one, in
-both workers. So at no time is a request without a credential accepted.
+Each fault happens under a real server, with and without an environment key, with and without lifespan. The tests check
+every answer: a request that began before a change may get the old answer, one that began 20 ms after it must get the
+new one, in both workers. So at no time is a request without a credential accepted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every file system call of a command fails once, with each possible error: no change is half done.
 
-A healthy run under ``strace`` lists the calls. Then each call fails in a run of its own, on a copy of the same files, by
-fault injection of ``strace``. Commands run in forks of a launcher that has imported everything: only the command is traced,
-not the start of an interpreter.
+A healthy run under ``strace`` lists the calls. Then each call fails in a run of its own, on a copy of the same files,
+by fault injection of ``strace``. Commands run in forks of a launcher that has imported everything: only the command is
+traced, not the start of an interpreter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A primary that is killed during a stream of revocations, and its standby that takes over.
 
-Servers and operators reach both by one URL. With synchronous replication no acknowledged revocation is undone. Without it
-the last revocations are lost, and servers that have seen them are stricter than their database.
+Servers and operators reach both by one URL. With synchronous replication no acknowledged revocation is undone. Without
+it the last revocations are lost, and servers that have seen them are stricter than their database.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Links between hosts and their database that are cut, stalled, slow, without notifications, or used up.
 
-In most tests two of three hosts suffer: one that caches every token, and one whose cache is too small for that. The third
-must not notice.
+In most tests two of three hosts suffer: one that caches every token, and one whose cache is too small for that. The
+third must not notice.
 """
 
 from __future__ import annotations

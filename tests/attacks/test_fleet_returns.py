@@ -1,7 +1,7 @@
 """Revocations just after servers lost the database: no token is accepted longer than the command says.
 
-A server without its connection relies on its cache until its lease is over, and no command can reach it. The command waits
-for that server, or names the seconds. Both must hold for every token at every host.
+A server without its connection relies on its cache until its lease is over, and no command can reach it. The command
+waits for that server, or names the seconds. Both must hold for every token at every host.
 """
 
 from __future__ import annotations

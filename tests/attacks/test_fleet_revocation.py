@@ -91,8 +91,8 @@ def measure(cluster: Cluster, tables: str, operator: Operator, hosts: list[Host]
 def excess(times: list[Times]) -> float:
     """Return the milliseconds by which the 99th percentile misses the target.
 
-    A change passes three processes that need a processor each, a request two. On a loaded machine a change may therefore
-    take three requests longer.
+    A change passes three processes that need a processor each, a request two. On a loaded machine a change may
+    therefore take three requests longer.
     """
     return (
         percentile([one.from_commit for one in times], 0.99)

@@ -1,7 +1,7 @@
 """After its creation a secret appears nowhere: in no output, log, file, error or object of the library, not even in part.
 
-The tests search for each secret beyond its visible prefix: whole, each half, in hexadecimal and in base64. They search for
-the environment key too, which may be only where the operator put it.
+The tests search for each secret beyond its visible prefix: whole, each half, in hexadecimal and in base64. They search
+for the environment key too, which may be only where the operator put it.
 """
 
 from __future__ import annotations

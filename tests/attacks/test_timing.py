@@ -2,8 +2,8 @@
 
 As in dudect (Reparaz, Balasch, Verbauwhede: "Dude, is my code constant time?", 2017), classes are measured in turn, in
 random order: other load affects all classes alike. Welch's t is taken over several croppings, because the slow tail is
-noise. With enough samples t finds any difference, however useless. The tests therefore bound the effect, the difference of
-the medians; t only shows that a difference exists.
+noise. With enough samples t finds any difference, however useless. The tests therefore bound the effect, the difference
+of the medians; t only shows that a difference exists.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class ChatServer:
     def refusals(self, path: str) -> list[str]:
         """Return the reason of each refused request to *path*, retries included.
 
-        A refusal is logged after it is sent. The method therefore waits until the log has the refusal of one more request.
+        A refusal is logged after it is sent. The method therefore waits until the log has the refusal of one more
+        request.
         """
         last = f"/{time.monotonic_ns()}"
         status(self.url + last)

@@ -189,8 +189,9 @@ class Fleet:
     def isolate(self, cut: Callable[[], None], mend: Callable[[], None], isolated: tuple[int, ...]) -> list[float]:
         """Cut hosts off from the database for longer than the lease, and check every answer.
 
-        Known tokens work until the lease is over, then every token is answered 503. A token that is revoked meanwhile is
-        refused by the other hosts at once, and by all hosts after *mend*; a token that is created meanwhile works then.
+        Known tokens work until the lease is over, then every token is answered 503. A token that is revoked meanwhile
+        is refused by the other hosts at once, and by all hosts after *mend*; a token that is created meanwhile works
+        then.
 
         Args:
             cut: cuts the hosts off.

@@ -93,7 +93,7 @@ def kept_access(target: Path) -> Access:
 
 
 def written_by_others(place: str, status: os.stat_result, trusted_group: int | None = None) -> bool:
-    """Return whether a user other than the owner may write. An owning group that is the *trusted_group* does not count."""
+    """Return whether a user other than the owner may write. The group *trusted_group* does not count."""
     if status.st_mode & stat.S_IWOTH:
         return True
     if not status.st_mode & stat.S_IWGRP:  # with an ACL these bits are its mask
@@ -108,7 +108,7 @@ def written_by_others(place: str, status: os.stat_result, trusted_group: int | N
 
 
 def exposure(path: str, status: os.stat_result) -> str | None:
-    """Return a warning if others may write the file, or if every user may read it although this process can change that."""
+    """Return a warning if others may write the file, or if all may read it and this process can change that."""
     with contextlib.suppress(OSError):
         written = written_by_others(path, status)
         readable = status.st_mode & stat.S_IROTH and _is_changeable(path)
@@ -120,7 +120,7 @@ def exposure(path: str, status: os.stat_result) -> str | None:
 
 
 def _is_changeable(path: str) -> bool:
-    """Return whether this process may change the file. A Secret that Kubernetes mounts is readable by all and unchangeable."""
+    """Return whether this process may change the file. A Kubernetes Secret is readable by all and unchangeable."""
     target = Path(path).resolve()
     return any(os.access(place, os.W_OK, effective_ids=True) for place in (target, target.parent))
 

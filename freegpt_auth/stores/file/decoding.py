@@ -8,11 +8,12 @@
     ]}
 
 Commands call :func:`decode` with the whole content. Servers load a large file in steps, by :func:`decode_batches`: they
-release the interpreter lock between two batches of lines, while decoding 100,000 tokens at once blocks the event loop for
-80 ms. :mod:`.table` does that.
+release the interpreter lock between two batches of lines, while decoding 100,000 tokens at once blocks the event loop
+for 80 ms. :mod:`.table` does that.
 
-One token per line also makes differences easy to read. Any other layout of the same JSON is read too, with or without a byte
-order mark, and so is the format of this project's ancestor: ``{"<plain token>": {"name", "created_at", "last_used", "active"}}``.
+One token per line also makes differences easy to read. Any other layout of the same JSON is read too, with or without a
+byte order mark, and so is the format of this project's ancestor: ``{"<plain token>": {"name", "created_at",
+"last_used", "active"}}``.
 """
 
 from __future__ import annotations

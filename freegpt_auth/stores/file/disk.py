@@ -1,4 +1,4 @@
-"""Reading and replacing one file, safe against crashes and hostile paths. POSIX only; independent of the file's format."""
+"""Reading and replacing one file, safe against crashes and hostile paths. POSIX only; knows no file format."""
 
 from __future__ import annotations
 
@@ -151,12 +151,13 @@ def replace_file(path: str, content: bytes) -> None:
     """Replace the file at *path* by one with *content*, atomically. The caller holds the lock.
 
     Once this has returned, the new content survives a power failure. A first file is readable and writable by its owner
-    only; a replacement keeps owner, group, permissions to read and POSIX ACL. Its modification time is later than that of
-    the old file, whether or not the clock has advanced: two files never have the same signature.
+    only; a replacement keeps owner, group, permissions to read and POSIX ACL. Its modification time is later than that
+    of the old file, whether or not the clock has advanced: two files never have the same signature.
 
     Raises:
-        FileError: the file could not be replaced, and the old one is unchanged. (One exception: on a file system without
-            hard links whose folder cannot be synced, *content* is in place but may not survive a power failure.)
+        FileError: the file could not be replaced, and the old one is unchanged. (One exception: on a file system
+            without hard links whose folder cannot be synced, *content* is in place but may not survive a power
+            failure.)
     """
     target = Path(path)
     _remove_leftovers(target)

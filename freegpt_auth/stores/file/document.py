@@ -130,7 +130,7 @@ class Document:
 
 
 def tokens_in(content: bytes | None) -> dict[bytes, Token]:
-    """Return the tokens of a file that is only read, in half the time of a :class:`Document`; none if *content* is ``None``.
+    """Return the tokens in *content*, in half the time of a :class:`Document`; none if *content* is ``None``.
 
     Raises:
         ValueError: *content* is no token file.

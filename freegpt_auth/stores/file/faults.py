@@ -1,8 +1,8 @@
 """The reason why bytes are no token file, in one sentence for an operator. Pure.
 
-msgspec gives the place of an error only in its message, and rewords messages between releases. This module finds the place
-itself: of a syntax error by the standard library's parser, whose errors carry a position, and of a wrong field by converting
-one field at a time.
+msgspec gives the place of an error only in its message, and rewords messages between releases. This module finds the
+place itself: of a syntax error by the standard library's parser, whose errors carry a position, and of a wrong field by
+converting one field at a time.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
 
 class Reserve:
-    """Two reserved descriptors, the ends of one pipe. Empty until :meth:`fill`; an empty reserve opens and closes plainly.
+    """Two reserved descriptors, the ends of one pipe. Until :meth:`fill` it opens and closes like the system.
 
-    A thread that accepts connections may take the number between its release and the opening of the file: then the second
-    descriptor is released. Not safe for several threads at once; a fork duplicates the reserve.
+    A thread that accepts connections may take the number between its release and the opening of the file: then the
+    second descriptor is released. Not safe for several threads at once; a fork duplicates the reserve.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Reserve:
                     raise
 
     def close(self, fd: int) -> None:
-        """Close a descriptor of :meth:`open`. If the reserve lacks one, *fd* refills it, and its number is never free."""
+        """Close a descriptor of :meth:`open`. If the reserve lacks one, *fd* refills it without becoming free."""
         with contextlib.suppress(OSError):  # closing a file that was only read loses nothing
             if len(self._held) == 1:
                 self._held.append(os.dup2(self._held[0], fd, inheritable=False))

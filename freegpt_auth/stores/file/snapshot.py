@@ -81,7 +81,7 @@ def read(path: str, reserve: Reserve, last: Snapshot, signature: disk.Signature)
 def after_failure(
     last: Snapshot, signature: disk.Signature, error: Exception, *, now: float, lease: tuple[float, float], retry: float
 ) -> tuple[Snapshot, str]:
-    """Return the snapshot that follows *last* after a failed reading, and the effect of the failure in words for the log.
+    """Return the snapshot after a failed reading that follows *last*, and the effect of the failure for the log.
 
     The tokens of *last* stay. If *error* may hide a change, they stay until the end of the lease only.
 

@@ -1,7 +1,8 @@
-"""The store of tokens in ``api_tokens.json``. A change is in force in every process of the host once its command returns.
+"""Tokens in ``api_tokens.json``. Once a command returns, its change is in force in every process of the host.
 
 No task polls and no thread watches the file: requests check it themselves, by one ``stat`` (2 µs) at most every 10 ms.
-Commands return after twice that time: then no process of this host accepts a revoked token. Requests never take the lock.
+Commands return after twice that time: then no process of this host accepts a revoked token. Requests never take the
+lock.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class FileTokenStore(TokenStore, Watched):
         self.watch_forks()
 
     def after_fork_in_child(self) -> None:
-        """Read the file again at the first request: another worker may require authentication since the parent read it."""
+        """Read the file again at the first request: another worker may have required authentication since."""
         self._loading = threading.Lock()
         self._snapshot = replace(self._snapshot, signature=None)
         self._fresh_until = float("-inf")

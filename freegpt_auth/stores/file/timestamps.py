@@ -1,8 +1,9 @@
 """File times: two states of a file within one tick of its file system's clock can have the same times.
 
-Timestamps advance with the kernel's tick (1 to 10 ms) or, on older file systems, each second (ext2 and ext3 with inodes of
-128 bytes, HFS+) or every two (FAT). Writers therefore raise the modification time themselves, and readers compare the
-content once more after the tick, as git does for "racily clean" entries (git, Documentation/technical/racy-git.adoc).
+Timestamps advance with the kernel's tick (1 to 10 ms) or, on older file systems, each second (ext2 and ext3 with inodes
+of 128 bytes, HFS+) or every two (FAT). Writers therefore raise the modification time themselves, and readers compare
+the content once more after the tick, as git does for "racily clean" entries (git,
+Documentation/technical/racy-git.adoc).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _STEPS = (1, 1_000, 1_000_000, 10_000_000, _NS, 2 * _NS)
 def tick_length(changed_ns: int) -> float:
     """Return the upper bound of one tick of a file's clock, in seconds, judged by its ``st_ctime_ns``.
 
-    The host's clock is not consulted: the clock of a file server, or of a virtual machine's host, may differ by minutes.
+    The host's clock is not consulted: the clock of a file server, or of a virtual machine's host, may differ by
+    minutes.
     """
     return FINE_TICK if changed_ns % _NS else COARSE_TICK
 
@@ -28,8 +30,8 @@ def tick_length(changed_ns: int) -> float:
 def set_later(fd: int, before: int) -> None:
     """Raise the modification time of a file above *before*, in nanoseconds, unless it is later already.
 
-    Rising times keep the signatures of successive files apart, even if an inode number is reused. The granularity of the
-    file system is found by trial.
+    Rising times keep the signatures of successive files apart, even if an inode number is reused. The granularity of
+    the file system is found by trial.
 
     Raises:
         OSError: the file system has no later time.

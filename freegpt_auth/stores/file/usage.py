@@ -1,8 +1,8 @@
 """The usage store beside the token file: counts and last uses of tokens, in SQLite.
 
 Counts are added as differences and a last use only moves forward: any number of processes write side by side, and none
-overwrites another's counts. The transaction that adds a batch also records its process and sequence number: a batch that
-was committed although SQLite reported an error is not counted again when it is retried.
+overwrites another's counts. The transaction that adds a batch also records its process and sequence number: a batch
+that was committed although SQLite reported an error is not counted again when it is retried.
 
 One transaction for 1,000 used tokens takes 0.3 ms among 100 tokens and 12 ms among 100,000. Rewriting the token file
 instead took 1 ms and 400 ms, and 3 s with four processes.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping
 
 READ_TIMEOUT = 5.0
-"""Default limit of a reader's wait for a writer, in seconds. Also that of :meth:`UsageDatabase.merge` and ``forget``."""
+"""Default limit of a reader's wait for a writer, in seconds; also that of ``merge`` and ``forget``."""
 
 _RETENTION = 30 * 86_400.0
 """Seconds for which the last batch of an ended process and the id of a deleted token are kept."""
@@ -41,8 +41,8 @@ _logger = logging.getLogger("freegpt_auth")
 class UsageDatabase:
     """A :class:`~freegpt_auth.usage.base.UsageStore` in a SQLite database, for the processes of one host.
 
-    The next writer moves a damaged database aside with a WARNING, and starts a new one. A file that is not recognisably a
-    usage database is never moved or changed.
+    The next writer moves a damaged database aside with a WARNING, and starts a new one. A file that is not recognisably
+    a usage database is never moved or changed.
 
     Args:
         path: the database; made by the first write.
@@ -136,8 +136,8 @@ class UsageDatabase:
         deadline = time.monotonic() + timeout
         with explained():
             path = real_path(self.source)
-            # SQLite's own locks do not cover the move: a process that still had the damaged file open would take the new
-            # database's journal, which has the same name, for its own (https://www.sqlite.org/howtocorrupt.html).
+            # SQLite's own locks do not cover the move: a process that still had the damaged file open would take the
+            # new database's journal, which has the same name, for its own (https://www.sqlite.org/howtocorrupt.html).
             with usage_header.turn(path, timeout), locked(path, _left(deadline)):
                 for _ in range(2):  # SQLite also reports a transient read error of the disk as damage
                     _check_ours(path)

@@ -37,13 +37,13 @@ _ADVICE = "move it away, or name another file in FREEGPT_AUTH_USAGE"
 def obstacle(path: str) -> str | None:
     """Return the reason why usage must not be written to *path*; ``None`` if it may be.
 
-    A missing file, an empty one, and our own database may be written; its header identifies it, damaged or not. The header
-    is read without SQLite, which could change another application's file: it rolls back journals and checkpoints
-    write-ahead logs. A FIFO that replaces the file between this check and SQLite's ``open`` can block the caller, but no
-    request.
+    A missing file, an empty one, and our own database may be written; its header identifies it, damaged or not. The
+    header is read without SQLite, which could change another application's file: it rolls back journals and checkpoints
+    write-ahead logs. A FIFO that replaces the file between this check and SQLite's ``open`` can block the caller, but
+    no request.
 
-    Call it within :func:`turn`: closing any descriptor of a file drops the locks that SQLite holds on it for another thread
-    of this process (https://www.sqlite.org/howtocorrupt.html, section 2.2).
+    Call it within :func:`turn`: closing any descriptor of a file drops the locks that SQLite holds on it for another
+    thread of this process (https://www.sqlite.org/howtocorrupt.html, section 2.2).
 
     Raises:
         OSError: the file cannot be read.

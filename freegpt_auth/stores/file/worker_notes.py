@@ -1,12 +1,13 @@
 """A note to restarted workers of the same server: authentication was on.
 
-A worker that replaces another must not open a server whose token file was moved away meanwhile. A server that an operator
-stops and starts again must open. A note therefore belongs to the process that starts the workers, and has no meaning for
-any other: it is an empty file, named after that process and the path of the token file.
+A worker that replaces another must not open a server whose token file was moved away meanwhile. A server that an
+operator stops and starts again must open. A note therefore belongs to the process that starts the workers, and has no
+meaning for any other: it is an empty file, named after that process and the path of the token file.
 
-Each note is kept in two folders, because either may be cleared: systemd removes a user's files from ``/dev/shm`` at the last
-logout (logind.conf(5), RemoveIPC), and old files from the folder for temporary files. Each namespace of process ids has
-folders of its own: a container that shares ``/dev/shm`` would take the servers of another container for stopped ones.
+Each note is kept in two folders, because either may be cleared: systemd removes a user's files from ``/dev/shm`` at the
+last logout (logind.conf(5), RemoveIPC), and old files from the folder for temporary files. Each namespace of process
+ids has folders of its own: a container that shares ``/dev/shm`` would take the servers of another container for stopped
+ones.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def _start_and_parent(process: int) -> tuple[bytes, int]:
 def _arbiter() -> int | None:
     """Return the process id of gunicorn's arbiter if this process is its worker, or the arbiter itself, which preloads.
 
-    Only the call stack shows that: a server of another kind may import gunicorn, and the parent process may be anything,
-    such as a shell that starts one server after another.
+    Only the call stack shows that: a server of another kind may import gunicorn, and the parent process may be
+    anything, such as a shell that starts one server after another.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001
     called = set()

@@ -34,8 +34,8 @@ class Published(NamedTuple):
 
     Attributes:
         revision: revision that the process has read; -1 before the first read.
-        covers_until: local instant at which the row ends. It counts from just before the statement was sent, so it is never
-            later than the end by the database's clock.
+        covers_until: local instant at which the row ends. It counts from just before the statement was sent, so it is
+            never later than the end by the database's clock.
         covers_since: local instant since which the row was never expired.
     """
 
