@@ -75,9 +75,10 @@ async def test_verified_headers_leave_the_scope(
 
 
 async def test_subprotocols_leave_the_scope(ask: Ask, store: MemoryTokenStore) -> None:
-    """A verified subprotocol goes; one that somebody else verifies stays beside a valid header."""
+    """A verified subprotocol goes, also beside a valid header of a known caller; a foreign one stays."""
     guarded = BearerTokenMiddleware(plain, store=store)
-    for secret, header, left in ((SECRET, [], ["realtime"]), ("sk-upstream", [BEARER], None)):
+    gone = ["realtime"]
+    for secret, header, left in ((SECRET, [], gone), (SECRET, [BEARER], gone), ("sk-upstream", [BEARER], None)):
         offers = ["realtime", SUBPROTOCOL + secret]
         offered = (b"sec-websocket-protocol", ", ".join(offers).encode())
         answer = await ask(guarded, type="websocket", headers=[*header, offered], subprotocols=[*offers])
