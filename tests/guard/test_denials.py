@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from freegpt_auth.guard.denials import JSON_RPC_CODE, REALM, RETRY_AFTER, denial
+from freegpt_auth.guard.denials import REALM, RETRY_AFTER, denial
 
 
 def scope(path: str = "/v1/chat/completions", *headers: tuple[bytes, bytes], method: str = "POST") -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_clients_read_their_own_error(
     message = content["error"]["message"]
     assert content == {"error": {"message": message, "type": kind, "param": None, "code": code}}
     assert json.loads(anthropic.body) == {"type": "error", "error": {"type": anthropic_kind, "message": message}}
-    error = {"code": JSON_RPC_CODE, "message": message}
+    error = {"code": -32001, "message": message}
     assert json.loads(mcp.body) == {"jsonrpc": "2.0", "id": None, "error": error}
 
 

@@ -29,12 +29,13 @@ HEADER = [(b"daphne-root-path", b"/v1/files")]
         (UNMOVED, [], True, False),
         (UNMOVED, [], False, True),
         ({"path": "/health"}, HEADER, False, True),
+        ({"path": "/health", "root_path": "/he"}, [], False, True),
     ],
 )
 def test_clients_choose_no_root_path(
     monkeypatch: pytest.MonkeyPatch, scope: dict[str, Any], headers: Any, *, daphne: bool, public: bool
 ) -> None:
-    """Behind daphne, where a client can choose the root path, only a mount point of the application's own is taken off."""
+    """A mount point is removed in whole segments; behind daphne, where clients choose one, only the application's own."""
     monkeypatch.delitem(sys.modules, "daphne.server", raising=False)
     if daphne:
         monkeypatch.setitem(sys.modules, "daphne.server", ModuleType("daphne.server"))
