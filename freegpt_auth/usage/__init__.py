@@ -1,1 +1,1 @@
-"""Usage of tokens, whatever the engine: the contract of a usage store, and the recorder that writes to one."""
+"""Usage of tokens, independent of the engine: the contract of a usage store, and the recorder that writes to one."""

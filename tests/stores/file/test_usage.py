@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from freegpt_auth.exceptions import UsageError
-from freegpt_auth.stores.file import usage
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.stores.file.usage_faults import explained
 from freegpt_auth.usage.base import Batch, Usage
@@ -109,10 +108,9 @@ def test_missing_permission_is_explained(unprivileged: Path, mode: int, folder_m
         store.merge({"a": Usage(2, NOON)})
 
 
-def test_reading_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database that another program has locked is one sentence, after a while."""
-    monkeypatch.setattr(usage, "READ_TIMEOUT", 0.05)
-    store = UsageDatabase("usage.db")
+def test_reading_times_out() -> None:
+    """A database that another program has locked is one sentence, after the time limit."""
+    store = UsageDatabase("usage.db", read_timeout=0.05)
     store.write(Batch("p", 1, {"a": (1, 0.0)}), 1.0)
     with contextlib.closing(sqlite3.connect("usage.db", isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
