@@ -242,6 +242,7 @@ async def test_slow_source_delays_no_other(ask: Ask) -> None:
                 group.start_soon(partial(ask, occupied, headers=headers))
             await anyio.wait_all_tasks_blocked()
             try:
+                assert occupied._look_ups.lane().gate.statistics().tasks_waiting == Source.look_up_limit
                 assert (await ask(free, headers=headers)).status == 401
                 assert (await ask(again, headers=headers)).status == 503
             finally:
