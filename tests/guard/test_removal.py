@@ -135,13 +135,17 @@ async def test_nothing_leaves_without_authentication(ask: Ask, store: MemoryToke
 # --- two guards
 
 
-async def test_inner_guard_accepts_the_outer_ones_caller(ask: Ask, store: MemoryTokenStore) -> None:
-    """Behind a guard over the same store a second guard accepts the same caller, for every carrier."""
+async def test_inner_guard_accepts_the_outer_ones_caller(
+    ask: Ask, store: MemoryTokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a guard over the same store a second guard accepts the same caller, for every carrier, and the key."""
+    monkeypatch.setenv("FREEGPT_API_KEY", "the-environment-key")
     guarded = BearerTokenMiddleware(BearerTokenMiddleware(plain, store=store), store=store)
     for headers in ([BEARER], [BEARER, UPSTREAM], [UPSTREAM, (b"api-key", SECRET.encode())]):
         for kind in ("http", "websocket"):
             answer = await ask(guarded, type=kind, headers=[*headers])
             assert answer.scope["user"].display_name == "one"
+    assert (await ask(guarded, headers=[(b"authorization", b"Bearer the-environment-key")])).status == 200
     foreign = (b"authorization", b"Bearer sk-of-the-upstream")
     answer = await ask(guarded, headers=[foreign, (b"x-api-key", SECRET.encode())])
     assert (answer.status, answer.scope["headers"]) == (200, [foreign])
