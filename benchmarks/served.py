@@ -13,9 +13,9 @@ from freegpt_auth import BearerTokenMiddleware
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-BARE, FLOOR, GUARDED = "bare", "floor", "freegpt_auth"
+BARE, FLOOR, GUARDED, USAGE_OFF = "bare", "floor", "freegpt_auth", "usage off"
 CONTENDER = "BENCHMARK_CONTENDER"
-"""The environment variable that names the guard to serve: one of the three above."""
+"""The environment variable that names the guard to serve: one of the four above."""
 
 STORE = "FREEGPT_AUTH_STORE"
 SECRETS = "secrets.txt"
@@ -33,8 +33,8 @@ def app() -> ASGIApp:
     name = os.environ[CONTENDER]
     if name == BARE:
         return application
-    if name == GUARDED:
-        return BearerTokenMiddleware(application)
+    if name in (GUARDED, USAGE_OFF):
+        return BearerTokenMiddleware(application, usage="off" if name == USAGE_OFF else None)
     store = Path(os.environ[STORE])
     return Floor(application, store.with_name(SECRETS).read_text().split(), str(store))
 

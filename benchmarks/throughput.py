@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import results
 from asking import Line, ask_until, request_with
 from measure import in_turns, over, ratios
-from served import BARE, FLOOR, GUARDED, SECRETS
+from served import BARE, FLOOR, GUARDED, SECRETS, USAGE_OFF
 from serving import on_core, processor_time, serving
 from token_file import write_tokens
 
@@ -56,11 +56,15 @@ def measure(rounds: int) -> list[results.Row]:
         store.with_name(SECRETS).write_text("\n".join(secrets))
         requests = [request_with(secret) for secret in random.sample(secrets, USED)]
         with on_core(0):
-            servers = {name: stack.enter_context(serving(name, str(store))) for name in (BARE, FLOOR, GUARDED)}
+            servers = {
+                name: stack.enter_context(serving(name, str(store))) for name in (BARE, FLOOR, GUARDED, USAGE_OFF)
+            }
         stack.enter_context(on_core(1))
         contenders = {name: partial(_turn, server, cycle(requests)) for name, server in servers.items()}
         turns = in_turns(contenders, rounds)
-    return [row for name in turns for row in _rows(name, turns[name], turns[BARE])]
+    counting = ratios([turn.p99 for turn in turns[GUARDED]], [turn.p99 for turn in turns[USAGE_OFF]])
+    rows = [row for name in turns for row in _rows(name, turns[name], turns[BARE])]
+    return [*rows, results.row(f"{GUARDED}: p99 / usage off", "×", counting)]  # noqa: RUF001
 
 
 def _turn(server: Server, requests: Iterator[bytes]) -> Turn:
