@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, NoReturn
 
 from starlette.authentication import AuthCredentials, BaseUser, UnauthenticatedUser
 
@@ -47,36 +48,54 @@ class TokenUser(BaseUser):
         return self._identity
 
 
+class SharedCredentials(AuthCredentials):
+    """The scopes of a caller for ``request.auth``, one read-only object for all callers with the same scopes.
+
+    Shared, because an object of its own for each caller makes a request 5 % slower with 1,000 tokens: the processor
+    has it less often in its caches.
+    """
+
+    def __init__(self, scopes: tuple[str, ...]) -> None:
+        vars(self)["scopes"] = scopes
+
+    def __setattr__(self, name: str, _value: object) -> NoReturn:
+        raise AttributeError(
+            f"{name} of request.auth is shared by many requests; replace request.scope['auth'] instead"
+        )
+
+
 @dataclass(slots=True, eq=False)  # attributes of slots are read faster than those of a named tuple
 class Caller:
     """The caller of an accepted request, made once per token. Only ``state`` changes.
 
+    The first five are read by every request, and lie together: 2 % of a request with 1,000 tokens.
+
     Attributes:
         user: for ``scope["user"]``.
         auth: for ``scope["auth"]``.
-        token: the token presented; ``None`` for the environment key and in open mode.
-        token_id: its id, read without the token: one cache line less.
+        token_id: the id of the token.
         expires: its expiry in seconds since the epoch.
+        state: the source's state when its ``peek`` last answered this token.
+        token: the token presented; ``None`` for the environment key and in open mode.
         digest: SHA-256 digest of the verified secret.
         source: the token source that verified it; a guard over another source must verify it again.
-        state: the source's state when its ``peek`` last answered this token.
     """
 
     user: BaseUser
     auth: AuthCredentials
-    token: Token | None = None
     token_id: str | None = None
     expires: float = NEVER
+    state: object = field(default_factory=object, repr=False)
+    token: Token | None = None
     digest: bytes = field(default=b"", repr=False)
     source: object = field(default=None, repr=False)
-    state: object = field(default_factory=object, repr=False)
 
 
 def caller_of(token: Token, digest: bytes, source: object) -> Caller:
     """Return the caller of a token."""
     expires = NEVER if token.expires_at is None else token.expires_at.timestamp()
-    auth = _credentials("authenticated", *token.scopes)
-    return Caller(TokenUser(token.id, token.name), auth, token, token.id, expires, digest, source)
+    user, auth = TokenUser(token.id, token.name), _credentials("authenticated", *token.scopes)
+    return Caller(user, auth, token.id, expires, token=token, digest=digest, source=source)
 
 
 def environment_caller(digest: bytes, source: object) -> Caller:
@@ -85,11 +104,9 @@ def environment_caller(digest: bytes, source: object) -> Caller:
     return Caller(user, _credentials("authenticated"), digest=digest, source=source)
 
 
-def _credentials(*scopes: str) -> AuthCredentials:
-    """Return credentials that an application cannot change for later requests."""
-    credentials = AuthCredentials()
-    credentials.scopes = scopes  # type: ignore[assignment]  # a tuple: all requests of a caller share it
-    return credentials
+@lru_cache
+def _credentials(*scopes: str) -> SharedCredentials:
+    return SharedCredentials(scopes)
 
 
 ANONYMOUS = Caller(UnauthenticatedUser(), _credentials())

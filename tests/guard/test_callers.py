@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from freegpt_auth import Token
-from freegpt_auth.guard.callers import ANONYMOUS, caller_of, environment_caller
+from freegpt_auth.guard.callers import ANONYMOUS, Caller, caller_of, environment_caller
 
 NOW = datetime(2025, 11, 26, tzinfo=UTC)
 TOKEN = Token(id="id", name="a name", prefix="sk-", created_at=NOW, expires_at=NOW, scopes=("read", "write"))
@@ -26,7 +26,9 @@ def test_callers_hide_the_digest() -> None:
     [ANONYMOUS, environment_caller(DIGEST, STORE), caller_of(TOKEN, DIGEST, STORE)],
     ids=["nobody", "key", "token"],
 )
-def test_an_application_cannot_widen_what_others_may(caller: object) -> None:
-    """The scopes that one request is told cannot be added to for the requests after it."""
+def test_applications_cannot_widen_scopes(caller: Caller) -> None:
+    """The scopes of one request cannot be changed for later requests, nor for other callers with the same scopes."""
     with pytest.raises(AttributeError):
-        caller.auth.scopes.append("admin")  # type: ignore[attr-defined]
+        caller.auth.scopes.append("admin")
+    with pytest.raises(AttributeError, match=r"replace request.scope\['auth'\] instead"):
+        caller.auth.scopes = ["admin"]

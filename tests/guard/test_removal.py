@@ -190,7 +190,7 @@ async def test_marks_of_others_prove_nothing(ask: Ask, store: MemoryTokenStore) 
     """No other object in the scope, and no caller that another store verified, lets a request in."""
     guarded = BearerTokenMiddleware(plain, store=store)
     caller = caller_of(TOKEN, digest_of(SECRET), MemoryTokenStore())
-    unknown = Caller(caller.user, caller.auth, TOKEN, digest=digest_of("sk-wrong"), source=store)
+    unknown = Caller(caller.user, caller.auth, token=TOKEN, digest=digest_of("sk-wrong"), source=store)
     for mark in (True, SECRET, digest_of(SECRET), {"digest": digest_of(SECRET), "source": store}, caller, unknown):
         assert (await ask(guarded, **{MARK: mark})).status == 401
 
