@@ -112,7 +112,7 @@ def request_with(secret: str) -> bytes:
 
 
 def line_to_each(workers: int, port: int, request: bytes) -> list[Line]:
-    """Return one connection to each worker. The kernel chooses the worker of a connection, so this tries until it has all."""
+    """Return one connection to each worker: connect until all have one, since the kernel chooses the worker."""
     deadline = time.monotonic() + PATIENCE
     found: dict[int, Line] = {}
     while len(found) < workers:

@@ -50,12 +50,13 @@ def svg(title: str, groups: Mapping[str, Sequence[Bar]]) -> str:
             parts += _drawn(bar, top, scale)
             top += BAR + GAP
     height = top + GAP
+    size = f'width="{WIDTH}" height="{height}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {size}>',
             f"<title>{escape(title)}</title>",
             f"<style>\n{_STYLE}\n</style>",
-            f'<rect class="page" width="{WIDTH}" height="{height}" rx="6"/>',
+            f'<rect class="page" {size} rx="6"/>',
             *parts,
             "</svg>\n",
         ]

@@ -45,8 +45,8 @@ class Floor:
         app: the application.
         secrets: of the tokens.
         path: of the token file.
-        one_carrier: compare each header with ``Authorization`` only: the least scan of all, which no longer notices that
-            a request presents a second credential.
+        one_carrier: compare each header with ``Authorization`` only: the least scan of all, which does not notice a
+            second credential.
     """
 
     def __init__(self, app: ASGIApp, secrets: list[str], path: str, *, one_carrier: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Reading a token file of 100,000 tokens again, after a change: time, memory, and the longest hold of the event loop."""
+"""Reading a changed token file of 100,000 tokens: time, memory, and the longest hold of the event loop."""
 
 from __future__ import annotations
 

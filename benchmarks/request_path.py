@@ -1,4 +1,4 @@
-"""In process: the time that a guard adds to a request, without a server and a network, which would hide it in their noise.
+"""In process: the time that a guard adds to a request. The noise of a server and a network would hide it.
 
 Each request presents one of 512 tokens at random, in a new scope with new header objects, as from a server. A benchmark
 that repeats one request measures the processor's caches.

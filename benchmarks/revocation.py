@@ -1,4 +1,4 @@
-"""Revocation: the time until all workers of a server refuse a token, while clients use it on each worker without a pause."""
+"""Revocation: the time until all workers of a server refuse a token that clients use without a pause."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def revoke_under_load(store: str, names: Mapping[str, str]) -> list[results.Row]
 def _revoke(orders: Connection, store: str, secret: str, name: str) -> Revocation:
     orders.send(secret)
     answer_of(orders)
-    time.sleep(random.uniform(0.002, 0.022))  # noqa: S311  a server checks the file every 10 ms: start at any phase of that
+    # A server checks the file every 10 ms: start at any phase of that.
+    time.sleep(random.uniform(0.002, 0.022))  # noqa: S311
     began = time.monotonic()
     with redirect_stderr(io.StringIO()):
         status = cli.main(["--store", store, "revoke", name])

@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "operations" / "performance.md"
 
 
 def main() -> None:
-    """Run the benchmarks that are named, by default all, and write the page from their results and those of earlier runs."""
+    """Run the named benchmarks, by default all, and write the page from their results and those of earlier runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"by default {', '.join(report.BENCHMARKS)}")
     parser.add_argument("--rounds", help="of each benchmark; by default each has its own number")
@@ -26,7 +26,8 @@ def main() -> None:
     arguments = ["--results", str(options.results), *(["--rounds", options.rounds] if options.rounds else [])]
     for name in options.names or report.BENCHMARKS:
         print(f"{name} …", flush=True)
-        subprocess.run([sys.executable, str(Path(__file__).with_name(f"{name}.py")), *arguments], check=True)  # noqa: S603
+        script = Path(__file__).with_name(f"{name}.py")
+        subprocess.run([sys.executable, str(script), *arguments], check=True)  # noqa: S603
     report.write(options.results, options.page)
     print(options.page)
 

@@ -1,4 +1,4 @@
-"""The application that the benchmarks guard, in process or behind a server, which calls :func:`app` in its own process."""
+"""The application that the benchmarks guard, in process or behind a server, which calls :func:`app`."""
 
 from __future__ import annotations
 

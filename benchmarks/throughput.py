@@ -1,4 +1,4 @@
-"""Behind a server: requests a second, processor time and the slowest requests, with one worker of uvicorn and 1,000 tokens.
+"""Behind uvicorn: requests a second, processor time and the slowest requests, with one worker and 1,000 tokens.
 
 The servers of all contenders run at the same time and take turns. Servers have one core, the client has another. The
 guard counts uses in a thread every 2 seconds: a turn is longer, so that the counting falls inside.

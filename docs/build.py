@@ -2,7 +2,8 @@
 
 The pages are copied, so that nothing is written into the checkout. In a copy:
 
-- ``README.md``, ``SECURITY.md``, ``CONTRIBUTING.md`` and ``CHANGELOG.md`` have their places on the site, and links to them follow;
+- ``README.md``, ``SECURITY.md``, ``CONTRIBUTING.md`` and ``CHANGELOG.md`` have their places on the site, and links to
+  them follow;
 - a link to another file of the repository becomes plain text, since the site does not contain that file;
 - ``::: freegpt_auth.NAME`` becomes the docstring of a public name, ``::: command NAME`` the help text of a command.
 """

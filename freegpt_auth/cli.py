@@ -90,7 +90,8 @@ class _Version(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
-        description="Bearer tokens for OpenAI-compatible servers: create, list, revoke, delete; copy and migrate for a fleet.",
+        description="Bearer tokens for OpenAI-compatible servers: create, list, revoke, delete; copy and migrate for a "
+        "fleet.",
         epilog=f"Example: {PROGRAM} create my-application",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")

@@ -50,8 +50,8 @@ class Copyable:
             raise TypeError(f"this middleware cannot be pickled: {self._unusable.message}")
         if self._source is not None:
             raise TypeError(
-                f"this middleware cannot be pickled: its token source is a {type(self._source).__name__} object of this "
-                "process. Give it the path or URL of a store, or construct it in the other process"
+                f"this middleware cannot be pickled: its token source is a {type(self._source).__name__} object of "
+                "this process. Give it the path or URL of a store, or construct it in the other process"
             )
         settings, is_open = self._settings, self._authenticator.mode is AuthMode.OPEN
         construct: Callable[..., Copyable] = type(self)

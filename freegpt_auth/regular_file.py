@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _DIRECTORY = (
-    "it is a directory, as Docker makes one in the place of a missing file that is mounted by itself; remove it, and mount "
-    "the directory of the file instead"
+    "it is a directory, as Docker makes one in the place of a missing file that is mounted by itself; remove it, and "
+    "mount the directory of the file instead"
 )
 
 

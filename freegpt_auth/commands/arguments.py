@@ -59,8 +59,8 @@ def add_store_option(parser: argparse.ArgumentParser, default: str | None) -> No
         "--store",
         metavar="PATH|URL",
         default=default,
-        help="the token file or database; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory; every user "
-        "of this host sees a password given here, and none in the variable",
+        help="the token file or database; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory; "
+        "every user of this host sees a password given here, and none in the variable",
     )
 
 

@@ -92,8 +92,8 @@ class Authenticator:
             announce(self.mode, survey, self._key)
         if required and self._resolve_open():
             raise ConfigurationError(
-                f"authentication is required, but no environment key is set and {self._source.survey().source} holds no "
-                "tokens: set FREEGPT_API_KEY, or run python -m freegpt_auth create NAME"
+                f"authentication is required, but no environment key is set and {self._source.survey().source} holds "
+                "no tokens: set FREEGPT_API_KEY, or run python -m freegpt_auth create NAME"
             )
 
     def recognise(self, scope: Any) -> tuple[Caller | None, bytes, int]:

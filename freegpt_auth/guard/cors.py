@@ -14,8 +14,8 @@ ANY = "*"
 """The origin that stands for all. Safe: a page must add a bearer token itself, and a denial holds nothing private."""
 
 EXPOSED = (
-    "WWW-Authenticate, Retry-After, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-requests, "
-    "x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
+    "WWW-Authenticate, Retry-After, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
+    "x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
 )
 """Headers of a denial that a page may read. Browsers accept whole names or ``*``, no prefixes."""
 
@@ -36,8 +36,8 @@ def checked_origins(origins: Iterable[str]) -> frozenset[str]:
         match = _ORIGIN.fullmatch(origin)
         if match is None or (match[2] is not None and match[2] == _DEFAULT_PORTS.get(match[1])):
             raise ConfigurationError(
-                f"the CORS origin {origin!r} is none that a browser sends; write scheme://host or scheme://host:port, in "
-                "lower case, without a path and without the scheme's own port, or * alone for every origin"
+                f"the CORS origin {origin!r} is none that a browser sends; write scheme://host or scheme://host:port, "
+                "in lower case, without a path and without the scheme's own port, or * alone for every origin"
             )
     if ANY in checked and len(checked) > 1:
         raise ConfigurationError("the CORS origins are * and others; write * alone, or only the others")

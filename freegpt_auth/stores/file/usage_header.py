@@ -25,8 +25,14 @@ _HEADER_SIZE = 100
 
 # The tables of version 0.1.0, which set no application_id, as SQLite stores them apart from white space.
 _FIRST_TABLES = {
-    "CREATE TABLE usage ( token_id TEXT PRIMARY KEY, use_count INTEGER NOT NULL, last_used_at REAL NOT NULL ) WITHOUT ROWID",
-    "CREATE TABLE batches ( process TEXT PRIMARY KEY, sequence INTEGER NOT NULL, written_at REAL NOT NULL ) WITHOUT ROWID",
+    (
+        "CREATE TABLE usage ( token_id TEXT PRIMARY KEY, use_count INTEGER NOT NULL, last_used_at REAL NOT NULL ) "
+        "WITHOUT ROWID"
+    ),
+    (
+        "CREATE TABLE batches ( process TEXT PRIMARY KEY, sequence INTEGER NOT NULL, written_at REAL NOT NULL ) "
+        "WITHOUT ROWID"
+    ),
 }
 
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}

@@ -23,7 +23,8 @@ _ADVICE = {
     "3F000": _RUN_MIGRATE,
     "53100": "make room on the disk of the database",
     "53300": "end idle sessions, or raise max_connections",
-    "55P03": "another session holds a lock; end its transaction (SELECT pid, pg_blocking_pids(pid) FROM pg_stat_activity)",
+    "55P03": "another session holds a lock; end its transaction "
+    "(SELECT pid, pg_blocking_pids(pid) FROM pg_stat_activity)",
     "57014": "the time limit was reached, or the statement was cancelled: try again",
     "P0001": "nothing was changed",
     "0A": _RUN_MIGRATE,
@@ -42,8 +43,8 @@ _UNREACHED = (
     "check that the database runs and can be written to, and each part of the URL: host, port, name, user, password"
 )
 _UNSURE = (
-    "if something was to be changed, look with list whether it was; a token shown there as revoked may still be accepted: "
-    "run revoke again"
+    "if something was to be changed, look with list whether it was; a token shown there as revoked may still be "
+    "accepted: run revoke again"
 )
 _UNREADABLE = "a value cannot be stored or read: text must be UTF-8 without the character NUL"
 

@@ -184,8 +184,8 @@ def token_of(row: Row) -> Token | None:
         )
     except (TypeError, OverflowError):
         raise StoreError(
-            f"the row of the token with the id {token_id} cannot be used: no instant may be outside the years 1 to 9999, and "
-            "scopes and models must be lists of texts without nulls; correct the row with psql"
+            f"the row of the token with the id {token_id} cannot be used: no instant may be outside the years 1 to "
+            "9999, and scopes and models must be lists of texts without nulls; correct the row with psql"
         ) from None
 
 

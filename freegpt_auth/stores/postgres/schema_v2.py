@@ -46,8 +46,8 @@ BEGIN
     END IF;
     PERFORM set_config('synchronous_commit', 'local', true);
     INSERT INTO freegpt_auth.processes AS known
-        SELECT of_process, pg_backend_pid(), session_user, inet_client_addr(), now(), term, seen, clock_timestamp() + term,
-            pg_postmaster_start_time()
+        SELECT of_process, pg_backend_pid(), session_user, inet_client_addr(), now(), term, seen,
+            clock_timestamp() + term, pg_postmaster_start_time()
         FROM (SELECT least(greatest(seconds, 0), 1e9) * interval '1 second') AS given (term)
         ON CONFLICT (process) DO UPDATE SET
             pid = excluded.pid, client_addr = excluded.client_addr, lease = excluded.lease,

@@ -49,7 +49,8 @@ _COPY = f"COPY incoming (place, {_NAMES}) FROM STDIN"
 _ADD_NEW = f"""
     WITH added AS (
         INSERT INTO freegpt_auth.tokens ({_NAMES})
-            SELECT {", ".join(instant(f"t.{name}") if name in INSTANTS else f"t.{name}" for name in COLUMNS)} FROM incoming t
+            SELECT {", ".join(instant(f"t.{name}") if name in INSTANTS else f"t.{name}" for name in COLUMNS)}
+            FROM incoming t
             WHERE NOT EXISTS (SELECT FROM freegpt_auth.tokens known WHERE known.digest = t.digest) ORDER BY t.place
         RETURNING 1
     ) SELECT count(*) FROM added
