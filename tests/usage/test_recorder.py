@@ -364,7 +364,7 @@ def test_failed_commit_counts_once(monkeypatch: pytest.MonkeyPatch, log: Callabl
 
 
 def test_fork_during_a_write_counts_once() -> None:
-    """No lock and no use crosses a fork: parent and child each write their own uses, at the latest at exit."""
+    """A fork waits until a write ends, so no lock crosses it; parent and child each write their own uses."""
     program = f"""
 import os, sys, threading, time, warnings
 from freegpt_auth.usage import recorder as usage
@@ -379,7 +379,9 @@ writing.start()
 while not os.path.exists({PATH!r} + "-journal"):
     time.sleep(0)
 recorder.record(("parent", 1.0))
+began = time.monotonic()
 child = os.fork()
+assert time.monotonic() - began < 30
 if not child:
     recorder.record(("child", 1.0))
     sys.exit()
