@@ -396,12 +396,14 @@ def test_what_does_not_fit_into_memory_is_dropped(log: Log) -> None:
 
 
 def test_what_is_seldom_written_has_a_bound_too() -> None:
-    """Between two writes, however far apart, memory holds a count for each token and not every use."""
+    """Between two writes, however far apart, memory holds a count and the last use of each token, not every use."""
     recorder = recorder_of({"a": 5, "b": 1}, longest_sleep=0.01)
     wait_until(lambda: not recorder._pending)
     assert not Path(PATH).exists()
+    recorder.record(("a", 1.0))
     recorder.flush()
-    assert counts() == {"a": 5, "b": 1}
+    last = datetime.fromtimestamp(1000, UTC)
+    assert UsageDatabase(PATH).read() == {"a": Usage(6, last), "b": Usage(1, last)}
 
 
 # --- a corrupt database
