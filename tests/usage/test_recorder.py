@@ -380,7 +380,7 @@ def test_lack_of_threads_fails_no_request() -> None:
 
 @without_threads()
 def test_what_does_not_fit_into_memory_is_dropped(log: Log) -> None:
-    """Memory is bounded in uses and in tokens: known tokens go on counting, and the number of dropped uses is logged."""
+    """Uses and tokens in memory are limited: known tokens are still counted, and the number of drops is logged."""
     path = "folder/usage.db"
     recorder = recorder_of({"a": 1, "b": 3}, UsageDatabase(path), pending_limit=2)
     recorder.flush()
@@ -452,9 +452,9 @@ def test_a_corrupt_database_is_moved_aside(log: Log, spoil: Callable[[], None]) 
 def test_writers_of_the_database_take_turns(
     monkeypatch: pytest.MonkeyPatch, log: Log, spoil: Callable[[], None]
 ) -> None:
-    """One writes, or moves a corrupt database aside; the others wait without having it open, and their counts with them.
+    """One process writes, or moves a corrupt database aside; the others wait without opening it, and lose no count.
 
-    To rename a database in use is one of the ways to corrupt one that https://www.sqlite.org/howtocorrupt.html names.
+    A database that is renamed while it is open may be corrupted (https://www.sqlite.org/howtocorrupt.html).
     """
     spoil()
     recorder = recorder_of({"a": 1}, shutdown_timeout=0.1)

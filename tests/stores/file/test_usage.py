@@ -42,7 +42,7 @@ def test_merging_is_all_or_nothing() -> None:
 
 
 def test_a_restored_token_is_counted_again() -> None:
-    """A token that is restored from a backup after it was deleted counts its later uses, and its earlier ones stay away."""
+    """A deleted token that is restored from a backup counts its later uses; those before the deletion are dropped."""
     store = database(Batch("p", 1, {"a": (5, 0.0)}))
     store.forget(["a"])
     store.write(Batch("p", 2, {"a": (7, time.time() - 60)}), 1.0)
@@ -166,7 +166,7 @@ def test_killed_writer_loses_nothing(unprivileged: Path) -> None:
 
 
 def test_processes_that_ended_are_forgotten() -> None:
-    """The database does not grow with each process: its last batch is forgotten after 30 days, when another one begins."""
+    """The last batch of an ended process is deleted after 30 days, by the first batch of another process."""
     store = database(Batch("ended", 1, ONE), Batch("alive", 1, ONE))
     with contextlib.closing(sqlite3.connect("usage.db", isolation_level=None)) as connection:
         connection.execute("UPDATE batches SET written_at = written_at - 30 * 86400 - 1 WHERE process = 'ended'")

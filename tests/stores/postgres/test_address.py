@@ -63,7 +63,7 @@ def test_shown_url_has_no_password(url: str, shown: str) -> None:
     ],
 )
 def test_unreadable_url_is_not_repeated(url: str) -> None:
-    """A password without percent-encoding, or a missing host, is an error that shows the right form and no part of the URL."""
+    """A URL that cannot be read, or has no host, is an error that shows the right form and no part of the URL."""
     with pytest.raises(ConfigurationError, match="percent-encoding, %40 for @ and %2F for /") as caught:
         Address(url)
     assert not any(part in str(caught.value) for part in ("sec", "ret@", "1234", "zz"))

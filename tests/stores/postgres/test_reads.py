@@ -56,7 +56,7 @@ def test_a_row_says_what_the_token_said(connection: Connection, token: Token) ->
     read = [reads.look_up(connection, digest)[1], every[digest], reads.referred(connection, token.id)[digest]]
     read.append(next(reads.changes_since(connection, 1))[0].token)
     assert read == [token] * 4
-    assert all(instant.tzinfo is UTC for instant in (read[0].created_at, read[0].expires_at) if instant)  # type: ignore[union-attr]
+    assert {getattr(read[0], name).tzinfo for name in reads.INSTANTS if getattr(read[0], name)} == {UTC}
 
 
 def test_a_look_up_is_of_one_moment(connection: Connection) -> None:
@@ -71,7 +71,7 @@ def test_a_look_up_is_of_one_moment(connection: Connection) -> None:
 
 
 def test_the_head_tells_one_state_from_every_other(connection: Connection) -> None:
-    """Each change has a number and a mark of its own; the time is the database's; without tables there is no version."""
+    """Each change has its own number and mark; the time is the database's; without tables the version is 0."""
     heads = [reads.head(connection)]
     for number in range(3):
         _add(connection, _token(str(number)))

@@ -1,4 +1,4 @@
-"""Sessions of a database: hostile defaults of a role or a database change no value, and every wait has a limit there."""
+"""Sessions of a database: hostile defaults of a role or a database change no value, and each wait has a limit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FULL = Token(
 )
 HOSTILE = """
 DateStyle = German; IntervalStyle = iso_8601; TimeZone = 'America/New_York'; extra_float_digits = -11;
-bytea_output = escape; xmlbinary = hex; search_path = hostile, public; standard_conforming_strings = off;
+bytea_output = escape; xmlbinary = hex; search_path = public, pg_catalog; standard_conforming_strings = off;
 backslash_quote = on; array_nulls = off; transform_null_equals = on; quote_all_identifiers = on;
 default_transaction_isolation = serializable; default_transaction_deferrable = on; client_encoding = LATIN1;
 client_min_messages = debug5; exit_on_error = on; lock_timeout = '31s'; statement_timeout = '31s';
@@ -52,15 +52,13 @@ synchronous_commit = off; session_replication_role = replica; row_security = off
 """
 """Every default that may change a value, a statement or a wait, at a value that does."""
 
-# A schema in front of PostgreSQL's own, with functions and an operator that answer something else.
-SCHEMA = """
-CREATE SCHEMA hostile;
-GRANT USAGE ON SCHEMA hostile TO PUBLIC;
-CREATE FUNCTION hostile.length(text) RETURNS integer LANGUAGE sql AS 'SELECT 0';
-CREATE FUNCTION hostile.set_config(text, text, boolean) RETURNS text LANGUAGE sql AS 'SELECT NULL::text';
-CREATE FUNCTION hostile.mod(bigint, integer) RETURNS bigint LANGUAGE sql AS 'SELECT 7::bigint';
-CREATE FUNCTION hostile.times(numeric, integer) RETURNS numeric LANGUAGE sql AS 'SELECT 0::numeric';
-CREATE OPERATOR hostile.* (LEFTARG = numeric, RIGHTARG = integer, FUNCTION = hostile.times);
+# Functions and an operator in the schema of everybody, before PostgreSQL's own, that return something else.
+FUNCTIONS = """
+CREATE FUNCTION public.length(text) RETURNS integer LANGUAGE sql AS 'SELECT 0';
+CREATE FUNCTION public.set_config(text, text, boolean) RETURNS text LANGUAGE sql AS 'SELECT NULL::text';
+CREATE FUNCTION public.mod(bigint, integer) RETURNS bigint LANGUAGE sql AS 'SELECT 7::bigint';
+CREATE FUNCTION public.times(numeric, integer) RETURNS numeric LANGUAGE sql AS 'SELECT 0::numeric';
+CREATE OPERATOR public.* (LEFTARG = numeric, RIGHTARG = integer, FUNCTION = public.times);
 """
 
 
@@ -69,7 +67,7 @@ def hostile(request: pytest.FixtureRequest, cluster: Any, database: str) -> Iter
     """Return the URL of a database for a superuser whose defaults are all hostile."""
     name, role = name_of(database), f"hostile_{time.monotonic_ns()}"
     whose = f"DATABASE {name}" if request.param == "database" else f"ROLE {role}"
-    cluster.sql(SCHEMA, name)
+    cluster.sql(FUNCTIONS, name)
     cluster.sql(f"CREATE ROLE {role} SUPERUSER LOGIN PASSWORD '{PASSWORD}'")
     for setting in HOSTILE.split(";"):
         cluster.sql(f"ALTER {whose} SET {setting}")

@@ -95,7 +95,7 @@ def test_every_instant_has_a_place(connection: Connection, given: datetime, kept
     [("off", "on"), ("local", "on"), ("remote_write", "on"), ("on", "on"), ("remote_apply", "remote_apply")],
 )
 def test_a_change_is_as_durable_as_was_promised(connection: Connection, before: str, within: str) -> None:
-    """However fast and loose a database is set, a command's change is on disk, and with its standbys, when it returns."""
+    """Whatever the defaults of a database are, a command's change is on disk and on its standbys when it returns."""
     show = "SELECT current_setting('synchronous_commit')"
     connection.run(f"SET synchronous_commit TO {before}")
     with connection.transaction():
