@@ -212,7 +212,7 @@ def test_commit_that_waits_for_a_standby_is_cancelled(tmp_path: Path) -> None:
         connection = Address(own.url("postgres")).connect(1.0)
         with contextlib.closing(connection), pytest.raises(psycopg.OperationalError, match="no answer within 1 s"):
             connection.run("INSERT INTO public.here DEFAULT VALUES")
-        waiting = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         until(lambda: own.sql(waiting) == [])
 
 
