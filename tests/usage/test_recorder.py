@@ -346,13 +346,15 @@ def test_counts_wait_until_they_can_be_written(
 
 
 def test_stuck_write_delays_nothing(log: Log) -> None:
-    """Recording goes on during a stuck write; shutdown waits within its limit, and logs the loss of uses."""
+    """Recording goes on during a stuck write; a fork and the shutdown wait within their limits, and a loss is logged."""
     store = Fickle()
-    recorder = recorder_of({"a": 1}, store, interval=0.01, shutdown_timeout=0.1)
+    recorder = recorder_of({"a": 1}, store, interval=0.01, shutdown_timeout=0.1, fork_timeout=0.1)
     with store.stuck:
         wait_until(lambda: store.given)
         use(recorder, a=1)
         start = time.monotonic()
+        recorder.before_fork()
+        recorder.after_fork_in_parent()
         recorder.flush()
         assert time.monotonic() - start < 30
     assert log(logging.WARNING) == ["usage is being written for too long; what came last is lost"]

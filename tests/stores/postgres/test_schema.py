@@ -293,7 +293,8 @@ def test_a_server_serves_and_counts_with_its_own_role(
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
     assert not re.search("WARNING|ERROR", server.stop())
     listed = command("--store", roles.admin, "list", "--json")
-    assert ('"use_count": 2' in listed.stdout, listed.stderr) == (True, "")
+    assert '"use_count": 2' in listed.stdout
+    assert listed.stderr == ""
 
 
 def test_the_servers_role_lists_without_usage(roles: Roles, command: Command) -> None:
