@@ -346,7 +346,7 @@ def test_counts_wait_until_they_can_be_written(
 
 
 def test_stuck_write_delays_nothing(log: Log) -> None:
-    """Recording goes on during a stuck write; a fork and the shutdown wait within their limits, and a loss is logged."""
+    """Recording goes on during a stuck write; a fork and a shutdown wait within their limits; a loss is logged."""
     store = Fickle()
     recorder = recorder_of({"a": 1}, store, interval=0.01, shutdown_timeout=0.1, fork_timeout=0.1)
     with store.stuck:
