@@ -77,8 +77,8 @@ class UsageRecorder(Watched):
         longest_sleep: float = LONGEST_SLEEP,
         pending_limit: int = PENDING_LIMIT,
     ) -> None:
-        # For the last write at exit, when nothing can be imported any more. Not at the import of this module: filelock
-        # 3.30 then probes the file system.
+        # For the last write at exit, when nothing can be imported any more, and before watch_forks: the hook of filelock
+        # must run after ours. Not at the import of this module: filelock 3.30 then probes the file system.
         import ctypes  # noqa: F401, PLC0415
 
         import filelock  # noqa: F401, PLC0415
