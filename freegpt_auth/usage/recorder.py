@@ -57,7 +57,8 @@ class UsageRecorder(Watched):
         shutdown_timeout: seconds that a stopping server waits for its last write.
         fork_timeout: seconds that a fork waits for a running write.
         longest_sleep: seconds after which the writer counts the pending uses, if the interval is longer.
-        pending_limit: number of uses, and of tokens with unwritten uses, that are kept while the store cannot be written.
+        pending_limit: number of uses, and of tokens with unwritten uses, that are kept while the store cannot be
+            written.
 
     Attributes:
         record: records one use; never blocks, never raises. While the writer sleeps it is the queue's own ``append``,
@@ -77,8 +78,8 @@ class UsageRecorder(Watched):
         longest_sleep: float = LONGEST_SLEEP,
         pending_limit: int = PENDING_LIMIT,
     ) -> None:
-        # For the last write at exit, when nothing can be imported any more, and before watch_forks: the hook of filelock
-        # must run after ours. Not at the import of this module: filelock 3.30 then probes the file system.
+        # For the last write at exit, when nothing can be imported any more, and before watch_forks: the fork hook of
+        # filelock must run after ours. Not at the import of this module: filelock 3.30 then probes the file system.
         import ctypes  # noqa: F401, PLC0415
 
         import filelock  # noqa: F401, PLC0415

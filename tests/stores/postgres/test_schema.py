@@ -19,6 +19,7 @@ from freegpt_auth import FileTokenStore, StoreError
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.stores.postgres import PostgresTokenStore, schema
 from freegpt_auth.usage.base import Batch
+from tests.helpers.applications import HELLO
 from tests.helpers.pages import blocks
 from tests.helpers.postgresql import BINARIES, PASSWORD
 from tests.stores.postgres.common import execute, name_of, until
@@ -28,13 +29,7 @@ THIS, NEXT = schema.VERSION, schema.VERSION + 1
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 NEW_ROLES = ("stranger", "a server", "a command")
 
-APPLICATION = """
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Route
-from freegpt_auth import BearerTokenMiddleware
-app = BearerTokenMiddleware(Starlette(routes=[Route("/v1/models", lambda request: JSONResponse([]))]))
-"""
+APPLICATION = f"{HELLO}\nfrom freegpt_auth import BearerTokenMiddleware\napp = BearerTokenMiddleware(hello)"
 RUNS_AS = "CREATE FUNCTION {} LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'runs as %', current_user; END $$"
 NEXT_RELEASE = """
 import sys
@@ -45,7 +40,6 @@ schema.VERSION += 1
 if __name__ == "__main__":
     sys.exit(main())
 """
-
 
 Done = subprocess.CompletedProcess[str]
 Command = Callable[..., Done]
