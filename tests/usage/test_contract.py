@@ -29,7 +29,7 @@ NOON = 1764158400.0
 """When the tokens of these tests were used, more or less."""
 
 CLOSE = 2.0
-"""Seconds by which an instant may be off where it goes over two clocks."""
+"""Largest error in seconds of an instant that two clocks measured."""
 
 Opener = Callable[[], "UsageStore"]
 
@@ -99,8 +99,8 @@ def counts(store: UsageStore) -> dict[str, int]:
     return {token_id: usage.use_count for token_id, usage in store.read().items()}
 
 
-def test_where_nothing_was_used_there_is_no_usage(store: UsageStore) -> None:
-    """A token that was never used is in no list of uses, and to look makes nothing."""
+def test_unused_tokens_have_no_usage(store: UsageStore) -> None:
+    """A token that was never used has no usage."""
     assert dict(store.read()) == {}
 
 
@@ -125,7 +125,7 @@ def test_counts_add_up_and_the_last_use_moves_forward(opener: Opener) -> None:
 
 
 def test_a_batch_that_is_given_again_counts_once(opener: Opener) -> None:
-    """However often a process gives a batch, an old one too, it counts once; other processes' are their own."""
+    """A batch that a process writes again, also an older one, counts once; each process has its own numbers."""
     store, other = opener(), opener()
     for each in (store, store, other):
         each.write(batch(1, t0=(2, 0.0)), 1.0)
@@ -246,8 +246,8 @@ def _spoil_postgres(location: str) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "spoil"), [("sqlite", _spoil_sqlite), ("postgres", _spoil_postgres)])
-def test_what_cannot_be_done_is_an_error_of_one_line(request: pytest.FixtureRequest, kind: str, spoil: Any) -> None:
-    """Where usage can be neither written nor read, each says so with the reason in one line, and no password."""
+def test_failed_call_is_an_error_of_one_line(request: pytest.FixtureRequest, kind: str, spoil: Any) -> None:
+    """If usage can be neither written nor read, each call fails with the reason in one line, and no password."""
     location = LOCATIONS[kind](request)
     spoil(location)
     store = open_usage(location)

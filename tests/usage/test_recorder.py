@@ -201,7 +201,7 @@ def test_unconfirmed_batch_is_retried_unchanged(log: Log) -> None:
     assert log(logging.INFO) == [f"usage is written to {store.source} again"]
 
 
-def test_a_server_that_stops_lets_go_of_the_place() -> None:
+def test_shutdown_writes_and_releases() -> None:
     """At shutdown pending uses are written, then resources are released; both may happen repeatedly."""
     store = Fickle()
     recorder = recorder_of({"a": 1}, store)
@@ -211,6 +211,9 @@ def test_a_server_that_stops_lets_go_of_the_place() -> None:
     store.answers = False
     recorder.finish()
     assert (len(store.given), store.closed) == (2, 2)
+    store.answers = True
+    recorder.flush()
+    assert counts() == {"a": 2}
 
 
 def test_a_child_begins_batches_of_its_own() -> None:
@@ -258,7 +261,7 @@ sys.exit(os.waitpid(child, 0)[1])
 
 
 def test_idle_recorder_writes_nothing(tmp_path: Path) -> None:
-    """A server that nobody uses makes no database, and a missing, empty or new one holds no usage."""
+    """A server without requests makes no database, and a missing, empty or new one holds no usage."""
     recorder_of({}).flush()
     recorder = recorder_of({"a": 1})
     assert counts() == {}
@@ -373,7 +376,7 @@ def test_pending_uses_are_limited(log: Log) -> None:
 
 
 def test_lack_of_threads_fails_no_request() -> None:
-    """Where no thread can be started a request still passes; its use is kept and written later."""
+    """If no thread can be started a request still passes; its use is kept and written later."""
     with without_threads():
         recorder = recorder_of({"a": 1}, interval=0.01)
     use(recorder, a=1)
@@ -381,7 +384,7 @@ def test_lack_of_threads_fails_no_request() -> None:
 
 
 @without_threads()
-def test_what_does_not_fit_into_memory_is_dropped(log: Log) -> None:
+def test_uses_beyond_the_limit_are_dropped(log: Log) -> None:
     """Uses and tokens in memory are limited: known tokens are still counted, and the number of drops is logged."""
     path = "folder/usage.db"
     recorder = recorder_of({"a": 1, "b": 3}, UsageDatabase(path), pending_limit=2)
@@ -397,7 +400,7 @@ def test_what_does_not_fit_into_memory_is_dropped(log: Log) -> None:
     assert log(logging.WARNING)[1:] == ["usage of 3 requests was dropped while it could not be written"]
 
 
-def test_what_is_seldom_written_has_a_bound_too() -> None:
+def test_memory_is_bounded_between_writes() -> None:
     """Between two writes, however far apart, memory holds a count and the last use of each token, not every use."""
     recorder = recorder_of({"a": 5, "b": 1}, longest_sleep=0.01)
     wait_until(lambda: not recorder._pending)

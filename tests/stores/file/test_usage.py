@@ -136,7 +136,7 @@ def test_error_of_the_path_is_explained() -> None:
 
 
 def test_a_last_use_that_is_no_instant_is_an_error() -> None:
-    """A row that nobody can read is one error, and no traceback in the middle of a list."""
+    """A row with an instant outside the calendar is one error, not a traceback in the middle of a list."""
     store = database(Batch("p", 1, {"a": (1, 1e20)}))
     with pytest.raises(UsageError, match="it holds a count or an instant that cannot be read"):
         store.read()

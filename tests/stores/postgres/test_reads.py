@@ -48,8 +48,8 @@ ODD = _token("ö", name="\N{GRINNING FACE}", prefix='{"', scopes=("{a,b}", 'c"',
 
 
 @pytest.mark.parametrize("token", [FULL, NONE, FAR, ODD], ids=lambda token: token.id)
-def test_a_row_says_what_the_token_said(connection: Connection, token: Token) -> None:
-    """Each field comes back as it was put in, however it is read, and every instant in UTC."""
+def test_row_becomes_the_token_that_was_added(connection: Connection, token: Token) -> None:
+    """Each way to read a token returns each field as it was added, and each instant in UTC."""
     [digest] = _add(connection, token)
     with connection.transaction():
         every = dict(reads.in_order(connection))
@@ -59,7 +59,7 @@ def test_a_row_says_what_the_token_said(connection: Connection, token: Token) ->
     assert {getattr(read[0], name).tzinfo for name in reads.INSTANTS if getattr(read[0], name)} == {UTC}
 
 
-def test_a_look_up_is_of_one_moment(connection: Connection) -> None:
+def test_a_look_up_is_of_one_revision(connection: Connection) -> None:
     """A look-up returns the revision of its snapshot, for known and unknown tokens."""
     assert reads.look_up(connection, bytes(32)) == (0, None)
     [digest] = _add(connection, _token("one"))
@@ -70,7 +70,7 @@ def test_a_look_up_is_of_one_moment(connection: Connection) -> None:
     assert reads.look_up(connection, b"") == (2, None)
 
 
-def test_the_head_tells_one_state_from_every_other(connection: Connection) -> None:
+def test_the_head_identifies_one_state(connection: Connection) -> None:
     """Each change has its own number and mark; the time is the database's; without tables the version is 0."""
     heads = [reads.head(connection)]
     for number in range(3):
@@ -112,7 +112,7 @@ def test_many_changes_are_read_in_batches(connection: Connection) -> None:
 
 
 def test_a_large_table_is_read_in_batches(connection: Connection) -> None:
-    """Every token is read once, in the order in which they were made, or as many as are wanted."""
+    """Each token is read once, oldest first, or the requested number of tokens."""
     with connection.transaction():
         writes.merge(connection, MANY)
         connection.run("UPDATE freegpt_auth.tokens SET name = name WHERE number = 1")  # moves the row
@@ -126,7 +126,7 @@ def test_a_large_table_is_read_in_batches(connection: Connection) -> None:
 
 
 def test_active_tokens_are_counted_by_database_time(connection: Connection) -> None:
-    """Those that were revoked or have expired are not counted, nor those whose end is this moment."""
+    """Revoked and expired tokens are not counted, nor those that expire at this moment."""
     now = datetime.fromtimestamp(reads.head(connection).now, UTC)
     _add(connection, _token("for ever"), _token("revoked", revoked_at=NOW), _token("expired", expires_at=now))
     _add(connection, _token("lives", expires_at=now + timedelta(hours=1)))

@@ -85,13 +85,13 @@ def tables_of(cluster: Any, database: str) -> list[Any]:
 
 
 def test_concurrent_migrations_run_in_turn(cluster: Any, empty: str) -> None:
-    """However closely they meet, one of them makes the schema, and the others find it made."""
+    """Of several migrations at once, one makes the schema, and the others find it complete."""
     name = name_of(empty)
     cluster.sql(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
     waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND wait_event_type = 'Lock'"
     with ThreadPoolExecutor(8) as pool:
         with psycopg.connect(empty) as gate:
-            gate.execute("LOCK TABLE pg_namespace IN SHARE MODE")  # none can make a schema till then
+            gate.execute("LOCK TABLE pg_namespace IN SHARE MODE")  # none can make a schema until its end
             migrating = [pool.submit(PostgresTokenStore(empty).migrate) for _ in range(8)]
             until(lambda: len(cluster.sql(waiting)) == 8)
         assert sorted(each.result(timeout=30) for each in migrating) == [(0, THIS)] + [(THIS, THIS)] * 7
@@ -100,7 +100,7 @@ def test_concurrent_migrations_run_in_turn(cluster: Any, empty: str) -> None:
 
 
 def test_a_file_needs_no_schema(command: Command) -> None:
-    """The same line in a deployment does no harm where the tokens are in a file."""
+    """``migrate`` changes nothing if the tokens are in a file."""
     done = command("migrate")
     assert (done.returncode, done.stdout) == (0, "")
     file = Path("api_tokens.json").absolute()
@@ -156,7 +156,7 @@ def test_version_2_keeps_roles_working(cluster: Any, empty: str) -> None:
 
 @pytest.mark.parametrize("statement", ["SELECT 1 / 0", "no statement at all"])
 def test_a_migration_that_fails_leaves_nothing(cluster: Any, database: str, statement: str) -> None:
-    """Where a migration cannot be done, the database stays at the version it had, and one line says why."""
+    """After a failed migration the database has the version it had before, and one line gives the reason."""
     done = next_release(f"CREATE TABLE freegpt_auth.half (); {statement}", "--store", database, "migrate")
     assert one_line(done, name_of(database))
     assert tables_of(cluster, name_of(database)) == tables_of(cluster, "migrated")
@@ -164,7 +164,7 @@ def test_a_migration_that_fails_leaves_nothing(cluster: Any, database: str, stat
 
 
 def test_a_migration_that_is_killed_leaves_nothing(cluster: Any, database: str) -> None:
-    """A migrating process that dies in the middle leaves no half of a version behind, and nothing locked."""
+    """A migration that is killed leaves no part of a version behind, and no lock."""
     name, half = name_of(database), "CREATE TABLE freegpt_auth.half ()"
     cluster.sql("CREATE TABLE public.gate ()", name)
     waits = "SELECT 1 FROM pg_locks WHERE relation = 'public.gate'::regclass AND NOT granted"
@@ -232,7 +232,7 @@ class Roles(NamedTuple):
 
     Attributes:
         owner: its URL with the role that migrates.
-        admin: with the role of who runs commands.
+        admin: with the role of operators.
         server: with the role of the servers.
     """
 
@@ -380,7 +380,7 @@ def test_role_has_no_further_rights(cluster: Any, roles: Roles, role: str, state
 @pytest.mark.parametrize("instant", ["NULL", "now()", "revoked_at + interval '1 year'"])
 @pytest.mark.parametrize("role", ["admin", "owner"])
 def test_revoking_cannot_be_undone(roles: Roles, keep: Any, role: str, instant: str) -> None:
-    """Not even by hand: the database keeps a revoked token revoked, since the instant at which it was."""
+    """The database refuses to change the instant of a revocation, also to the owner with psql."""
     store = PostgresTokenStore(roles.admin)
     token, _ = keep(store)
     store.revoke(token.id, NOW)
@@ -418,7 +418,7 @@ def test_the_admins_role_does_every_command(roles: Roles, command: Command, keep
 
 
 def test_only_the_owner_migrates(cluster: Any, roles: Roles, command: Command) -> None:
-    """A release that needs a migration is not migrated by the admin's role or the servers', and says so in one line."""
+    """``migrate`` with the admin's role or the servers' changes nothing, and names the missing right in one line."""
     before = tables_of(cluster, "tokens")
     for role in (roles.admin, roles.server):
         done = next_release("CREATE TABLE freegpt_auth.second ()", "--store", role, "migrate")
@@ -429,8 +429,8 @@ def test_only_the_owner_migrates(cluster: Any, roles: Roles, command: Command) -
 
 
 @pytest.mark.usefixtures("new_roles")
-def test_a_role_without_rights_is_told_so(cluster: Any, database: str, command: Command) -> None:
-    """Where the grants were forgotten, a command says so and does not ask for a migration."""
+def test_missing_right_is_reported(cluster: Any, database: str, command: Command) -> None:
+    """Without the grants a command reports the missing right, and does not ask for a migration."""
     done = command("--store", cluster.url(name_of(database), "stranger"), "list")
     assert one_line(done, "permission denied for schema freegpt_auth; use a role")
 
@@ -440,7 +440,7 @@ def test_a_role_without_rights_is_told_so(cluster: Any, database: str, command: 
 
 @pytest.fixture
 def stranger(new_roles: None, cluster: Any, empty: str) -> str:  # noqa: ARG001
-    """Return the URL of a role without any right, in a database in which defaults give everything to everybody."""
+    """Return the URL of a role without any right, in a database whose defaults grant every right to every role."""
     for kind in ("TABLES", "SEQUENCES", "FUNCTIONS", "SCHEMAS"):
         cluster.sql(f"ALTER DEFAULT PRIVILEGES GRANT ALL ON {kind} TO PUBLIC", name_of(empty))
     cluster.sql("GRANT ALL ON SCHEMA public TO PUBLIC", name_of(empty))
@@ -449,7 +449,7 @@ def stranger(new_roles: None, cluster: Any, empty: str) -> str:  # noqa: ARG001
 
 
 def test_defaults_open_nothing(cluster: Any, stranger: str, empty: str) -> None:
-    """However generous a database is to everybody by default, nobody gets at the tokens without a grant of his own."""
+    """A role without a grant of its own reaches no token, even if the defaults of the database grant everything."""
     PostgresTokenStore(empty).migrate()
     name = name_of(empty)
     _denied(stranger, "SELECT * FROM freegpt_auth.tokens")
@@ -468,7 +468,7 @@ def test_defaults_open_nothing(cluster: Any, stranger: str, empty: str) -> None:
 
 
 @pytest.mark.usefixtures("new_roles")
-def test_nobody_runs_code_as_the_owner_by_a_trigger(cluster: Any, database: str) -> None:
+def test_no_trigger_runs_code_as_the_owner(cluster: Any, database: str) -> None:
     """A role that may use the schema cannot put its own code, by a cast, into the functions that run as the owner."""
     cluster.sql("GRANT USAGE ON SCHEMA freegpt_auth TO stranger", name_of(database))
     with psycopg.connect(cluster.url(name_of(database), "stranger"), autocommit=True) as connection:
@@ -484,13 +484,13 @@ def test_nobody_runs_code_as_the_owner_by_a_trigger(cluster: Any, database: str)
         connection.execute("INSERT INTO mine VALUES (ROW(1))")
 
 
-def test_nobody_runs_code_as_who_migrates(stranger: str, empty: str) -> None:
-    """A function that somebody put into a schema of everybody's is never taken for PostgreSQL's own (CVE-2018-1058)."""
+def test_migration_runs_no_code_of_others(stranger: str, empty: str) -> None:
+    """A migration never calls a function in a public schema in place of PostgreSQL's own (CVE-2018-1058)."""
     execute(stranger, RUNS_AS.format("public.pg_advisory_xact_lock(integer) RETURNS void"))
     assert PostgresTokenStore(empty).migrate() == (0, THIS)
 
 
-def test_functions_of_the_owner_look_nowhere_else(cluster: Any) -> None:
+def test_functions_of_the_owner_fix_their_path(cluster: Any) -> None:
     """Each function that runs with the owner's rights names its search path, with temporary objects last."""
     functions = "pg_proc WHERE pronamespace = 'freegpt_auth'::regnamespace AND prosecdef"
     path = ["search_path=pg_catalog, pg_temp"]
@@ -531,8 +531,8 @@ def test_a_change_by_hand_counts_like_a_commands(cluster: Any, database: str, ke
 
 
 @pytest.mark.parametrize("instant", ["infinity", "-infinity", "0044-03-15 BC", "10000-01-01"])
-def test_an_instant_that_nobody_can_read_is_refused(cluster: Any, database: str, keep: Any, instant: str) -> None:
-    """No slip of an operator makes the tokens unreadable for every server: never is null, and no other year will do."""
+def test_unreadable_instant_is_refused(cluster: Any, database: str, keep: Any, instant: str) -> None:
+    """The database refuses an instant that no server could read: infinity, and any year outside 1 to 9999."""
     keep(PostgresTokenStore(database))
     with pytest.raises(psycopg.errors.CheckViolation):
         cluster.sql(f"UPDATE freegpt_auth.tokens SET expires_at = '{instant}'", name_of(database))

@@ -131,7 +131,7 @@ def test_of_deleted_tokens_nothing_is_kept(filled: str, usage: PostgresUsage) ->
     assert counts(filled) == {"b": 2}
 
 
-def test_the_names_of_processes_are_not_kept_for_ever(cluster: Any, filled: str, usage: PostgresUsage) -> None:
+def test_old_batch_records_are_deleted(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """The first batch of a process deletes the batch records older than 30 days, and no others."""
     name = name_of(filled)
     for process in ("old", "young"):
@@ -144,7 +144,7 @@ def test_the_names_of_processes_are_not_kept_for_ever(cluster: Any, filled: str,
     assert counts(filled) == {"a": 3}
 
 
-def test_what_a_server_writes_spoils_nothing(cluster: Any, filled: str, usage: PostgresUsage) -> None:
+def test_server_cannot_spoil_usage(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """A thief of the servers' password cannot make usage unreadable or stop the counting of other servers."""
     largest = 2**63 - 1
     call = "SELECT freegpt_auth.add_usage('thief', {}, '{{a,b}}', ARRAY[{}, 0]::bigint[], ARRAY[{}, 0]::float8[])"

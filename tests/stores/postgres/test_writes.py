@@ -95,7 +95,7 @@ def test_every_instant_has_a_place(connection: Connection, given: datetime, kept
     [("off", "on"), ("local", "on"), ("remote_write", "on"), ("on", "on"), ("remote_apply", "remote_apply")],
 )
 def test_a_change_is_as_durable_as_was_promised(connection: Connection, before: str, within: str) -> None:
-    """Whatever the defaults of a database are, a command's change is on disk and on its standbys when it returns."""
+    """With any defaults of a database, a command's change is on disk and on its standbys when it returns."""
     show = "SELECT current_setting('synchronous_commit')"
     connection.run(f"SET synchronous_commit TO {before}")
     with connection.transaction():
@@ -105,7 +105,7 @@ def test_a_change_is_as_durable_as_was_promised(connection: Connection, before: 
 
 
 def test_unchanged_command_waits_for_the_standby(connection: Connection) -> None:
-    """To revoke a second time is to wait for the first: something is written, for which the standbys are waited for."""
+    """A second revocation writes a message, so that it waits for the standbys, and with it for the first one."""
     _merge(connection, _tokens("one", revoked_at=NOW))
     written = "SELECT pg_current_wal_insert_lsn()"
     with connection.transaction():
