@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
@@ -17,6 +18,8 @@ class Watched:
     def watch_forks(self) -> None:
         """Have the methods of this object called, for as long as it lives."""
         _watched.add(self)
+        if type(self).before_fork is not Watched.before_fork:
+            _hold_forks()
 
     def before_fork(self) -> None:
         """Prepare for a fork, in the parent."""
@@ -72,4 +75,11 @@ def _after_in_child() -> None:
         each.after_fork_in_child()
 
 
-os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+@functools.cache
+def _hold_forks() -> None:
+    # Registered late because the last hook runs first: filelock's must run after ours. From then until the fork,
+    # it keeps every other thread from releasing a file lock, and so from ending the write that ours waits for.
+    os.register_at_fork(before=_before)
+
+
+os.register_at_fork(after_in_parent=_after_in_parent, after_in_child=_after_in_child)

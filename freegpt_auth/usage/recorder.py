@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from .base import UsageStore
 
 SHUTDOWN_TIMEOUT = 5.0
-"""Longest wait of a stopping server for its last write, in seconds."""
+"""Default limit of a stopping server's wait for its last write, in seconds."""
 
 FORK_TIMEOUT = 1.0
-"""Longest wait of a fork for a running write, in seconds."""
+"""Default limit of a fork's wait for a running write, in seconds."""
 
 LONGEST_SLEEP = 2.0
-"""Longest sleep of the writer, in seconds. It counts pending uses this often: the queue has no limit then."""
+"""Default limit of the writer's sleep, in seconds. It counts pending uses this often: the queue has no limit then."""
 
 PENDING_LIMIT = 1_000_000
-"""Largest number of pending uses, and of tokens with unwritten uses, while the store cannot be written."""
+"""Default limit of pending uses, and of tokens with unwritten uses, while the store cannot be written."""
 
 PIECE_SIZE = 10_000
 """Number of uses counted at once, in C: half the time of a loop, and 1 ms under the interpreter lock."""
@@ -54,6 +54,11 @@ class UsageRecorder(Watched):
     Args:
         store: the usage store.
         interval: seconds between two writes; a killed process loses the uses of one interval.
+        shutdown_timeout: seconds that a stopping server waits for its last write.
+        fork_timeout: seconds that a fork waits for a running write.
+        longest_sleep: seconds after which the writer counts the pending uses, if the interval is longer.
+        pending_limit: number of uses, and of tokens with unwritten uses, that are kept while the store cannot be
+            written.
 
     Attributes:
         record: records one use; never blocks, never raises. While the writer sleeps it is the queue's own ``append``,
@@ -63,9 +68,18 @@ class UsageRecorder(Watched):
         ConfigurationError: *store* holds foreign data.
     """
 
-    def __init__(self, store: UsageStore, *, interval: float) -> None:
-        # For the last write at exit, when nothing can be imported any more. Not at the import of this module: filelock
-        # 3.30 then probes the file system.
+    def __init__(
+        self,
+        store: UsageStore,
+        *,
+        interval: float,
+        shutdown_timeout: float = SHUTDOWN_TIMEOUT,
+        fork_timeout: float = FORK_TIMEOUT,
+        longest_sleep: float = LONGEST_SLEEP,
+        pending_limit: int = PENDING_LIMIT,
+    ) -> None:
+        # For the last write at exit, when nothing can be imported any more, and before watch_forks: the fork hook of
+        # filelock must run after ours. Not at the import of this module: filelock 3.30 then probes the file system.
         import ctypes  # noqa: F401, PLC0415
 
         import filelock  # noqa: F401, PLC0415
@@ -74,6 +88,8 @@ class UsageRecorder(Watched):
             store.check()
         self._store = store
         self._interval = interval
+        self._shutdown_timeout, self._fork_timeout = shutdown_timeout, fork_timeout
+        self._longest_sleep, self._pending_limit = longest_sleep, pending_limit
         self._last_logged: str | None = None
         self._is_held = False
         self.after_fork_in_child()
@@ -82,7 +98,7 @@ class UsageRecorder(Watched):
 
     def before_fork(self) -> None:
         """Never fork during a write: the child would inherit SQLite's lock table and keep those locks."""
-        self._is_held = self._writing.acquire(timeout=FORK_TIMEOUT)
+        self._is_held = self._writing.acquire(timeout=self._fork_timeout)
 
     def after_fork_in_parent(self) -> None:
         """Let the writer continue."""
@@ -102,7 +118,7 @@ class UsageRecorder(Watched):
         self.record: Callable[[Use], None] = self._record_within_limit
 
     def _record_within_limit(self, use: Use) -> None:
-        if len(self._pending) >= PENDING_LIMIT:
+        if len(self._pending) >= self._pending_limit:
             self._dropped += 1
             return
         self._pending.append(use)
@@ -110,9 +126,9 @@ class UsageRecorder(Watched):
             self._start()
 
     def flush(self) -> None:
-        """Write all uses recorded so far. It blocks for at most 5 seconds and never raises; faults are logged."""
-        deadline = time.monotonic() + SHUTDOWN_TIMEOUT
-        if not self._writing.acquire(timeout=SHUTDOWN_TIMEOUT):
+        """Write all uses recorded so far, within the shutdown timeout. It never raises; faults are logged."""
+        deadline = time.monotonic() + self._shutdown_timeout
+        if not self._writing.acquire(timeout=self._shutdown_timeout):
             self._log("usage is being written for too long; what came last is lost")
             return
         try:
@@ -142,7 +158,7 @@ class UsageRecorder(Watched):
         while True:
             # Unlimited only during the sleep, which is short. A write may take long: then the queue has a limit.
             self.record = self._pending.append
-            time.sleep(min(LONGEST_SLEEP, max(0.0, due - time.monotonic())))
+            time.sleep(min(self._longest_sleep, max(0.0, due - time.monotonic())))
             self.record = self._record_within_limit
             if time.monotonic() >= due:
                 self.flush()
@@ -164,7 +180,7 @@ class UsageRecorder(Watched):
     def _count(self, token_id: str, uses: int, instant: float) -> None:
         counts, unwritten = self._counts, self._batch.counts
         count, latest = counts.get(token_id, (0, 0.0))
-        if not count and token_id not in unwritten and len(counts) + len(unwritten) >= PENDING_LIMIT:
+        if not count and token_id not in unwritten and len(counts) + len(unwritten) >= self._pending_limit:
             self._dropped += uses
             return
         counts[token_id] = (count + uses, max(latest, instant))

@@ -5,7 +5,6 @@ A further one takes one function that returns its opener, and one entry in ``OPE
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import pytest
 from freegpt_auth.exceptions import UsageError
 from freegpt_auth.location import Location
 from freegpt_auth.stores import open_store, open_usage
+from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import Token
 from freegpt_auth.usage.base import Batch, Usage
 
@@ -29,7 +29,7 @@ NOON = 1764158400.0
 """When the tokens of these tests were used, more or less."""
 
 CLOSE = 2.0
-"""Seconds by which an instant may be off where it goes over two clocks."""
+"""Largest error in seconds of an instant that two clocks measured."""
 
 Opener = Callable[[], "UsageStore"]
 
@@ -49,10 +49,18 @@ def _postgres(request: pytest.FixtureRequest) -> str:
     return url
 
 
-LOCATIONS = {"sqlite": _sqlite, "postgres": _postgres}
+def _damaged_sqlite(request: pytest.FixtureRequest) -> str:
+    path = Path(_sqlite(request))
+    UsageDatabase(str(path)).write(Batch("old", 1, {f"t{number}": (1, NOON) for number in range(2000)}), 1.0)
+    path.write_bytes(path.read_bytes()[:4096].ljust(path.stat().st_size, b"\xff"))
+    return str(path)
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.database)])
+LOCATIONS = {"sqlite": _sqlite, "damaged-sqlite": _damaged_sqlite, "postgres": _postgres}
+POSTGRES = pytest.param("postgres", marks=pytest.mark.database)
+
+
+@pytest.fixture(params=["sqlite", POSTGRES])
 def location(request: pytest.FixtureRequest) -> str:
     """Return where usage is kept, once for each kind of place; tokens t0 to t7 may be used there."""
     return LOCATIONS[request.param](request)
@@ -91,8 +99,8 @@ def counts(store: UsageStore) -> dict[str, int]:
     return {token_id: usage.use_count for token_id, usage in store.read().items()}
 
 
-def test_where_nothing_was_used_there_is_no_usage(store: UsageStore) -> None:
-    """A token that was never used is in no list of uses, and to look makes nothing."""
+def test_unused_tokens_have_no_usage(store: UsageStore) -> None:
+    """A token that was never used has no usage."""
     assert dict(store.read()) == {}
 
 
@@ -109,15 +117,15 @@ def test_counts_add_up_and_the_last_use_moves_forward(opener: Opener) -> None:
     store.write(batch(2, t0=(3, 20.0)), 1.0)
     other.write(batch(1, "q", t0=(1, 0.0), t2=(4, 30.0)), 1.0)
     for each in (store, other, opener()):
+        assert counts(each) == {"t0": 6, "t1": 1, "t2": 4}
         usage = each.read()
-        assert {token_id: one.use_count for token_id, one in usage.items()} == {"t0": 6, "t1": 1, "t2": 4}
         for token_id, seconds in {"t0": 20.0, "t1": 5.0, "t2": 30.0}.items():
             assert abs((usage[token_id].last_used_at - at(seconds)).total_seconds()) < CLOSE
             assert usage[token_id].last_used_at.utcoffset() == at().utcoffset()
 
 
 def test_a_batch_that_is_given_again_counts_once(opener: Opener) -> None:
-    """However often a process gives a batch, an old one too, it counts once; other processes' are their own."""
+    """A batch that a process writes again, also an older one, counts once; each process has its own numbers."""
     store, other = opener(), opener()
     for each in (store, store, other):
         each.write(batch(1, t0=(2, 0.0)), 1.0)
@@ -134,8 +142,8 @@ def test_merged_usage_is_raised_to_and_not_added(store: UsageStore) -> None:
     given = {"t0": Usage(2, at(90.0)), "t1": Usage(9, at(1.0)), "t2": Usage(3, at(2.5))}
     for _ in range(2):
         store.merge(given)
+        assert counts(store) == {"t0": 5, "t1": 9, "t2": 3}
         usage = store.read()
-        assert {token_id: one.use_count for token_id, one in usage.items()} == {"t0": 5, "t1": 9, "t2": 3}
         assert (usage["t0"].last_used_at, usage["t2"].last_used_at) == (at(90.0), at(2.5))
         assert abs((usage["t1"].last_used_at - at(60.0)).total_seconds()) < CLOSE
     store.merge({})
@@ -167,8 +175,9 @@ def test_several_threads_may_add_at_the_same_time(opener: Opener) -> None:
     assert counts(stores[0]) == {f"t{number}": 40 for number in range(8)}
 
 
+@pytest.mark.parametrize("location", ["sqlite", "damaged-sqlite", POSTGRES], indirect=True)
 def test_processes_count_exactly(opener: Opener, location: str) -> None:
-    """Uses of several processes that end normally are counted to the last one."""
+    """Uses of several processes that end normally are counted to the last one, even if they begin afresh together."""
     program = f"""
 import sys
 from freegpt_auth.stores import open_usage
@@ -181,9 +190,7 @@ for number in range(2000):
 """
     start = [sys.executable, "-c", program]
     processes = [subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) for _ in range(3)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
+    assert [process.stdout.readline() for process in processes if process.stdout] == [b"ready\n"] * 3
     for process in processes:
         process.communicate(timeout=60)
     assert [process.returncode for process in processes] == [0, 0, 0]
@@ -239,8 +246,8 @@ def _spoil_postgres(location: str) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "spoil"), [("sqlite", _spoil_sqlite), ("postgres", _spoil_postgres)])
-def test_what_cannot_be_done_is_an_error_of_one_line(request: pytest.FixtureRequest, kind: str, spoil: Any) -> None:
-    """Where usage can be neither written nor read, each says so with the reason in one line, and no password."""
+def test_failed_call_is_an_error_of_one_line(request: pytest.FixtureRequest, kind: str, spoil: Any) -> None:
+    """If usage can be neither written nor read, each call fails with the reason in one line, and no password."""
     location = LOCATIONS[kind](request)
     spoil(location)
     store = open_usage(location)
@@ -250,11 +257,3 @@ def test_what_cannot_be_done_is_an_error_of_one_line(request: pytest.FixtureRequ
             call()
         assert "password" not in str(caught.value)
         assert caught.value.__cause__ is None
-
-
-def test_a_path_is_a_path_of_that_moment(tmp_path: Path) -> None:
-    """A location that is no URL is a path, relative to the directory of the start; opening creates nothing."""
-    store = open_usage("counts.db")
-    os.chdir("/")
-    assert store.source == str(tmp_path / "counts.db")
-    assert not list(tmp_path.iterdir())

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 CHANNEL = "freegpt_auth"
 """Channel of the notifications of new revisions."""
 
-_MIGRATIONS = (FIRST, SECOND)
+MIGRATIONS = (FIRST, SECOND)
+"""The statements that bring a database from each version to the next."""
 
-VERSION = len(_MIGRATIONS)
+VERSION = len(MIGRATIONS)
 """Version of the schema that this release requires."""
 
 _MIGRATING = 0x66726565  # key of an advisory lock: concurrent migrations run one after the other
@@ -64,7 +65,7 @@ def migrate(connection: Connection, place: str) -> tuple[int, int]:
         before = version_of(connection)
         if before > VERSION:
             check(before, place)
-        for number, migration in enumerate(_MIGRATIONS[before:], start=before + 1):
+        for number, migration in enumerate(MIGRATIONS[before:], start=before + 1):
             connection.script(migration)
             connection.run("UPDATE freegpt_auth.state SET version = %s", (number,))
     return before, VERSION

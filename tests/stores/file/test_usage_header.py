@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sqlite3
+import stat
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +44,7 @@ def database(script: str) -> None:
 def without_header() -> None:
     """Make a usage database whose header is overwritten."""
     UsageDatabase(str(PATH)).write(USED, 1.0)
-    with PATH.open("r+b") as file:
-        file.write(b"no database" * 10)
+    PATH.write_bytes(b"no database" * 10 + PATH.read_bytes()[110:])
 
 
 def damaged_stranger() -> None:
@@ -93,23 +92,18 @@ def test_foreign_file_is_left_alone(tmp_path: Path, kind: str) -> None:
     assert state() == before
 
 
-def _socket() -> None:
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
-        listener.bind(str(PATH))
+SPECIAL: dict[str, Callable[[], object]] = {
+    "a FIFO": lambda: os.mkfifo(PATH),
+    "a directory": PATH.mkdir,
+    "a socket": lambda: os.mknod(PATH, stat.S_IFSOCK | 0o600),
+    "a device": lambda: PATH.symlink_to("/dev/null"),
+}
 
 
-@pytest.mark.parametrize(
-    ("make", "kind"),
-    [
-        (lambda: os.mkfifo(PATH), "a FIFO"),
-        (PATH.mkdir, "a directory"),
-        (_socket, "a socket"),
-        (lambda: PATH.symlink_to("/dev/null"), "a device"),
-    ],
-)
-def test_special_file_is_refused(make: Callable[[], None], kind: str) -> None:
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_special_file_is_refused(kind: str) -> None:
     """A file that is no regular one is named at once: a FIFO holds up neither a command nor the start of a server."""
-    make()
+    SPECIAL[kind]()
     program = f"""
 from freegpt_auth.exceptions import FreeGPTAuthError
 from freegpt_auth.usage.base import Batch
@@ -148,10 +142,9 @@ def test_threads_take_turns() -> None:
     """
     store = UsageDatabase(str(PATH))
     store.write(USED, 1.0)
-    with usage_header.turn(str(PATH.absolute()), 1.0):
-        other = threading.Thread(target=_meets_another, args=(store,))
-        other.start()
-        other.join()
+    taking_too_long = pytest.raises(UsageError, match="other processes write to it for too long")
+    with usage_header.turn(str(PATH.absolute()), 1.0), ThreadPoolExecutor(1) as pool, taking_too_long:
+        pool.submit(store.write, USED, 0.01).result()
     program = f"""
 import os, threading
 from freegpt_auth.stores.file import usage_header
@@ -165,8 +158,3 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("1\n", "")
-
-
-def _meets_another(store: UsageDatabase) -> None:
-    with pytest.raises(UsageError, match="other processes write to it for too long"):
-        store.write(USED, 0.01)

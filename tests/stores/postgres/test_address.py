@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -14,56 +15,47 @@ from freegpt_auth.stores.postgres.connection import Connection
 from freegpt_auth.stores.postgres.faults import reason_of
 from tests.helpers.ports import free_port
 from tests.helpers.postgresql import PASSWORD
-from tests.stores.postgres.common import name_of
+from tests.stores.postgres.common import execute, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 @pytest.mark.parametrize(
-    ("url", "shown"),
+    ("given", "shown"),
     [
-        ("postgresql://ann:secret@db.example:5432/tokens", "postgresql://ann@db.example:5432/tokens"),
-        ("postgres://ann:secret@db/tokens?sslmode=require", "postgresql://ann@db/tokens"),
-        ("postgresql://ann:p%40ss%2Fsecret@db/tokens", "postgresql://ann@db/tokens"),
-        ("postgresql://a%40b:secret@db/tokens", "postgresql://a%40b@db/tokens"),
-        ("postgresql://ann:secret@one:5432,two:5433/tokens", "postgresql://ann@one:5432,two:5433/tokens"),
-        ("postgresql://ann:secret@one,two/tokens", "postgresql://ann@one,two/tokens"),
-        ("postgresql://ann:secret@[::1]:5432/tokens", "postgresql://ann@[::1]:5432/tokens"),
-        ("postgresql://db/tokens?user=ann@realm&password=secret", "postgresql://db/tokens"),
-        ("postgresql:///tokens?host=/run/postgresql", "postgresql:///tokens"),
+        ("ann:secret@db.example:5432/tokens", "ann@db.example:5432/tokens"),
+        ("ann:secret@db/tokens?sslmode=require", "ann@db/tokens"),
+        ("ann:p%40ss%2Fsecret@db/tokens", "ann@db/tokens"),
+        ("a%40b:secret@db/tokens", "a%40b@db/tokens"),
+        ("ann:secret@one:5432,two:5433/tokens", "ann@one:5432,two:5433/tokens"),
+        ("ann:secret@one,two/tokens", "ann@one,two/tokens"),
+        ("ann:secret@[::1]:5432/tokens", "ann@[::1]:5432/tokens"),
+        ("db/tokens?user=ann@realm&password=secret", "db/tokens"),
+        ("/tokens?host=/run/postgresql", "/tokens"),
     ],
 )
-def test_shown_url_has_no_password(url: str, shown: str) -> None:
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+def test_shown_url_has_no_password(scheme: str, given: str, shown: str) -> None:
     """Logs and commands name the database without any part of the password."""
-    address = Address(url)
-    assert address.shown == shown
+    address = Address(f"{scheme}://{given}")
+    assert address.shown == f"postgresql://{shown}"
     assert "secret" not in f"{address.shown}{address!r}{address}"
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgresql://",
-        "postgresql://ann:sec@ret@db/tokens",
-        "postgresql://ann:sec/ret@db/tokens",
-        "postgresql://ann:sec?ret@db/tokens",
-        "postgresql://ann:sec#ret@db/tokens",
-        "postgresql://ann:1234?ret@db/tokens",
-        "postgresql://ann:1234#ret@db/tokens",
-        "postgresql://ann:sec%zzret@db/tokens",
-        "postgresql://ann:sec[ret@db/tokens",
-        "postgresql://ann:secret",
-        "postgresql://ann:secret/tokens",
-        "postgresql://ann:secret@db/tokens?sslmode=require&nonsense=secret",
-        "postgresql://one:5432,ann:secret/tokens",
-        "host=db password=secret",
-        "mysql://ann:secret@db/tokens",
-        "",
-    ],
-)
+UNREADABLE = """
+    postgresql:// mysql://ann:secret@db/tokens
+    postgresql://ann:sec@ret@db/tokens postgresql://ann:sec/ret@db/tokens postgresql://ann:sec?ret@db/tokens
+    postgresql://ann:sec#ret@db/tokens postgresql://ann:1234?ret@db/tokens postgresql://ann:1234#ret@db/tokens
+    postgresql://ann:sec%zzret@db/tokens postgresql://ann:sec[ret@db/tokens postgresql://one:5432,ann:secret/tokens
+    postgresql://ann:secret postgresql://ann:secret/tokens
+    postgresql://ann:secret@db/tokens?sslmode=require&nonsense=secret
+"""
+
+
+@pytest.mark.parametrize("url", ["", "host=db password=secret", *UNREADABLE.split()])
 def test_unreadable_url_is_not_repeated(url: str) -> None:
-    """A password without percent-encoding, or a missing host, is an error that shows the right form and no part of the URL."""
+    """A URL that cannot be read, or has no host, is an error that shows the right form and no part of the URL."""
     with pytest.raises(ConfigurationError, match="percent-encoding, %40 for @ and %2F for /") as caught:
         Address(url)
     assert not any(part in str(caught.value) for part in ("sec", "ret@", "1234", "zz"))
@@ -72,24 +64,20 @@ def test_unreadable_url_is_not_repeated(url: str) -> None:
 
 def test_connection_has_our_settings(database: str) -> None:
     """A session has our program name, UTC and UTF-8, and commits each statement."""
-    connection, other = Address(database).connect(), Address(database).connect()
     names = ("application_name", "timezone", "client_encoding")
-    assert [connection.one("SELECT current_setting(%s)", (name,))[0] for name in names] == [
-        "freegpt_auth",
-        "UTC",
-        "UTF8",
-    ]
-    connection.run("CREATE TABLE public.here (number integer)")
-    assert other.run("SELECT * FROM public.here") == []
-    connection.close()
-    other.close()
+    with contextlib.closing(Address(database).connect()) as connection:
+        values = [connection.one("SELECT current_setting(%s)", (name,))[0] for name in names]
+        connection.run("CREATE TABLE public.here (number integer)")
+        execute(database, "SELECT * FROM public.here")
+    assert values == ["freegpt_auth", "UTC", "UTF8"]
 
 
 def test_parameters_of_the_url_take_precedence(database: str) -> None:
     """An operator may override our defaults with any parameter of libpq."""
-    connection = Address(f"{database}?application_name=mine&options=-c%20work_mem%3D5MB").connect()
-    assert connection.one("SELECT current_setting('application_name'), current_setting('work_mem')") == ("mine", "5MB")
-    connection.close()
+    url = f"{database}?application_name=mine&options=-c%20work_mem%3D5MB"
+    with contextlib.closing(Address(url).connect()) as connection:
+        values = connection.one("SELECT current_setting('application_name'), current_setting('work_mem')")
+    assert values == ("mine", "5MB")
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -25,9 +23,11 @@ from freegpt_auth.tokens import Token
 from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
 from tests.helpers.postgresql import Cluster, running
+from tests.helpers.proxy import PLAIN, Proxy
+from tests.stores.postgres.common import name_of, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 NEVER = 3600.0
 """An interval longer than any test: only flush() writes."""
@@ -66,94 +66,35 @@ def counts(url: str) -> dict[str, int]:
         return {token_id: one.use_count for token_id, one in store.read().items()}
 
 
-def wait_until(is_so: Callable[[], object]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-class Proxy:
-    """Stands between a process and the database, and can keep an answer to itself.
-
-    Attributes:
-        swallow: let what the process says through, and cut the connection instead of passing the answer on.
-        swallowed: how many answers were.
-    """
-
-    def __init__(self, port: int) -> None:
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self.swallow = False
-        self.swallowed = 0
-        self._thread = threading.Thread(target=self._accept)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Take no more connections."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(30)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        threads = []
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
-                for ways in ((client, server, False), (server, client, True)):
-                    threads.append(threading.Thread(target=self._pump, args=ways))
-                    threads[-1].start()
-        for thread in threads:
-            thread.join(30)
-
-    def _pump(self, source: socket.socket, target: socket.socket, answers: bool) -> None:  # noqa: FBT001
-        with contextlib.suppress(OSError), source:
-            while data := source.recv(65536):
-                if answers and self.swallow:
-                    self.swallowed += 1
-                    break
-                target.sendall(data)
-        for each in (source, target):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-
 # --- each use once
 
 
 def test_lost_reply_counts_once(cluster: Any, filled: str, caplog: pytest.LogCaptureFixture) -> None:
     """Where the connection is cut between the commit and its answer, each use counts once in the end."""
     caplog.set_level(logging.INFO, "freegpt_auth")
-    proxy = Proxy(cluster.port)
-    recorder = UsageRecorder(PostgresUsage(filled.replace(str(cluster.port), str(proxy.port))), interval=NEVER)
-    try:
+    with contextlib.closing(Proxy(cluster.port)) as proxy:
+        through = cluster.url(name_of(filled), port=proxy.port) + PLAIN
+        recorder = UsageRecorder(PostgresUsage(through), interval=NEVER)
         recorder.record(("a", time.time()))
         recorder.flush()
         recorder.record(("a", time.time()))
-        proxy.swallow = True
+        proxy.lose_reply_to = b"add_usage"
         recorder.flush()
-        wait_until(lambda: counts(filled) == {"a": 2})
-        assert proxy.swallowed
+        until(lambda: counts(filled) == {"a": 2})
+        assert proxy.lost_replies
         recorder.record(("a", time.time()))
         recorder.record(("b", time.time()))
         recorder.flush()
         assert counts(filled) == {"a": 2}
-        proxy.swallow = False
-        recorder.flush()
-        assert counts(filled) == {"a": 3, "b": 1}
-    finally:
+        proxy.lose_reply_to = None
         recorder.finish()
-        proxy.close()
+    assert counts(filled) == {"a": 3, "b": 1}
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_a_batch_is_added_whole_or_not_at_all(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """Of a batch that fails in the middle nothing is kept, so that it can be sent again."""
-    name = filled.rpartition("/")[2]
+    name = name_of(filled)
     cluster.sql("ALTER TABLE freegpt_auth.usage ADD CONSTRAINT no_b CHECK (token_id <> 'b')", name)
     with pytest.raises(UsageError):
         usage.write(batch(1, a=1, b=1), 1.0)
@@ -167,12 +108,12 @@ def test_concurrent_batches_do_not_deadlock(cluster: Any, filled: str, usage: Po
     """Batches are written in the order of token ids, in whichever order they were counted: no deadlock."""
     fill(filled, "c", "d")
     usage.write(batch(1, a=1, b=1, c=1, d=1), 1.0)
-    name = filled.rpartition("/")[2]
+    name = name_of(filled)
     waiting = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND wait_event_type = 'Lock'"
     with psycopg.connect(filled) as other, ThreadPoolExecutor(1) as pool:
         other.execute("SELECT FROM freegpt_auth.usage WHERE token_id = 'b' FOR UPDATE")
         adding = pool.submit(usage.write, batch(2, d=1, c=1, b=1, a=1), 1.0)
-        wait_until(lambda: cluster.sql(waiting) or adding.done())
+        until(lambda: cluster.sql(waiting) or adding.done())
         free = cluster.sql("SELECT token_id FROM freegpt_auth.usage ORDER BY 1 FOR UPDATE SKIP LOCKED", name)
         other.rollback()
         adding.result(timeout=30)
@@ -190,9 +131,9 @@ def test_of_deleted_tokens_nothing_is_kept(filled: str, usage: PostgresUsage) ->
     assert counts(filled) == {"b": 2}
 
 
-def test_the_names_of_processes_are_not_kept_for_ever(cluster: Any, filled: str, usage: PostgresUsage) -> None:
+def test_old_batch_records_are_deleted(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """The first batch of a process deletes the batch records older than 30 days, and no others."""
-    name = filled.rpartition("/")[2]
+    name = name_of(filled)
     for process in ("old", "young"):
         usage.write(batch(1, process, a=1), 1.0)
     change = "UPDATE freegpt_auth.usage_batches SET written_at = now() - interval '{} days' WHERE process = '{}'"
@@ -203,18 +144,16 @@ def test_the_names_of_processes_are_not_kept_for_ever(cluster: Any, filled: str,
     assert counts(filled) == {"a": 3}
 
 
-def test_what_a_server_writes_spoils_nothing(cluster: Any, filled: str, usage: PostgresUsage) -> None:
+def test_server_cannot_spoil_usage(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """A thief of the servers' password cannot make usage unreadable or stop the counting of other servers."""
     largest = 2**63 - 1
     call = "SELECT freegpt_auth.add_usage('thief', {}, '{{a,b}}', ARRAY[{}, 0]::bigint[], ARRAY[{}, 0]::float8[])"
-    for sequence, (count, ago) in enumerate(
-        [(1, "'NaN'"), (1, "'infinity'"), (1, "'-infinity'"), (1, "1e300"), (1, "-1e300"), (1, "NULL"), (-5, "0")],
-        start=1,
-    ):
-        cluster.sql(call.format(sequence, count, ago), filled.rpartition("/")[2])
+    for sequence, ago in enumerate(["'NaN'", "'infinity'", "'-infinity'", "1e300", "-1e300", "NULL"], start=1):
+        cluster.sql(call.format(sequence, 1, ago), name_of(filled))
         assert usage.read()["a"].last_used_at <= datetime.fromtimestamp(time.time() + 60, UTC)
+    cluster.sql(call.format(7, -5, "0"), name_of(filled))
     assert counts(filled) == {"a": 6}
-    cluster.sql(call.format(8, largest, "0"), filled.rpartition("/")[2])
+    cluster.sql(call.format(8, largest, "0"), name_of(filled))
     usage.write(batch(1, a=1, b=1), 1.0)
     assert counts(filled) == {"a": largest, "b": 1}
 
@@ -223,7 +162,7 @@ def test_an_instant_outside_the_calendar_is_one_line(cluster: Any, filled: str, 
     """A last use outside the calendar, in a table without its checks, is an error that names the row."""
     usage.write(batch(1, a=1), 1.0)
     unchecked = "ALTER DOMAIN freegpt_auth.instant DROP CONSTRAINT instant_check"
-    cluster.sql(f"{unchecked}; UPDATE freegpt_auth.usage SET last_used_at = '12000-01-01'", filled.rpartition("/")[2])
+    cluster.sql(f"{unchecked}; UPDATE freegpt_auth.usage SET last_used_at = '12000-01-01'", name_of(filled))
     with pytest.raises(UsageError, match=r"outside the years 1 to 9999; correct freegpt_auth\.usage with psql"):
         usage.read()
 
@@ -273,31 +212,31 @@ def test_killed_database_loses_no_use(own: tuple[Cluster, str], caplog: pytest.L
     cluster, url = own
     recorder = UsageRecorder(PostgresUsage(url), interval=0.01)
     stop = threading.Event()
-    recorded = [0, 0]
 
-    def use(number: int) -> None:
-        while not stop.is_set():
-            recorder.record(("ab"[number], time.time()))
-            recorded[number] += 1
-            time.sleep(0.0005)
+    def use(token_id: str) -> int:
+        used = 0
+        while not stop.wait(0.0005):
+            recorder.record((token_id, time.time()))
+            used += 1
+        return used
 
-    threads = [threading.Thread(target=use, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(3):
-            before = sum(counts(url).values())
-            wait_until(partial(_exceeds, lambda: sum(counts(url).values()), before))
-            cluster.kill()
-            away = sum(recorded)
-            wait_until(partial(_exceeds, lambda: sum(recorded), away + 50))
-            cluster.start()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    def until_logged(words: str, times: int) -> None:
+        until(lambda: caplog.text.count(words) >= times)
+
+    with ThreadPoolExecutor(2) as pool:
+        using = [pool.submit(use, token_id) for token_id in "ab"]
+        try:
+            for times in range(1, 4):
+                until(lambda: counts(url))
+                faults = caplog.text.count("cannot be written")
+                cluster.kill()
+                until_logged("cannot be written", faults + 1)
+                cluster.start()
+                until_logged("usage is written to", times)
+        finally:
+            stop.set()
     recorder.finish()
-    assert counts(url) == {"a": recorded[0], "b": recorded[1]}
+    assert counts(url) == {"a": using[0].result(), "b": using[1].result()}
     assert "dropped" not in caplog.text
     assert "the-password" not in caplog.text
 
@@ -321,61 +260,13 @@ def test_hung_database_delays_shutdown_briefly(own: tuple[Cluster, str], caplog:
     assert counts(url) == {"a": 2}
 
 
-def test_ended_idle_connection_is_replaced(cluster: Any, filled: str, usage: PostgresUsage) -> None:
-    """A firewall or an operator that ends the connection between two writes costs no warning and no use."""
-    usage.write(batch(1, a=1), 1.0)
-    ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}' AND application_name <> ''"
-    cluster.sql(ended.format(filled.rpartition("/")[2]))
-    usage.write(batch(2, a=1), 1.0)
-    assert counts(filled) == {"a": 2}
-
-
-def test_no_connection_crosses_a_fork(filled: str) -> None:
-    """A child has a connection of its own, so that no answer to one process reaches the other; the parent keeps its own."""
-    program = f"""
-import os, sys, warnings
-warnings.simplefilter("ignore", DeprecationWarning)
-from freegpt_auth.stores import open_usage
-store = open_usage({filled!r})
-def tell():
-    print(*store._pool.run(lambda connection: connection.one("SELECT pg_backend_pid()")), flush=True)
-tell()
-child = os.fork()
-if not child:
-    tell()
-    store.close()
-    sys.exit()
-assert os.waitpid(child, 0)[1] == 0
-tell()
-store.close()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    before, child, after = done.stdout.split()
-    assert before == after != child
-    assert done.stderr == ""
-
-
 def test_no_connection_is_left_behind(cluster: Any, filled: str, usage: PostgresUsage) -> None:
     """One connection is open between two writes, and none after closing."""
-    name = filled.rpartition("/")[2]
+    name = name_of(filled)
     query = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND application_name = 'freegpt_auth'"
-    wait_until(lambda: not cluster.sql(query))
+    until(lambda: not cluster.sql(query))
     for sequence in range(1, 4):
         usage.write(batch(sequence, a=1), 1.0)
     assert len(cluster.sql(query)) == 1
     usage.close()
-    wait_until(lambda: not cluster.sql(query))
-
-
-def test_foreign_url_is_refused_without_its_password(filled: str) -> None:
-    """The error about a wrong password does not repeat it."""
-    wrong = filled.replace("the-password-of-the-database", "not-the-password")
-    with pytest.raises(UsageError, match="password authentication failed") as caught:
-        PostgresUsage(wrong).read()
-    assert "not-the-password" not in str(caught.value)
-    with psycopg.connect(filled) as connection:
-        assert connection.execute("SELECT count(*) FROM freegpt_auth.usage").fetchone() == (0,)
-
-
-def _exceeds(read: Callable[[], int], limit: int) -> bool:
-    return read() > limit
+    until(lambda: not cluster.sql(query))
