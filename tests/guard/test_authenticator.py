@@ -33,19 +33,24 @@ Keep = Callable[..., tuple[Token, str]]
 
 
 class Stub(CompleteSource):
-    """A source with prepared answers, by the secret; *peeks* counts the look-ups in memory."""
+    """A source with prepared answers, by the secret: an unresolved one is *later* in the store.
 
-    configured = True
+    Attributes:
+        seconds: its time, after the expiry of :data:`EXPIRED`.
+        stamp: its state.
+        peeks: number of its look-ups in memory.
+    """
 
-    def __init__(self, peeked: dict[str, Any], resolved: dict[str, Any] | None = None) -> None:
-        self.peeked = {digest_of(secret): answer for secret, answer in peeked.items()}
-        self.resolved = {digest_of(secret): answer for secret, answer in (resolved or peeked).items()}
-        self.seconds = 0.0
-        self.stamp: object = None
-        self.peeks = 0
+    seconds, peeks = 0.0, 0
+    later: Any = UNRESOLVED
+    stamp: object = None
+
+    def __init__(self, answers: dict[str, Any], *, configured: bool = True) -> None:
+        self.configured = configured
+        self.answers = {digest_of(secret): answer for secret, answer in answers.items()}
 
     def now(self) -> float:
-        """Return the source's own time, *seconds* after the expiry of :data:`EXPIRED`."""
+        """Return its own time."""
         return NOW.timestamp() + self.seconds
 
     def state(self) -> object:
@@ -53,24 +58,22 @@ class Stub(CompleteSource):
         return self.stamp
 
     def peek(self, digest: bytes) -> Any:
-        """Return the answer prepared for memory."""
+        """Return the prepared answer."""
         self.peeks += 1
-        return self._answer(self.peeked.get(digest))
-
-    def resolve(self, digest: bytes) -> Any:
-        """Return the answer prepared for the store."""
-        return self._answer(self.resolved.get(digest))
-
-    def survey(self) -> Survey:
-        """Return the prepared survey."""
-        if self.peeked.get(b"") is BROKEN:
-            raise BROKEN
-        return Survey(self.configured, active=1, source="a stub")
-
-    def _answer(self, answer: Any) -> Any:
+        answer = self.answers.get(digest)
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def resolve(self, digest: bytes) -> Any:
+        """Return the prepared answer of the store."""
+        answer = self.peek(digest)
+        return self.later if answer is UNRESOLVED else answer
+
+    def survey(self) -> Survey:
+        """Return the prepared survey."""
+        self.peek(b"")
+        return Survey(self.configured, active=1, source="a stub")
 
 
 def make_token(name: str = "live", **fields: Any) -> Token:
@@ -112,20 +115,14 @@ def passes(authenticator: Authenticator) -> list[bool]:
         (None, None, "open", "WARNING open mode: every request is let through, .* run: .* create NAME"),
         ("{}", None, "open", "WARNING open mode"),
         ("{}", KEY_SETTING, "environment", "INFO environment mode: 0 active .* the .* key from FREEGPT_API_KEY"),
-        (
-            EMPTY,
-            None,
-            "token-file",
-            r"INFO token-file mode: 0 active token\(s\) from .*tokens\.json.* no environment key",
-        ),
+        (EMPTY, None, "token-file", r"INFO token-file mode: 0 active token\(s\) from .*s\.json.* no environment key"),
         ("not JSON", KEY_SETTING, "token-file", "INFO token-file mode: .* the environment key from FREEGPT_API_KEY"),
     ],
 )
 def test_mode_is_found_at_the_start(
-    request: pytest.FixtureRequest, content: str | None, key: EnvironmentKey | None, mode: str, line: str
+    caplog: pytest.LogCaptureFixture, content: str | None, key: EnvironmentKey | None, mode: str, line: str
 ) -> None:
     """A server is open only where nothing at all is configured and nothing is required; one line in the log says so."""
-    caplog = request.getfixturevalue("caplog")
     caplog.set_level(logging.INFO, "freegpt_auth")
     if content is not None:
         FILE.write_text(content)
@@ -145,16 +142,14 @@ def test_named_store_is_never_open(
 ) -> None:
     """With a named file that is missing or blank only the key is accepted, and the log names the remedy."""
     if content is not None:
+        FILE.touch(0o600)
         FILE.write_text(content)
-        FILE.chmod(0o600)
     authenticator = Authenticator(FileTokenStore(FILE), key, required=True, named=True)
-    [(_, level, line)] = caplog.record_tuples
-    assert level == logging.WARNING
     origin = "the environment key from FREEGPT_API_KEY" if key else "no environment key"
-    assert line == (
-        f"token-file mode: {FILE.absolute()} is missing or holds no tokens, so requests are refused (there is {origin}). "
-        f"To create a first token, run: python -m freegpt_auth --store {FILE.absolute()} create NAME"
-    )
+    file = FILE.absolute()
+    line = f"token-file mode: {file} is missing or holds no tokens, so requests are refused (there is {origin})"
+    remedy = f"To create a first token, run: python -m freegpt_auth --store {file} create NAME"
+    assert caplog.record_tuples == [("freegpt_auth", logging.WARNING, f"{line}. {remedy}")]
     assert not any(passes(authenticator))
     assert isinstance(authenticator.resolve(presenting(KEY)), Caller) is (key is not None)
     _, secret = keep(FileTokenStore(FILE))
@@ -163,8 +158,7 @@ def test_named_store_is_never_open(
 
 def test_token_source_is_never_open() -> None:
     """A token source of one's own counts as named, even if it says that it is not configured."""
-    blank = Stub({})
-    blank.configured = False
+    blank = Stub({}, configured=False)
     assert Authenticator(blank, None, named=True).mode is AuthMode.TOKEN_FILE
     assert Authenticator(blank, None).mode is AuthMode.OPEN
 
@@ -192,22 +186,18 @@ def test_closing_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     together = threading.Barrier(8)
 
     class Simultaneous(Stub):
-        configured = False
-
         def survey(self) -> Survey:
-            """Answer all callers at the same moment."""
             if self.configured:
                 together.wait(10)
             return super().survey()
 
-    source = Simultaneous({})
+    source = Simultaneous({}, configured=False)
     authenticator = Authenticator(source, None)
     source.configured = True
-    caplog.clear()
     with ThreadPoolExecutor(together.parties) as threads:
-        refusals = list(threads.map(lambda _: authenticator.resolve(Presented([])), range(together.parties)))
-    assert refusals == [Refusal("missing")] * together.parties
-    assert caplog.messages == ["authentication is now on: 1 active token(s) from a stub"]
+        refusals = threads.map(authenticator.resolve, [Presented([])] * together.parties)
+        assert [*refusals] == [Refusal("missing")] * together.parties
+    assert caplog.messages[1:] == ["authentication is now on: 1 active token(s) from a stub"]
 
 
 def test_first_token_closes_before_the_survey(keep: Keep) -> None:
@@ -229,10 +219,9 @@ def test_first_token_closes_before_the_survey(keep: Keep) -> None:
 
 def test_fault_lets_no_request_pass_an_open_server() -> None:
     """An open server whose store cannot be read refuses: neither memory nor a failed survey lets a request pass."""
-    stub = Stub({})
-    stub.configured = False
+    stub = Stub({}, configured=False)
     authenticator = Authenticator(stub, None)
-    stub.peeked[b""] = BROKEN
+    stub.answers[b""] = BROKEN
     assert authenticator.peek(Presented([])) is UNRESOLVED
     assert not any(passes(authenticator))
 
@@ -253,21 +242,24 @@ def test_key_that_is_a_token(token: Any, token_id: str | None, *, refused: bool)
         assert isinstance(decision, Caller) is not refused
         assert decision == (Refusal("revoked", REVOKED.id) if refused else authenticator.resolve(presenting(KEY)))
         assert isinstance(decision, Refusal) or decision.token_id == token_id
-    stub.peeked[digest_of(KEY)] = REVOKED
+    stub.answers[digest_of(KEY)] = REVOKED
     assert decide(authenticator, KEY) == Refusal("revoked", REVOKED.id)
 
 
-@pytest.mark.parametrize("is_presented", [False, True])
+@pytest.mark.parametrize("reader", ["start", "request", "request with the key"])
 @pytest.mark.parametrize("fate", ["missing", "restored", "broken"])
-def test_revoked_key_stays_refused(keep: Keep, fate: str, *, is_presented: bool) -> None:
+def test_revoked_key_stays_refused(keep: Keep, fate: str, reader: str) -> None:
     """A process that has read the revocation of the key refuses the key, also after every later change of the file."""
     store = FileTokenStore(FILE)
     token, secret = keep(store)
     before = FILE.read_bytes()
+    if reader == "start":
+        store.revoke(token.id, NOW)
     authenticator = Authenticator(FileTokenStore(FILE), EnvironmentKey(digest_of(secret), "FREEGPT_API_KEY"))
-    assert isinstance(authenticator.resolve(presenting(secret)), Caller)
-    store.revoke(token.id, NOW)
-    authenticator.resolve(presenting(secret if is_presented else "another"))
+    if reader != "start":
+        assert isinstance(authenticator.resolve(presenting(secret)), Caller)
+        store.revoke(token.id, NOW)
+        authenticator.resolve(presenting("another" if reader == "request" else secret))
     FILE.unlink()
     if fate != "missing":
         FILE.write_bytes(before if fate == "restored" else b"")
@@ -278,63 +270,34 @@ def test_revoked_key_stays_refused(keep: Keep, fate: str, *, is_presented: bool)
     assert authenticator.recognise(scope_of(secret))[0] is None
 
 
-def test_key_revoked_before_the_start_stays_refused(keep: Keep) -> None:
-    """The start of the server reads the revocation: no request need have met it."""
-    store = FileTokenStore(FILE)
-    token, secret = keep(store)
-    store.revoke(token.id, NOW)
-    authenticator = Authenticator(store, EnvironmentKey(digest_of(secret), "FREEGPT_API_KEY"))
-    FILE.unlink()
-    assert authenticator.resolve(presenting(secret)) == Refusal("revoked", token.id)
-
-
-def test_recognised_caller_is_looked_up_again() -> None:
-    """A token that was accepted before is refused by a store that cannot check it any more."""
-    stub = Stub({"sk-live": LIVE})
-    authenticator = Authenticator(stub, None)
-    assert isinstance(decide(authenticator, "sk-live"), Caller)
-    stub.peeked[digest_of("sk-live")] = BROKEN
-    assert decide(authenticator, "sk-live") == Refusal("unavailable")
-
-
 @pytest.mark.parametrize("secret", ["sk-live", KEY])
-def test_one_state_needs_one_look_up(secret: str) -> None:
-    """While the source's state is the same object, an accepted secret is not looked up; a new state looks it up once."""
+@pytest.mark.parametrize(("stamps", "peeks"), [([object(), object()], 1), ([None], 3)])
+def test_one_state_needs_one_look_up(stamps: list[object], peeks: int, secret: str) -> None:
+    """While the source's state is the same object, an accepted secret is not looked up; without one it always is."""
     stub = Stub({"sk-live": LIVE})
     authenticator = Authenticator(stub, KEY_SETTING)
     assert isinstance(decide(authenticator, secret), Caller)
-    for stamp in (object(), object()):
-        stub.stamp, stub.peeks = stamp, 0
+    for stub.stamp in stamps:
+        stub.peeks = 0
         assert [isinstance(decide(authenticator, secret), Caller) for _ in range(3)] == [True] * 3
-        assert stub.peeks == 1
-    stub.peeked[digest_of(secret)] = REVOKED
-    stub.stamp = object()
+        assert stub.peeks == peeks
+    stub.stamp, stub.answers[digest_of(secret)] = object(), REVOKED
     assert decide(authenticator, secret) == Refusal("revoked", REVOKED.id)
 
 
-def test_source_without_state_is_looked_up() -> None:
-    """Without a state each request with an accepted token is one look-up."""
-    stub = Stub({"sk-live": LIVE})
-    authenticator = Authenticator(stub, None)
-    decide(authenticator, "sk-live")
-    stub.peeks = 0
-    assert [isinstance(decide(authenticator, "sk-live"), Caller) for _ in range(3)] == [True] * 3
-    assert stub.peeks == 3
-
-
-@pytest.mark.parametrize(("secret", "identity", "token"), [(KEY, "environment", None), ("sk-live", "live", LIVE)])
-def test_accepted_caller_is_named(secret: str, identity: str, token: Token | None) -> None:
-    """An application finds the name, the id and the scopes of its caller, and never the secret."""
+@pytest.mark.parametrize("secret", [KEY, "sk-live"])
+def test_accepted_caller_is_named(secret: str) -> None:
+    """An application finds the name, the id and the scopes of its caller, never the secret, and cannot change them."""
     authenticator = Authenticator(Stub({"sk-live": LIVE}), KEY_SETTING)
     caller = decide(authenticator, secret)
     assert isinstance(caller, Caller)
-    assert caller.token is token
-    assert caller.user.is_authenticated
-    assert (
-        repr(caller.user) == f"TokenUser(identity={caller.user.identity!r}, display_name={caller.user.display_name!r})"
-    )
-    assert (caller.user.display_name, caller.user.identity) == (identity, token.id if token else identity)
-    assert tuple(caller.auth.scopes) == ("authenticated", *(token.scopes if token else ()))
+    token, user = caller.token, caller.user
+    assert token is (None if secret == KEY else LIVE)
+    name, identity = (token.name, token.id) if token else ("environment", "environment")
+    assert (user.is_authenticated, user.display_name, user.identity) == (True, name, identity)
+    assert repr(user) == f"TokenUser(identity={identity!r}, display_name={name!r})"
+    assert caller.auth.scopes == ("authenticated", *(token.scopes if token else ()))  # type: ignore[comparison-overlap]
+    assert ANONYMOUS.auth.scopes == ()  # type: ignore[comparison-overlap]
     assert decide(authenticator, secret) is caller
 
 
@@ -355,7 +318,7 @@ def test_refusal_has_a_reason(token: Any, refusal: Refusal) -> None:
     assert decide(authenticator, "sk-1") == authenticator.resolve(presenting("sk-1")) == refusal
     for secrets in (("sk-1", "sk-broken"), ("sk-broken", "sk-1")):
         assert decide(authenticator, *secrets) == Refusal("unavailable")
-    stub.peeked[b""] = LIVE  # the digest of a value over 4 KB, which no source is asked for
+    stub.answers[b""] = LIVE  # the digest of a value over 4 KB, which no source is asked for
     for presented, reason in [
         (Presented([]), "missing"),
         (Presented([b""]), "unknown"),
@@ -386,24 +349,26 @@ def test_any_verified_secret_is_enough(wrong: Any, right: str) -> None:
 @pytest.mark.parametrize("other", [None, REVOKED, EXPIRED, BROKEN])
 def test_unresolved_secret_is_left_to_the_store(other: Any) -> None:
     """A token that is not in memory is looked up, also beside other credentials; without an answer it is refused."""
-    stub = Stub({"sk-later": UNRESOLVED, "sk-other": other}, {"sk-later": LIVE, "sk-other": other})
+    stub = Stub({"sk-later": UNRESOLVED, "sk-other": other})
     authenticator = Authenticator(stub, None)
+    assert authenticator.resolve(presenting("sk-later")) == Refusal("unavailable")
+    stub.later = LIVE
     for presented in (presenting("sk-later", "sk-other"), presenting("sk-other", "sk-later")):
         assert authenticator.peek(presented) is UNRESOLVED
         assert isinstance(authenticator.resolve(presented), Caller)
-    stub.resolved = stub.peeked
-    assert authenticator.resolve(presenting("sk-later")) == Refusal("unavailable")
 
 
 def test_changed_token_changes_its_caller() -> None:
-    """When a token's record changes, the application finds the change at the next request."""
+    """The application finds a changed record of a token at the next request; an unreadable one is refused."""
     stub = Stub({"sk-1": LIVE})
     authenticator = Authenticator(stub, None)
     for token in (LIVE, make_token(scopes=("delete",))):
-        stub.peeked[digest_of("sk-1")] = token
+        stub.answers[digest_of("sk-1")] = token
         caller = decide(authenticator, "sk-1")
         assert isinstance(caller, Caller)
         assert tuple(caller.auth.scopes) == ("authenticated", *token.scopes)
+    stub.answers[digest_of("sk-1")] = BROKEN
+    assert decide(authenticator, "sk-1") == Refusal("unavailable")
 
 
 @pytest.mark.parametrize(("cache_limit", "caller_limit"), [(3, 100), (100, 3)])
