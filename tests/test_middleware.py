@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -24,12 +24,13 @@ from starlette.testclient import TestClient
 from freegpt_auth import AuthMode, BearerTokenMiddleware, FileTokenStore, MemoryTokenStore, Survey
 from freegpt_auth.guard.credentials import SUBPROTOCOL
 from freegpt_auth.guard.denials import RETRY_AFTER, denial
-from freegpt_auth.stores.file import table
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, issue
 from tests.helpers.asgi import ask, bearer, hello, plain, statuses
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from starlette.requests import Request
 
     from tests.conftest import Keep
@@ -209,26 +210,11 @@ async def test_mistyped_store_is_closed(
     assert await statuses(guarded, None, "sk-wrong") == [401, 401]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "tokens", "usage"),
-    [
-        ({}, "there.json", "there.usage.db"),
-        ({"store": "mine.json"}, "mine.json", "mine.usage.db"),
-        ({"store": Path("mine.json"), "usage": "counts.db"}, "mine.json", "counts.db"),
-        ({"store": MemoryTokenStore()}, None, None),
-        ({"store": MemoryTokenStore(), "usage": "counts.db"}, None, "counts.db"),
-    ],
-)
-def test_where_tokens_and_usage_are(
-    request: pytest.FixtureRequest, arguments: dict[str, Any], tokens: str | None, usage: str | None
-) -> None:
-    """Both are where they were put, usage by default beside the token file; with a token source of one's own it is off."""
-    request.getfixturevalue("monkeypatch").setenv("FREEGPT_AUTH_STORE", "there.json")
-    guarded = BearerTokenMiddleware(plain, usage_interval=0.5, **arguments)
-    source: Any = guarded._authenticator._source
-    recorder = guarded._usage
-    assert source.path == str(Path(tokens).absolute()) if tokens else source is arguments["store"]
-    assert (recorder and (recorder._store.source, recorder._interval)) == (usage and (str(Path(usage).absolute()), 0.5))
+@pytest.mark.parametrize("usage", [None, "counts.db"])
+def test_own_token_source_counts_no_use(store: MemoryTokenStore, usage: str | None) -> None:
+    """With a token source of one's own usage is off, unless a place for it is named."""
+    recorder = BearerTokenMiddleware(plain, store=store, usage=usage, usage_interval=0.5)._usage
+    assert (recorder and (recorder._store.source, recorder._interval)) == (usage and (os.path.abspath(usage), 0.5))
 
 
 async def test_no_answer_shares_its_headers_with_another(guarded: Any) -> None:
@@ -318,31 +304,6 @@ def test_the_first_look_up_imports_nothing(tmp_path: Path) -> None:
     )
     served = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True, timeout=30)
     assert b"anyio._backends._asyncio" in served.stdout.split()
-
-
-async def test_one_reading_serves_many_requests(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the file has changed, fifty requests at once wait for one reading of it, and all are decided on it."""
-
-    async def one(secret: str, status: int) -> None:
-        assert await statuses(guarded, secret) == [status]
-
-    store = FileTokenStore(TOKEN_FILE)
-    keep(store)
-    guarded = BearerTokenMiddleware(plain, usage="off")
-    _, secret = keep(store)
-    readings: list[object] = []
-    read = table.read
-
-    def counted(file: Any) -> Any:
-        readings.append(file)
-        return read(file)
-
-    monkeypatch.setattr(table, "read", counted)
-    async with anyio.create_task_group() as group:
-        for _ in range(25):
-            group.start_soon(one, secret, 200)
-            group.start_soon(one, "sk-wrong", 401)
-    assert len(readings) == 1
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
