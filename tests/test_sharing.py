@@ -36,7 +36,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Source:
-    """A token source that remembers each answer and its thread.
+    """A token source that remembers each answer and its thread, and never counts as configured.
 
     Args:
         is_slow: answer only once *release* is set.
@@ -65,7 +65,7 @@ class Source:
 
     def survey(self) -> Survey:
         """Count no token."""
-        return Survey(configured=True, active=0, source="a slow source")
+        return Survey(configured=False, active=0, source="a source")
 
     def close(self) -> None:
         """Note it."""
@@ -97,6 +97,11 @@ def test_named_default_is_one_store() -> None:
     assert second._look_ups.source is first._look_ups.source
     assert first._authenticator.mode is AuthMode.TOKEN_FILE
     assert BearerTokenMiddleware(plain, required=True)._authenticator is first._authenticator
+
+
+def test_own_token_source_is_never_open() -> None:
+    """A token source of one's own counts as named, even if it says that it is not configured."""
+    assert BearerTokenMiddleware(plain, store=Source())._authenticator.mode is AuthMode.TOKEN_FILE
 
 
 def test_required_guard_reads_the_store_again(keep: Any) -> None:

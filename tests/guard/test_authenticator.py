@@ -156,13 +156,6 @@ def test_named_store_is_never_open(
     assert isinstance(authenticator.resolve(presenting(secret)), Caller)
 
 
-def test_token_source_is_never_open() -> None:
-    """A token source of one's own counts as named, even if it says that it is not configured."""
-    blank = Stub({}, configured=False)
-    assert Authenticator(blank, None, named=True).mode is AuthMode.TOKEN_FILE
-    assert Authenticator(blank, None).mode is AuthMode.OPEN
-
-
 @pytest.mark.parametrize("content", [None, "", '{"version": 2}'])
 def test_closed_server_never_opens_again(keep: Keep, caplog: pytest.LogCaptureFixture, content: str | None) -> None:
     """The first token, or a file that cannot be read, closes an open server for good, even if the file goes away."""

@@ -24,7 +24,7 @@ ANSWERED, ENDED = ["start 401", "True True"], ["False False"]
 
 
 async def upload(receive: Callable[[], Awaitable[Any]]) -> list[str]:
-    """Send an upload without a token and return what happened, in order."""
+    """Send an upload without a token, and return the events in order."""
     events: list[str] = []
 
     async def listen() -> Any:
