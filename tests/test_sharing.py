@@ -10,7 +10,6 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
@@ -19,49 +18,41 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from freegpt_auth import UNRESOLVED, AuthMode, BearerTokenMiddleware, ConfigurationError, FileTokenStore, Survey, Token
+from freegpt_auth import UNRESOLVED, AuthMode, BearerTokenMiddleware, ConfigurationError, FileTokenStore, Survey
 from freegpt_auth.guard.lookups import LANE_WIDTH
 from freegpt_auth.sharing import shared
 from freegpt_auth.stores.file.usage import UsageDatabase
-from freegpt_auth.tokens import digest_of, issue
 from tests.helpers.asgi import LIFESPAN, ask, bearer, plain, statuses
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 TOKEN_FILE = "api_tokens.json"
-LIVE_TOKEN, LIVE = issue("live", now=datetime.now(UTC))
 
 pytestmark = pytest.mark.anyio
 
 
 class Source:
-    """A token source that remembers each answer and its thread, and never counts as configured.
-
-    Args:
-        is_slow: answer only once *release* is set.
-    """
+    """A token source that finds nothing, remembers each look-up and its thread, and never counts as configured."""
 
     look_up_limit = 1
 
-    def __init__(self, *, is_slow: bool = False) -> None:
-        self.memory: dict[bytes, Token | None] = {}
+    def __init__(self) -> None:
+        self.known: set[bytes] = set()
         self.threads: list[int] = []
         self.is_closed = False
         self.release = threading.Event()
-        if not is_slow:
-            self.release.set()
+        self.release.set()
 
     def peek(self, digest: bytes) -> Any:
         """Answer from memory."""
-        return self.memory.get(digest, UNRESOLVED)
+        return None if digest in self.known else UNRESOLVED
 
-    def resolve(self, digest: bytes) -> Token | None:
-        """Look it up."""
+    def resolve(self, digest: bytes) -> Any:
+        """Look it up, once released."""
         assert self.release.wait(30)
         self.threads.append(threading.get_ident())
-        self.memory[digest] = LIVE_TOKEN if digest == digest_of(LIVE) else None
-        return self.memory[digest]
+        self.known.add(digest)
 
     def survey(self) -> Survey:
         """Count no token."""
@@ -231,7 +222,8 @@ async def test_two_tokens_are_two_uses(keep: Any) -> None:
 
 async def test_slow_source_delays_no_other() -> None:
     """One application's slow token source has no part in another's answers; a look-up answers those that wait for it."""
-    slow, quick = Source(is_slow=True), Source()
+    slow, quick = Source(), Source()
+    slow.release.clear()
     occupied, again, free = (BearerTokenMiddleware(plain, store=source) for source in (slow, slow, quick))
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:
@@ -258,7 +250,7 @@ async def test_blocking_source_has_threads_of_its_own() -> None:
             await anyio.lowlevel.checkpoint()
         try:
             with anyio.fail_after(60):
-                assert await statuses(BearerTokenMiddleware(plain, store=source), LIVE, "sk-wrong") == [200, 401]
+                assert await statuses(BearerTokenMiddleware(plain, store=source), "sk-1", "sk-2") == [401, 401]
         finally:
             release.set()
     assert len(source.threads) == 2

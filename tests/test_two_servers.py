@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import pytest
 
 from tests.helpers.asking import status
 from tests.helpers.ports import free_port
+from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,12 +45,13 @@ def commands(cluster: object, database: str, tmp_path: Path) -> Iterator[list[tu
             env={**os.environ, "PATH": path, "FREEGPT_AUTH_STORE": database},
             start_new_session=True,
         )
-    deadline = time.monotonic() + 60
-    while len(found := COMMAND.findall(log.read_text())) < 2 or not all(is_up(*each) for each in found):
+
+    def found() -> list[tuple[str, str]]:
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    yield found
+        return COMMAND.findall(log.read_text())
+
+    wait_until(lambda: len(found()) == 2 and all(is_up(*each) for each in found()), log.read_text)
+    yield found()
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(timeout=60)
 
