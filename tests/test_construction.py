@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
-from freegpt_auth import BearerTokenMiddleware, ConfigurationError, FileTokenStore
+from freegpt_auth import BearerTokenMiddleware, ConfigurationError, FileTokenStore, MemoryTokenStore
 from tests.helpers.asgi import LIFESPAN, ask
 
 PREFLIGHT = [(b"origin", b"https://ui.test"), (b"access-control-request-method", b"POST")]
@@ -20,16 +20,11 @@ EXTENSIONS: dict[str, Any] = {"websocket.http.response": {}}
 pytestmark = pytest.mark.anyio
 
 
-class Broken:
-    """A token source that fails when it is surveyed."""
-
-    def peek(self, _digest: bytes) -> None:
-        """Find nothing."""
-
-    resolve = peek
+class Broken(MemoryTokenStore):
+    """A token source that fails when it is surveyed, as a third-party library does."""
 
     def survey(self) -> Any:
-        """Fail as a third-party library does."""
+        """Fail."""
         raise RuntimeError("no route to the directory")
 
 

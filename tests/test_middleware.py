@@ -195,21 +195,6 @@ async def test_a_tokens_life(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> Non
     assert await statuses(BearerTokenMiddleware(hello, usage="off"), KEY, neighbour) == [401, 200]
 
 
-@pytest.mark.parametrize("is_argument", [False, True])
-@pytest.mark.parametrize("spelling", ["{}\r", "{}\n", "{} ", "{}\t", "{}x", "~/api_tokens.json"])
-async def test_mistyped_store_is_closed(
-    keep: Keep, monkeypatch: pytest.MonkeyPatch, spelling: str, *, is_argument: bool
-) -> None:
-    """A store named with a stray character, or wrongly, never opens a server: by the variable or by the argument."""
-    monkeypatch.setenv("HOME", "/")
-    keep(FileTokenStore(TOKEN_FILE))
-    named = spelling.format(await anyio.Path(TOKEN_FILE).absolute())
-    if not is_argument:
-        monkeypatch.setenv("FREEGPT_AUTH_STORE", named)
-    guarded = BearerTokenMiddleware(NEVER, store=named if is_argument else None, usage="off")
-    assert await statuses(guarded, None, "sk-wrong") == [401, 401]
-
-
 @pytest.mark.parametrize("usage", [None, "counts.db"])
 def test_own_token_source_counts_no_use(store: MemoryTokenStore, usage: str | None) -> None:
     """With a token source of one's own usage is off, unless a place for it is named."""

@@ -28,19 +28,10 @@ if TYPE_CHECKING:
 
 APPLICATION = """
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.middleware import Middleware
 from freegpt_auth import BearerTokenMiddleware
 
-async def echo(request):
-    return PlainTextResponse(str(len(await request.body())))
-
-async def talk(websocket):
-    await websocket.accept()
-    await websocket.close()
-
-app = Starlette(routes=[Route("/echo", echo, methods=["GET", "POST"]), WebSocketRoute("/talk", talk)])
-app.add_middleware(BearerTokenMiddleware)
+app = Starlette(middleware=[Middleware(BearerTokenMiddleware)])
 """
 BARE = """
 from freegpt_auth import BearerTokenMiddleware

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.asking import status
+from tests.helpers.asking import is_up, status
 from tests.helpers.ports import free_port
 from tests.helpers.watch import wait_until
 
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "two_servers.sh"
 COMMAND = re.compile(r'^curl -i (\S+) -H "Authorization: Bearer (\S+)"$', re.MULTILINE)
-
-
-def is_up(url: str, token: str) -> bool:
-    """Return whether a server answers at all."""
-    try:
-        return bool(status(url, token))
-    except OSError:
-        return False
 
 
 @pytest.fixture

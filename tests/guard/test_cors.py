@@ -72,19 +72,26 @@ async def test_origins_come_from_the_variable(monkeypatch: pytest.MonkeyPatch) -
         assert (await ask(guarded, headers=FROM_PAGE)).headers.get(ALLOWED) == allowed
 
 
+ORIGINS = [
+    *("chat.example", "https://", "https://chat.example/", "https://chat.example/app", "https://Chat.example"),
+    *("HTTPS://chat.example", "https://chat.example:443", "http://chat.example:80", "https://*.example", "null"),
+    *("https://chat.example:", "https://chat.example:123456", "https://user@chat.example", "https://münchen.de"),
+    *("https://chat.example\n", "https://a b", "", "https://chat.example?x"),
+]
+
+
 @pytest.mark.parametrize(
-    "origin",
+    ("origins", "message"),
     [
-        *("chat.example", "https://", "https://chat.example/", "https://chat.example/app", "https://Chat.example"),
-        *("HTTPS://chat.example", "https://chat.example:443", "http://chat.example:80", "https://*.example", "null"),
-        *("https://chat.example:", "https://chat.example:123456", "https://user@chat.example", "https://münchen.de"),
-        *("https://chat.example\n", "https://a b", "", "https://chat.example?x"),
+        *[([PAGE, origin], "is none that a browser sends; write scheme://host") for origin in ORIGINS],
+        ("*", "not one string"),
+        (["*", PAGE], "are \\* and others"),
     ],
 )
-def test_wrong_origins_stop_the_start(origin: str) -> None:
-    """A value that no browser sends as an origin is an error that shows the right form."""
-    with pytest.raises(ConfigurationError, match="is none that a browser sends; write scheme://host"):
-        checked_origins([PAGE, origin])
+def test_wrong_origins_stop_the_start(origins: Any, message: str) -> None:
+    """A value that no browser sends, one string, and everything beside a list are mistakes, shown with the right form."""
+    with pytest.raises(ConfigurationError, match=message):
+        checked_origins(origins)
 
 
 def test_origins_as_browsers_send_them() -> None:
@@ -93,10 +100,3 @@ def test_origins_as_browsers_send_them() -> None:
     origins += ["tauri://localhost", "chrome-extension://abcdefghijklmnop", "https://192.0.2.7:8443"]
     origins += ["https://chat.example:80"]
     assert checked_origins(origins) == {*origins}
-
-
-@pytest.mark.parametrize(("origins", "message"), [("*", "not one string"), (["*", PAGE], "are \\* and others")])
-def test_lists_of_origins_are_checked(origins: Any, message: str) -> None:
-    """One string, and everything beside a list, are mistakes."""
-    with pytest.raises(ConfigurationError, match=message):
-        checked_origins(origins)
