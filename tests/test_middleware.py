@@ -26,7 +26,7 @@ from freegpt_auth.guard.credentials import SUBPROTOCOL
 from freegpt_auth.guard.denials import RETRY_AFTER, denial
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, issue
-from tests.helpers.asgi import ask, bearer, hello, plain, statuses
+from tests.helpers.asgi import LIFESPAN, ask, bearer, hello, plain, statuses
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,18 +151,13 @@ async def test_request_that_closes_a_server_is_read(keep: Keep) -> None:
 
 
 @pytest.mark.parametrize(
-    ("subprotocols", "reason"),
-    [
-        ([], "missing"),
-        ([SUBPROTOCOL + "sk-wrong"], "unknown"),
-        ([SUBPROTOCOL + LIVE, SUBPROTOCOL + "sk-2"], "malformed"),
-        ([f"{SUBPROTOCOL}'{LIVE}'"], "quoted"),
-    ],
+    ("secrets", "reason"),
+    [([], "missing"), (["sk-wrong"], "unknown"), ([LIVE, "sk-2"], "malformed"), ([f"'{LIVE}'"], "quoted")],
 )
-async def test_websocket_is_refused_before_the_upgrade(guarded: Any, subprotocols: list[str], reason: str) -> None:
+async def test_websocket_is_refused_before_the_upgrade(guarded: Any, secrets: list[str], reason: str) -> None:
     """A refused WebSocket client reads a real response with its reason, where the server can send one."""
-    extensions: dict[str, Any] = {"websocket.http.response": {}}
-    answer = await ask(guarded, type="websocket", subprotocols=subprotocols, extensions=extensions)
+    offers = [SUBPROTOCOL + secret for secret in secrets]
+    answer = await ask(guarded, type="websocket", subprotocols=offers, extensions={"websocket.http.response": {}})
     denied = denial(answer.scope, reason)
     assert answer.messages[0]["type"] == "websocket.http.response.start"
     assert (answer.status, answer.body) == (denied.status, denied.body)
@@ -238,28 +233,23 @@ async def test_the_client_waits_for_no_log(guarded: Any, log: Any, kind: str, ex
     assert [record.reason for record in log.records] == ["missing", "missing"]
 
 
-@pytest.mark.parametrize("ending", ["lifespan.shutdown.complete", "lifespan.shutdown.failed"])
-async def test_usage_is_written_before_shutdown_completes(keep: Keep, log: Any, ending: str) -> None:
+async def test_usage_is_written_before_shutdown_completes(keep: Keep, log: Any) -> None:
     """When the server learns that it may exit, the last uses are on disk and the last refusals are accounted for."""
     token, secret = keep(FileTokenStore(TOKEN_FILE))
+    guarded = BearerTokenMiddleware(plain)
     written: list[tuple[str, int]] = []
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            await plain(scope, receive, send)
-            return
-        await send({"type": "lifespan.startup.complete"})
-        await send({"type": ending})
 
     async def send(message: Any) -> None:
         usage = await to_thread.run_sync(lambda: UsageDatabase("api_tokens.usage.db").read())
         written.append((message["type"], usage[token.id].use_count if usage else 0))
 
-    guarded = BearerTokenMiddleware(application)
+    async def server(scope: Any, receive: Any, _send: Any) -> None:
+        await guarded(scope, receive, send)
+
     assert await statuses(guarded, secret, secret, *["sk-wrong"] * 12) == [200, 200, *[401] * 12]
-    await guarded({"type": "lifespan"}, NEVER, send)
+    await ask(server, type="lifespan", incoming=LIFESPAN)
     assert log.messages[-1] == "2 more refusals are not shown"
-    assert written == [("lifespan.startup.complete", 0), (ending, 2)]
+    assert written == [("lifespan.startup.complete", 0), ("lifespan.shutdown.complete", 2)]
 
 
 async def test_only_accepted_tokens_are_counted(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,14 +338,13 @@ def test_the_settings_of_a_database_reach_it(monkeypatch: pytest.MonkeyPatch) ->
 
     surveyed = Survey(configured=True, active=0, source="postgresql://u@h/d", kind="database")
     monkeypatch.setattr(PostgresTokenStore, "survey", lambda _: surveyed)
-    monkeypatch.setenv("FREEGPT_AUTH_STORE", "postgresql://u:hunter2@h/d")
-    monkeypatch.setenv("FREEGPT_AUTH_LEASE", "7")
-    monkeypatch.setenv("FREEGPT_AUTH_CACHE", "9")
+    for name, value in (("STORE", "postgresql://u:hunter2@h/d"), ("LEASE", "7"), ("CACHE", "9")):
+        monkeypatch.setenv(f"FREEGPT_AUTH_{name}", value)
     guarded = BearerTokenMiddleware(plain)
     source: Any = guarded._look_ups.source
     assert (source._lease, source._cache.limit) == (7.0, 9)
-    assert guarded._usage is not None
-    assert guarded._usage._store.source == "postgresql://u@h/d"
+    usage: Any = guarded._usage
+    assert usage._store.source == "postgresql://u@h/d"
     assert guarded._look_ups.source.look_up_limit == LOOK_UP_LIMIT
     assert guarded._authenticator.mode is AuthMode.DATABASE
-    assert "hunter2" not in repr([vars(part) for part in (guarded, source, guarded._usage)])
+    assert "hunter2" not in repr([vars(part) for part in (guarded, source, usage)])

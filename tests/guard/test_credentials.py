@@ -107,16 +107,11 @@ def test_no_other_white_space_is_stripped(blank: bytes) -> None:
 
 
 def test_every_carrier_is_read_in_the_order_sent() -> None:
-    """A client that fills several carriers has each of them tried."""
+    """A client that fills several carriers has each of them tried, and no header that ends in logs or means another."""
     headers = ((b"api-key", b"a"), (b"authorization", b"Bearer b"), (b"accept", b"*/*"), (b"x-api-key", b"c"))
-    assert read(http(*headers)) == digests(b"a", b"b", b"c")
+    others = (b"cookie", b"proxy-authorization", b"x-authorization", b"x-goog-api-key")
+    assert read(http(*headers, *((name, b"Bearer sk-1") for name in others))) == digests(b"a", b"b", b"c")
     assert read(websocket(SUBPROTOCOL + "d", headers=headers[::-1])) == digests(b"c", b"b", b"a", b"d")
-
-
-@pytest.mark.parametrize("name", [b"cookie", b"proxy-authorization", b"x-authorization", b"x-goog-api-key"])
-def test_no_other_header_is_read(name: bytes) -> None:
-    """A secret in a header that ends in logs, or that means something else, is not a credential."""
-    assert read(http((name, b"sk-1"), (name, b"Bearer sk-1"))) == []
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ async def test_every_lifespan_is_completed(application: str) -> None:
     ("application", "steps"),
     [
         ("receive lifespan.startup.failed", ["startup.failed"]),
+        ("lifespan.startup.complete lifespan.shutdown.failed", ["startup.complete", "stop", "shutdown.failed"]),
         ("receive lifespan.startup.failed raise", ["startup.failed", "LookupError"]),
         ("receive raise", ["LookupError"]),
         ("receive lifespan.startup.complete raise", ["startup.complete", "LookupError"]),

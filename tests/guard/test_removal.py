@@ -220,12 +220,9 @@ async def test_opentelemetry_spans_show_no_secret(store: MemoryTokenStore) -> No
 
 
 SENTRY = """
-import os
-import sys
-import sentry_sdk
+import os, sys, sentry_sdk
 from sentry_sdk.transport import Transport
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from freegpt_auth import BearerTokenMiddleware
@@ -241,12 +238,10 @@ async def fail(_request):
 
 options = {} if order == "inside" else {"send_default_pii": True, "_experiments": {"trace_lifecycle": "stream"}}
 sentry_sdk.init("https://public@sentry.test/1", transport=Recorded, traces_sample_rate=1.0, **options)
-routes = [Route("/v1/models", fail), WebSocketRoute("/v1/realtime", fail)]
+app = Starlette(routes=[Route("/v1/models", fail), WebSocketRoute("/v1/realtime", fail)])
 if order == "inside":
-    app = Starlette(routes=routes, middleware=[Middleware(BearerTokenMiddleware)])
-else:
-    app = BearerTokenMiddleware(Starlette(routes=routes))
-client = TestClient(app, raise_server_exceptions=False)
+    app.add_middleware(BearerTokenMiddleware)
+client = TestClient(app if order == "inside" else BearerTokenMiddleware(app), raise_server_exceptions=False)
 for name, scheme in (("Authorization", "Bearer "), ("X-Api-Key", ""), ("Api-Key", "")) * 2:
     assert client.get("/v1/models", headers={name: scheme + secret}).status_code == 500
 try:
