@@ -97,6 +97,12 @@ def presenting(*secrets: str) -> Presented:
     return Presented([digest_of(secret) for secret in secrets])
 
 
+def over(answers: dict[str, Any]) -> tuple[Stub, Authenticator]:
+    """Return a source with these answers, and an authenticator over it with an environment key."""
+    stub = Stub(answers)
+    return stub, Authenticator(stub, KEY_SETTING)
+
+
 def decide(authenticator: Authenticator, *secrets: str) -> Decision:
     """Decide from memory as the middleware does: a single secret may be recognised."""
     known = authenticator.recognise(scope_of(secrets[0]))[0] if len(secrets) == 1 else None
@@ -195,19 +201,13 @@ def test_closing_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_first_token_closes_before_the_survey(keep: Keep) -> None:
     """While one request surveys the first token, memory lets no other pass."""
-    meanwhile: list[object] = []
-
-    class Watched(FileTokenStore):
-        def survey(self) -> Survey:
-            survey = super().survey()
-            meanwhile.append(self.peek(b""))
-            return survey
-
-    authenticator = Authenticator(Watched(FILE), None)
+    store = FileTokenStore(FILE)
+    authenticator = Authenticator(store, None)
     assert authenticator.peek(Presented([])) is ANONYMOUS
     keep(FileTokenStore(FILE))
-    assert authenticator.resolve(Presented([])) == Refusal("missing")
-    assert meanwhile == [None, UNRESOLVED]
+    assert store.survey().configured
+    assert authenticator.mode is AuthMode.OPEN
+    assert authenticator.peek(Presented([])) is UNRESOLVED
 
 
 def test_fault_lets_no_request_pass_an_open_server() -> None:
@@ -228,8 +228,7 @@ def test_key_that_is_a_token(token: Any, token_id: str | None, *, refused: bool)
 
     No other fault of the token or the store turns the key off.
     """
-    stub = Stub({KEY: token})
-    authenticator = Authenticator(stub, KEY_SETTING)
+    stub, authenticator = over({KEY: token})
     for _ in range(2):
         decision = decide(authenticator, KEY)
         assert isinstance(decision, Caller) is not refused
@@ -267,8 +266,7 @@ def test_revoked_key_stays_refused(keep: Keep, fate: str, reader: str) -> None:
 @pytest.mark.parametrize(("stamps", "peeks"), [([object(), object()], 1), ([None], 3)])
 def test_one_state_needs_one_look_up(stamps: list[object], peeks: int, secret: str) -> None:
     """While the source's state is the same object, an accepted secret is not looked up; without one it always is."""
-    stub = Stub({"sk-live": LIVE})
-    authenticator = Authenticator(stub, KEY_SETTING)
+    stub, authenticator = over({"sk-live": LIVE})
     assert isinstance(decide(authenticator, secret), Caller)
     for stub.stamp in stamps:
         stub.peeks = 0
@@ -281,7 +279,7 @@ def test_one_state_needs_one_look_up(stamps: list[object], peeks: int, secret: s
 @pytest.mark.parametrize("secret", [KEY, "sk-live"])
 def test_accepted_caller_is_named(secret: str) -> None:
     """An application finds the name, the id and the scopes of its caller, never the secret, and cannot change them."""
-    authenticator = Authenticator(Stub({"sk-live": LIVE}), KEY_SETTING)
+    _, authenticator = over({"sk-live": LIVE})
     caller = decide(authenticator, secret)
     assert isinstance(caller, Caller)
     token, user = caller.token, caller.user
@@ -306,8 +304,7 @@ def test_accepted_caller_is_named(secret: str) -> None:
 )
 def test_refusal_has_a_reason(token: Any, refusal: Refusal) -> None:
     """The log can say why a request was refused; an unavailable store comes first, in whichever order."""
-    stub = Stub({"sk-1": token, "sk-broken": BROKEN})
-    authenticator = Authenticator(stub, KEY_SETTING)
+    stub, authenticator = over({"sk-1": token, "sk-broken": BROKEN})
     assert decide(authenticator, "sk-1") == authenticator.resolve(presenting("sk-1")) == refusal
     for secrets in (("sk-1", "sk-broken"), ("sk-broken", "sk-1")):
         assert decide(authenticator, *secrets) == Refusal("unavailable")
@@ -323,9 +320,8 @@ def test_refusal_has_a_reason(token: Any, refusal: Refusal) -> None:
 
 def test_expiry_is_checked_on_every_request() -> None:
     """A token that was accepted a moment ago is refused from its expiry on, by the clock of its source."""
-    stub = Stub({"sk-1": EXPIRED})
+    stub, authenticator = over({"sk-1": EXPIRED})
     stub.stamp = object()
-    authenticator = Authenticator(stub, None)
     for stub.seconds, refused in [(-0.001, False), (0.0, True), (1.0, True), (-0.001, False)]:
         assert isinstance(decide(authenticator, "sk-1"), Refusal) is refused
 
@@ -334,7 +330,7 @@ def test_expiry_is_checked_on_every_request() -> None:
 @pytest.mark.parametrize("right", ["sk-live", KEY])
 def test_any_verified_secret_is_enough(wrong: Any, right: str) -> None:
     """A client that sends a valid token and something else passes, in whichever order it sends them."""
-    authenticator = Authenticator(Stub({"sk-live": LIVE, "sk-wrong": wrong}), KEY_SETTING)
+    _, authenticator = over({"sk-live": LIVE, "sk-wrong": wrong})
     for secrets in (("sk-wrong", right), (right, "sk-wrong")):
         assert isinstance(decide(authenticator, *secrets), Caller)
 
@@ -342,8 +338,7 @@ def test_any_verified_secret_is_enough(wrong: Any, right: str) -> None:
 @pytest.mark.parametrize("other", [None, REVOKED, EXPIRED, BROKEN])
 def test_unresolved_secret_is_left_to_the_store(other: Any) -> None:
     """A token that is not in memory is looked up, also beside other credentials; without an answer it is refused."""
-    stub = Stub({"sk-later": UNRESOLVED, "sk-other": other})
-    authenticator = Authenticator(stub, None)
+    stub, authenticator = over({"sk-later": UNRESOLVED, "sk-other": other})
     assert authenticator.resolve(presenting("sk-later")) == Refusal("unavailable")
     stub.later = LIVE
     for presented in (presenting("sk-later", "sk-other"), presenting("sk-other", "sk-later")):
@@ -353,8 +348,7 @@ def test_unresolved_secret_is_left_to_the_store(other: Any) -> None:
 
 def test_changed_token_changes_its_caller() -> None:
     """The application finds a changed record of a token at the next request; an unreadable one is refused."""
-    stub = Stub({"sk-1": LIVE})
-    authenticator = Authenticator(stub, None)
+    stub, authenticator = over({"sk-1": LIVE})
     for token in (LIVE, make_token(scopes=("delete",))):
         stub.answers[digest_of("sk-1")] = token
         caller = decide(authenticator, "sk-1")
