@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 from freegpt_auth.guard.exemptions import is_preflight, is_public
 
 NAMES = [b"host", b"x-original-url", b"x-rewrite-url", b"x-forwarded-prefix", b"x-forwarded-path", b"referer"]
-CHOSEN = {"path": "/v1/files/health", "root_path": "/v1/files"}
-MOUNTED = {"path": "/llm/health", "root_path": "/llm", "app_root_path": ""}
-BEHIND_A_ROOT = {"path": "/root/llm/health", "root_path": "/root/llm", "app_root_path": "/root"}
-UNMOVED = {"path": "/health", "root_path": "/v1/files"}
-HEADER = [(b"daphne-root-path", b"/v1/files")]
 
 
 @pytest.mark.parametrize(
@@ -34,28 +28,30 @@ def test_public_paths_are_exact(root: str, public: str, guarded: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scope", "headers", "daphne", "public"),
+    ("path", "roots", "header", "daphne", "public"),
     [
-        (CHOSEN, [], False, True),
-        (CHOSEN, [], True, False),
-        (CHOSEN, HEADER, False, False),
-        (BEHIND_A_ROOT, [], False, True),
-        (BEHIND_A_ROOT, [], True, False),
-        (MOUNTED, [], True, True),
-        (UNMOVED, [], True, False),
-        (UNMOVED, [], False, True),
-        ({"path": "/health"}, HEADER, False, True),
-        ({"path": "/health", "root_path": "/he"}, [], False, True),
+        ("/v1/files/health", ["/v1/files"], False, False, True),
+        ("/v1/files/health", ["/v1/files"], False, True, False),
+        ("/v1/files/health", ["/v1/files"], True, False, False),
+        ("/root/llm/health", ["/root/llm", "/root"], False, False, True),
+        ("/root/llm/health", ["/root/llm", "/root"], False, True, False),
+        ("/llm/health", ["/llm", ""], False, True, True),
+        ("/health", ["/v1/files"], False, True, False),
+        ("/health", ["/v1/files"], False, False, True),
+        ("/health", [], True, False, True),
+        ("/health", ["/he"], False, False, True),
     ],
 )
 def test_clients_choose_no_root_path(
-    monkeypatch: pytest.MonkeyPatch, scope: dict[str, Any], headers: Any, *, daphne: bool, public: bool
+    monkeypatch: pytest.MonkeyPatch, path: str, roots: list[str], *, header: bool, daphne: bool, public: bool
 ) -> None:
     """A mount point is removed in whole segments; behind daphne, where clients choose one, only the application's own."""
     monkeypatch.delitem(sys.modules, "daphne.server", raising=False)
     if daphne:
         monkeypatch.setitem(sys.modules, "daphne.server", ModuleType("daphne.server"))
-    assert is_public({**scope, "headers": headers}, {"/health"}) is public
+    headers = [(b"daphne-root-path", b"/v1/files")] * header
+    scope = {"path": path, "headers": headers, **dict(zip(("root_path", "app_root_path"), roots, strict=False))}
+    assert is_public(scope, {"/health"}) is public
 
 
 @pytest.mark.parametrize(

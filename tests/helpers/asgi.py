@@ -33,11 +33,6 @@ class Answer:
         """The whole body of the response."""
         return b"".join(message.get("body", b"") for message in self.messages[1:])
 
-    @property
-    def error(self) -> Any:
-        """The error object in the body."""
-        return json.loads(self.body)["error"]
-
 
 Ask = Callable[..., Awaitable[Answer]]
 """The type of :func:`ask`, for tests that take it as a fixture."""
