@@ -71,7 +71,7 @@ async def test_unusable_settings_fail_the_startup(
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 async def test_no_lifespan_is_one_line_and_503(caplog: pytest.LogCaptureFixture, kind: str) -> None:
-    """Without a lifespan each request is answered 503, and the reason is logged once: tokens created later change nothing."""
+    """Without a lifespan each request is answered 503, and the reason is logged once."""
     app = site(required=True)
     assert [(await ask(app, type=kind, extensions=EXTENSIONS)).status for _ in range(3)] == [503] * 3
     (line,) = caplog.messages
@@ -85,7 +85,7 @@ async def test_unusable_import_is_reported_at_once(caplog: pytest.LogCaptureFixt
 
 
 def test_unusable_settings_reach_programs() -> None:
-    """A program that constructs the middleware, or runs Starlette's test client, raises the reason and does not hang."""
+    """A program that constructs the middleware, or runs Starlette's test client, raises the reason and never hangs."""
     with pytest.raises(ConfigurationError, match="authentication is required"):
         BearerTokenMiddleware(site(), required=True)
     with pytest.raises(RuntimeError, match="no route"):

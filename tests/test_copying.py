@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+APP: Any = print
+"""An application that can be pickled."""
+
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
@@ -35,10 +38,11 @@ async def test_copy_has_the_same_tokens(keep: Any, duplicate: Callable[[Any], An
 def test_pickle_guards_another_process(keep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process in another directory, without the environment of this one, reads the same tokens and usage."""
     keep(FileTokenStore("api_tokens.json"))
-    pickled = pickle.dumps(BearerTokenMiddleware(print, public_paths=["/health"]))  # type: ignore[arg-type]
+    pickled = pickle.dumps(BearerTokenMiddleware(APP, public_paths=["/health"]))
     program = (
         "import pickle, sys; guard = pickle.loads(sys.stdin.buffer.read()); "
-        "print(guard._authenticator.mode, guard._look_ups.source.path, guard._usage._store.source, *guard._public_paths)"
+        "source, usage = guard._look_ups.source.path, guard._usage._store.source; "
+        "print(guard._authenticator.mode, source, usage, *guard._public_paths)"
     )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -48,10 +52,10 @@ def test_pickle_guards_another_process(keep: Any, tmp_path: Path, monkeypatch: p
 
 
 def test_pickle_never_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A middleware that was closed by its environment key stays closed where the key is missing; an open one stays open."""
-    assert pickle.loads(pickle.dumps(BearerTokenMiddleware(print)))._authenticator.mode is AuthMode.OPEN  # type: ignore[arg-type]
+    """A middleware closed by its environment key stays closed where the key is missing; an open one stays open."""
+    assert pickle.loads(pickle.dumps(BearerTokenMiddleware(APP)))._authenticator.mode is AuthMode.OPEN
     monkeypatch.setenv("FREEGPT_API_KEY", "the-environment-key")
-    pickled = pickle.dumps(BearerTokenMiddleware(print, usage="off"))  # type: ignore[arg-type]
+    pickled = pickle.dumps(BearerTokenMiddleware(APP, usage="off"))
     assert b"the-environment-key" not in pickled
     assert pickle.loads(pickled)._usage is None
     monkeypatch.delenv("FREEGPT_API_KEY")
@@ -66,10 +70,10 @@ def test_pickle_never_opens(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_pickling_explains_its_refusal(reason: str, arguments: dict[str, Any]) -> None:
     """A token source that is an object, and settings that cannot be used, are reasons in our own words."""
     with pytest.raises(TypeError, match=reason):
-        pickle.dumps(BearerTokenMiddleware(print, **arguments))  # type: ignore[arg-type]
+        pickle.dumps(BearerTokenMiddleware(APP, **arguments))
 
 
 def test_pickle_carries_every_argument() -> None:
     """No argument of the constructor is lost on the way."""
-    construct, _ = BearerTokenMiddleware(print).__reduce__()  # type: ignore[arg-type]
+    construct, _ = BearerTokenMiddleware(APP).__reduce__()
     assert {"self", "app", *construct.keywords} == set(inspect.signature(BearerTokenMiddleware.__init__).parameters)

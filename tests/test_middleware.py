@@ -212,7 +212,7 @@ async def test_no_answer_shares_its_headers_with_another(guarded: Any) -> None:
     ],
 )
 async def test_the_client_waits_for_no_log(guarded: Any, log: Any, kind: str, expected: list[str]) -> None:
-    """A refusal is on its way before it is logged, is logged before its body is waited for, and also if nobody is there."""
+    """A refusal is sent before it is logged, and logged before its body is awaited, also if the client is gone."""
     steps: list[str] = []
     scope = {"type": kind, "method": "POST", "path": "/", "headers": [(b"content-length", b"1")], "client": None}
 
@@ -268,7 +268,7 @@ async def test_only_accepted_tokens_are_counted(keep: Keep, monkeypatch: pytest.
 
 
 def test_the_first_look_up_imports_nothing(tmp_path: Path) -> None:
-    """A server whose application does not use anyio has it ready before the first request, which would wait 90 ms for it."""
+    """A server whose application does not use anyio imports it at the start: the first request would wait 90 ms for it."""
     program = (
         "import asyncio, sys, freegpt_auth\n"
         "async def app(scope, receive, send):\n"

@@ -221,7 +221,7 @@ async def test_two_tokens_are_two_uses(keep: Any) -> None:
 
 
 async def test_slow_source_delays_no_other() -> None:
-    """One application's slow token source has no part in another's answers; a look-up answers those that wait for it."""
+    """One application's slow token source delays no other; a look-up answers the requests that wait for it."""
     slow, quick = Source(), Source()
     slow.release.clear()
     occupied, again, free = (BearerTokenMiddleware(plain, store=source) for source in (slow, slow, quick))
@@ -286,7 +286,7 @@ async def test_error_of_a_source_is_raised() -> None:
 
 
 async def test_last_lifespan_closes_the_source() -> None:
-    """A server that stops leaves a source open for another server of the process, and a restarted one closes it again."""
+    """A server that stops leaves the source open for another server of the process; a restarted one closes it again."""
     source = Source()
     inner = BearerTokenMiddleware(plain, store=source)
     closed: list[bool] = []

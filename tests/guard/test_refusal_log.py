@@ -104,7 +104,7 @@ def test_a_million_refusals_are_few_lines(lines: Lines, clock: SimpleNamespace) 
 
 
 def test_a_flood_from_everywhere_takes_little_memory(lines: Lines, clock: SimpleNamespace) -> None:
-    """An attacker with very many addresses gets few lines and little memory, and hides nobody for more than a minute."""
+    """An attacker with very many addresses gets few lines and little memory, and hides others for a minute at most."""
     log = RefusalLog()
     for number in range(100_000):
         _refuse(log, client=f"2001:db8::{number:x}")

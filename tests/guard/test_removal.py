@@ -1,4 +1,4 @@
-"""The verified credential is gone before anything else sees it: the application, layers outside, proxies and error trackers."""
+"""The verified credential is gone before anything else sees it: the application, layers outside, error trackers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def store() -> MemoryTokenStore:
 async def test_verified_headers_leave_the_scope(
     store: MemoryTokenStore, kind: str, headers: Headers, left: Headers | None
 ) -> None:
-    """Each header with a valid secret goes, at the first request and when its token is known; other credentials stay."""
+    """Each header with a valid secret goes, at the first request and at later ones; other credentials stay."""
     guarded = BearerTokenMiddleware(plain, store=store)
     for _ in range(2):
         sent = [*headers]
@@ -253,7 +253,7 @@ except RuntimeError:
 
 @pytest.mark.parametrize("order", ["inside", "outside"])
 def test_sentry_shows_no_secret(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sentry's events, traces and frame variables hold no secret; streamed spans neither, where the guard is outermost."""
+    """Sentry's events, traces and variables hold no secret; nor do streamed spans, where the guard is outermost."""
     monkeypatch.setenv("FREEGPT_API_KEY", SECRET)
     program = [sys.executable, "-c", SENTRY, order]
     finished = subprocess.run(program, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
