@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from blockbuster import BlockBuster
@@ -24,9 +24,7 @@ from tests.helpers.servers import Serve, serving
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from starlette.types import ASGIApp
-
-    from freegpt_auth import Token
+    from freegpt_auth import Token, TokenStore
     from tests.helpers.postgresql import Cluster
 
 _ATTACKS = Path(__file__).parent / "attacks"
@@ -34,10 +32,6 @@ _ON_POSTGRESQL = {"cluster", "durable", "fleet"}  # the fixtures that start a Po
 
 
 Keep = Callable[..., "tuple[Token, str]"]
-
-
-class _Addable(Protocol):
-    def add(self, digest: bytes, token: Token) -> None: ...
 
 
 def pytest_configure() -> None:
@@ -101,16 +95,10 @@ def ask() -> asgi.Ask:
 
 
 @pytest.fixture
-def hello() -> ASGIApp:
-    """Return an application that answers 200 and its caller."""
-    return asgi.hello
-
-
-@pytest.fixture
 def keep() -> Keep:
     """Return a function that adds a new token to a store and returns the token and its secret."""
 
-    def add(store: _Addable, name: str = "a-token", expires_at: datetime | None = None) -> tuple[Token, str]:
+    def add(store: TokenStore, name: str = "a-token", expires_at: datetime | None = None) -> tuple[Token, str]:
         token, secret = issue(name, now=datetime.now(UTC), expires_at=expires_at)
         store.add(digest_of(secret), token)
         return token, secret

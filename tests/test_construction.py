@@ -2,69 +2,47 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
-from freegpt_auth import BearerTokenMiddleware, ConfigurationError, FileTokenStore
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    Ask = Callable[..., Awaitable[Any]]
+from freegpt_auth import BearerTokenMiddleware, ConfigurationError, FileTokenStore, MemoryTokenStore
+from tests.helpers.asgi import LIFESPAN, ask
 
 PREFLIGHT = [(b"origin", b"https://ui.test"), (b"access-control-request-method", b"POST")]
+EXTENSIONS: dict[str, Any] = {"websocket.http.response": {}}
 
 pytestmark = pytest.mark.anyio
 
 
-class Broken:
-    """A token source that fails when it is surveyed."""
-
-    def peek(self, _digest: bytes) -> None:
-        """Find nothing."""
-
-    resolve = peek
+class Broken(MemoryTokenStore):
+    """A token source that fails when it is surveyed, as a third-party library does."""
 
     def survey(self) -> Any:
-        """Fail as a third-party library does."""
+        """Fail."""
         raise RuntimeError("no route to the directory")
 
 
-class Site:
-    """An application with a lifespan, and the middleware as Starlette constructs it: in the first call."""
+@asynccontextmanager
+async def lifespan(app: Any) -> Any:
+    """Note that the application was started."""
+    app.state.is_started = True
+    yield
 
-    def __init__(self, **arguments: Any) -> None:
-        self.steps: list[str] = []
-        routes = [Route("/", lambda _: PlainTextResponse("ok"))]
-        middleware = [Middleware(BearerTokenMiddleware, **arguments)]
-        self.app = Starlette(routes=routes, middleware=middleware, lifespan=self._lifespan)
 
-    @asynccontextmanager
-    async def _lifespan(self, _app: Any) -> Any:
-        self.steps.append("started")
-        yield
+def site(**arguments: Any) -> Starlette:
+    """Return an application, and the middleware as Starlette constructs it: in the first call."""
+    return Starlette(middleware=[Middleware(BearerTokenMiddleware, **arguments)], lifespan=lifespan)
 
-    async def live(self) -> list[Any]:
-        """Lead it through a lifespan, and return its answers."""
-        events, answers = ["startup", "shutdown"], []
 
-        async def receive() -> Any:
-            return {"type": f"lifespan.{events.pop(0)}"}
-
-        async def send(message: Any) -> None:
-            answers.append(message)
-
-        await self.app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
-        return answers
+async def live(app: Any) -> list[Any]:
+    """Lead an application through its lifespan as a server does, and return its answers."""
+    return (await ask(app, type="lifespan", asgi={"version": "3.0"}, incoming=LIFESPAN)).messages
 
 
 @pytest.mark.parametrize(
@@ -76,77 +54,63 @@ class Site:
     ],
 )
 async def test_unusable_settings_fail_the_startup(
-    ask: Ask, caplog: pytest.LogCaptureFixture, arguments: Any, reason: str
+    caplog: pytest.LogCaptureFixture, arguments: Any, reason: str
 ) -> None:
     """The server reads the reason and ends; the application does not start, and no request reaches it all the same."""
-    site = Site(**arguments)
-    (answer,) = await site.live()
+    app = site(**arguments)
+    (answer,) = await live(app)
     assert answer["type"] == "lifespan.startup.failed"
     assert answer["message"].startswith(reason)
     assert caplog.messages == []
-    for request in ({}, {"path": "/health"}, {"method": "OPTIONS", "headers": PREFLIGHT}):
-        assert (await ask(site.app, **request)).status == 503
-    assert site.steps == []
+    requests: list[Any] = [{}, {"path": "/health"}, {"method": "OPTIONS", "headers": PREFLIGHT}]
+    assert [(await ask(app, **request)).status for request in requests] == [503] * 3
+    assert not hasattr(app.state, "is_started")
     with pytest.raises(NotImplementedError):
-        await ask(BearerTokenMiddleware(site.app, **arguments), type="webtransport")
+        await ask(BearerTokenMiddleware(app, **arguments), type="webtransport")
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-async def test_no_lifespan_is_one_line_and_503(ask: Ask, caplog: pytest.LogCaptureFixture, kind: str) -> None:
-    """Without a lifespan each request is answered 503, and the reason is logged once: tokens created later change nothing."""
-    caplog.set_level(logging.WARNING, "freegpt_auth")
-    site = Site(required=True)
-    extensions: dict[str, Any] = {"websocket.http.response": {}}
-    for _ in range(3):
-        answer = await ask(site.app, type=kind, extensions=extensions)
-        assert answer.status == 503
+async def test_no_lifespan_is_one_line_and_503(caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """Without a lifespan each request is answered 503, and the reason is logged once."""
+    app = site(required=True)
+    assert [(await ask(app, type=kind, extensions=EXTENSIONS)).status for _ in range(3)] == [503] * 3
     (line,) = caplog.messages
     assert line.startswith("every request is answered 503 until the server is restarted: authentication is required")
 
 
 async def test_unusable_import_is_reported_at_once(caplog: pytest.LogCaptureFixture) -> None:
     """A mounted application that a server imports in its event loop receives no lifespan: the reason is logged."""
-    BearerTokenMiddleware(Site().app, required=True)
+    BearerTokenMiddleware(site(), required=True)
     assert len(caplog.messages) == 1
 
 
-def test_unusable_settings_raise_without_a_loop() -> None:
-    """A program that constructs the middleware reads the plain exception."""
+def test_unusable_settings_reach_programs() -> None:
+    """A program that constructs the middleware, or runs Starlette's test client, raises the reason and never hangs."""
     with pytest.raises(ConfigurationError, match="authentication is required"):
-        BearerTokenMiddleware(Site().app, required=True)
+        BearerTokenMiddleware(site(), required=True)
     with pytest.raises(RuntimeError, match="no route"):
-        BearerTokenMiddleware(Site().app, store=Broken())
+        BearerTokenMiddleware(site(), store=Broken())
+    with pytest.raises(ConfigurationError, match="authentication is required"):
+        TestClient(site(required=True)).__enter__()
 
 
-LATE = "the middleware was constructed at the first request"
-
-
-async def test_late_construction_is_reported(ask: Ask, caplog: pytest.LogCaptureFixture, keep: Any) -> None:
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_late_construction_is_reported(caplog: pytest.LogCaptureFixture, keep: Any, kind: str) -> None:
     """A mounted application constructs its middleware at the first request: one warning names the form to use."""
     keep(FileTokenStore("api_tokens.json"))
-    site = Starlette(routes=[Mount("/v1", Site().app)])
-    for _ in range(2):
-        assert (await ask(site, path="/v1/")).status == 401
+    app = Starlette(routes=[Mount("/v1", site())])
+    assert [(await ask(app, path="/v1/", type=kind, extensions=EXTENSIONS)).status for _ in range(2)] == [401] * 2
     (line,) = caplog.messages
-    assert line.startswith(LATE)
+    assert line.startswith("the middleware was constructed at the first request")
     assert 'app.mount("/v1", BearerTokenMiddleware(api))' in line
 
 
-async def test_early_construction_is_not_reported(ask: Ask, caplog: pytest.LogCaptureFixture, keep: Any) -> None:
+async def test_early_construction_is_not_reported(caplog: pytest.LogCaptureFixture, keep: Any) -> None:
     """Neither a lifespan nor a wrapped application, mounted or served without a lifespan, is a late construction."""
     keep(FileTokenStore("api_tokens.json"))
-    site = Site()
-    assert [answer["type"] for answer in await site.live()] == [
-        "lifespan.startup.complete",
-        "lifespan.shutdown.complete",
-    ]
-    mounted = Starlette(routes=[Mount("/v1", BearerTokenMiddleware(Site().app))])
-    assert (await ask(site.app)).status == (await ask(mounted, path="/v1/")).status == 401
+    app = site()
+    assert [answer["type"] for answer in await live(app)] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert app.state.is_started
+    mounted = Starlette(routes=[Mount("/v1", BearerTokenMiddleware(site()))])
+    assert (await ask(app)).status == (await ask(mounted, path="/v1/")).status == 401
     assert caplog.messages == []
-
-
-async def test_unusable_settings_reach_test_clients() -> None:
-    """Starlette's test client raises the reason, and does not hang."""
-    client = TestClient(Site(required=True).app)
-    with pytest.raises(ConfigurationError, match="authentication is required"):
-        await to_thread.run_sync(client.__enter__)

@@ -10,48 +10,39 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.responses import PlainTextResponse
 
 from freegpt_auth import AuthMode, BearerTokenMiddleware, FileTokenStore, MemoryTokenStore
+from tests.helpers.asgi import statuses
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
-    Ask = Callable[..., Awaitable[Any]]
-
-
-class Plain:
-    """An application with something to copy."""
-
-    def __init__(self) -> None:
-        self.content = ["ok"]
-
-    async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
-        """Answer 200."""
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+APP: Any = print
+"""An application that can be pickled."""
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
-async def test_copy_has_the_same_tokens(ask: Ask, keep: Any, duplicate: Callable[[Any], Any]) -> None:
+async def test_copy_has_the_same_tokens(keep: Any, duplicate: Callable[[Any], Any]) -> None:
     """A copy guards with the same token source, also one that is an object; a deep one copies the application."""
     store = MemoryTokenStore()
-    guard = BearerTokenMiddleware(Plain(), store=store)
+    guard = BearerTokenMiddleware(PlainTextResponse("ok"), store=store)
     twin = duplicate(guard)
     _, secret = keep(store)
-    for app in (guard, twin):
-        assert (await ask(app, headers=[(b"authorization", f"Bearer {secret}".encode())])).status == 200
-    assert (await ask(twin)).status == 401
-    assert (twin.app.content is guard.app.content) is (duplicate is copy.copy)  # type: ignore[attr-defined]
+    assert await statuses(guard, secret, None) == await statuses(twin, secret, None) == [200, 401]
+    assert (twin.app is guard.app) is (duplicate is copy.copy)
 
 
 def test_pickle_guards_another_process(keep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process in another directory, without the environment of this one, reads the same tokens and usage."""
     keep(FileTokenStore("api_tokens.json"))
-    pickled = pickle.dumps(BearerTokenMiddleware(print, public_paths=["/health"]))  # type: ignore[arg-type]
+    pickled = pickle.dumps(BearerTokenMiddleware(APP, public_paths=["/health"]))
     program = (
         "import pickle, sys; guard = pickle.loads(sys.stdin.buffer.read()); "
-        "print(guard._authenticator.mode, guard._look_ups.source.path, guard._usage._store.source, *guard._public_paths)"
+        "source, usage = guard._look_ups.source.path, guard._usage._store.source; "
+        "print(guard._authenticator.mode, source, usage, *guard._public_paths)"
     )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -61,10 +52,10 @@ def test_pickle_guards_another_process(keep: Any, tmp_path: Path, monkeypatch: p
 
 
 def test_pickle_never_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A middleware that was closed by its environment key stays closed where the key is missing; an open one stays open."""
-    assert pickle.loads(pickle.dumps(BearerTokenMiddleware(print)))._authenticator.mode is AuthMode.OPEN  # type: ignore[arg-type]
+    """A middleware closed by its environment key stays closed where the key is missing; an open one stays open."""
+    assert pickle.loads(pickle.dumps(BearerTokenMiddleware(APP)))._authenticator.mode is AuthMode.OPEN
     monkeypatch.setenv("FREEGPT_API_KEY", "the-environment-key")
-    pickled = pickle.dumps(BearerTokenMiddleware(print, usage="off"))  # type: ignore[arg-type]
+    pickled = pickle.dumps(BearerTokenMiddleware(APP, usage="off"))
     assert b"the-environment-key" not in pickled
     assert pickle.loads(pickled)._usage is None
     monkeypatch.delenv("FREEGPT_API_KEY")
@@ -72,18 +63,17 @@ def test_pickle_never_opens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.anyio
-async def test_pickling_explains_its_refusal() -> None:
+@pytest.mark.parametrize(
+    ("reason", "arguments"),
+    [("MemoryTokenStore object of this", {"store": MemoryTokenStore()}), ("is required", {"required": True})],
+)
+async def test_pickling_explains_its_refusal(reason: str, arguments: dict[str, Any]) -> None:
     """A token source that is an object, and settings that cannot be used, are reasons in our own words."""
-    reasons: list[tuple[str, dict[str, Any]]] = [
-        ("MemoryTokenStore object of this process", {"store": MemoryTokenStore()})
-    ]
-    reasons += [("authentication is required", {"required": True})]
-    for reason, arguments in reasons:
-        with pytest.raises(TypeError, match=reason):
-            pickle.dumps(BearerTokenMiddleware(print, **arguments))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=reason):
+        pickle.dumps(BearerTokenMiddleware(APP, **arguments))
 
 
 def test_pickle_carries_every_argument() -> None:
     """No argument of the constructor is lost on the way."""
-    construct, _ = BearerTokenMiddleware(print).__reduce__()  # type: ignore[arg-type]
+    construct, _ = BearerTokenMiddleware(APP).__reduce__()
     assert {"self", "app", *construct.keywords} == set(inspect.signature(BearerTokenMiddleware.__init__).parameters)

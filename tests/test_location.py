@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from freegpt_auth import ConfigurationError
-from freegpt_auth.location import Location, driver_required
+from freegpt_auth.location import Location, driver_required, may_hold_password
 
 ADDRESSES = [
     *("postgresql:/u@h/hunter2", "postgresql//u:hunter2@h", "Postgres:u:hunter2@h", "./postgresql://u:hunter2@h"),
@@ -34,6 +34,7 @@ def test_both_schemes_of_postgresql(scheme: str) -> None:
     assert location is Location.of(location) is location.absolute() is location.default_usage()
     assert not location.can_be_open
     assert not location.is_same_file(location)
+    assert may_hold_password(f"{scheme}://h/d"), "a URL is not repeated at all"
     assert repr(location) == f"Location('{scheme}://…@h/d?password=…')"
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
@@ -18,38 +19,62 @@ import pytest
 from anyio import to_thread
 
 from freegpt_auth import UNRESOLVED, AuthMode, BearerTokenMiddleware, ConfigurationError, FileTokenStore, Survey
+from freegpt_auth.guard.lookups import LANE_WIDTH
 from freegpt_auth.sharing import shared
 from freegpt_auth.stores.file.usage import UsageDatabase
+from tests.helpers.asgi import LIFESPAN, ask, bearer, plain, statuses
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from pathlib import Path
-
-    from freegpt_auth.usage.base import Usage
-
-    Ask = Callable[..., Coroutine[Any, Any, Any]]
 
 TOKEN_FILE = "api_tokens.json"
 
-
-def flush(guard: BearerTokenMiddleware) -> None:
-    """Write the uses that a guard has counted."""
-    assert guard._usage is not None
-    guard._usage.flush()
+pytestmark = pytest.mark.anyio
 
 
-async def plain(_scope: Any, _receive: Any, send: Any) -> None:
-    """Answer 200 to every request."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
+class Source:
+    """A token source that finds nothing, remembers each look-up and its thread, and never counts as configured."""
+
+    look_up_limit = 1
+
+    def __init__(self) -> None:
+        self.known: set[bytes] = set()
+        self.threads: list[int] = []
+        self.is_closed = False
+        self.release = threading.Event()
+        self.release.set()
+
+    def peek(self, digest: bytes) -> Any:
+        """Answer from memory."""
+        return None if digest in self.known else UNRESOLVED
+
+    def resolve(self, digest: bytes) -> Any:
+        """Look it up, once released."""
+        assert self.release.wait(30)
+        self.threads.append(threading.get_ident())
+        self.known.add(digest)
+
+    def survey(self) -> Survey:
+        """Count no token."""
+        return Survey(configured=False, active=0, source="a source")
+
+    def close(self) -> None:
+        """Note it."""
+        self.is_closed = True
+
+
+def parts(**arguments: Any) -> tuple[object, ...]:
+    """Return the parts of a new middleware that others may share."""
+    guard = BearerTokenMiddleware(plain, **arguments)
+    return guard._look_ups.source, guard._usage, guard._refusals
 
 
 def test_one_location_is_one_store(keep: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A middleware for each route costs one store and one recorder, and announces the mode once."""
     caplog.set_level(logging.INFO, "freegpt_auth")
     keep(FileTokenStore(TOKEN_FILE))
-    guards = [BearerTokenMiddleware(plain, store=store) for store in (TOKEN_FILE, os.path.abspath(TOKEN_FILE))]
-    shared_parts = [(guard._look_ups.source, guard._usage, guard._refusals) for guard in guards]
-    assert shared_parts[0] == shared_parts[1]
+    first = BearerTokenMiddleware(plain)
+    assert parts(store=os.path.abspath(TOKEN_FILE)) == (first._look_ups.source, first._usage, first._refusals)
     assert len(caplog.messages) == 1
 
 
@@ -65,6 +90,11 @@ def test_named_default_is_one_store() -> None:
     assert BearerTokenMiddleware(plain, required=True)._authenticator is first._authenticator
 
 
+def test_own_token_source_is_never_open() -> None:
+    """A token source of one's own counts as named, even if it says that it is not configured."""
+    assert BearerTokenMiddleware(plain, store=Source())._authenticator.mode is AuthMode.TOKEN_FILE
+
+
 def test_required_guard_reads_the_store_again(keep: Any) -> None:
     """A required guard starts once there is a token, though no request has shown it to the open guard beside it."""
     first = BearerTokenMiddleware(plain)
@@ -73,33 +103,29 @@ def test_required_guard_reads_the_store_again(keep: Any) -> None:
     assert first._authenticator.mode is second._authenticator.mode is AuthMode.TOKEN_FILE
 
 
-@pytest.mark.anyio
-async def test_revoked_key_is_refused_by_each_guard(ask: Ask, keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_revoked_key_is_refused_by_each_guard(keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process refuses the key for good, whichever of its guards read the revocation."""
     store = FileTokenStore(TOKEN_FILE)
     token, secret = keep(store)
     monkeypatch.setenv("FREEGPT_API_KEY", secret)
     guards = [BearerTokenMiddleware(plain, **settings) for settings in ({}, {"required": True}, {"store": TOKEN_FILE})]
     await to_thread.run_sync(store.revoke, token.id, token.created_at)
-    assert (await ask(guards[0], headers=[(b"x-api-key", b"sk-any")])).status == 401
+    assert await statuses(guards[0], "sk-any") == [401]
     await anyio.Path(TOKEN_FILE).unlink()
     for guard in guards:
-        assert (await ask(guard, headers=[(b"x-api-key", secret.encode())])).status == 401
+        assert await statuses(guard, secret) == [401]
 
 
 @pytest.mark.parametrize(
     ("arguments", "environment"),
     [({"store": "other.json"}, {}), ({"usage_interval": 9.0}, {}), ({}, {"FREEGPT_AUTH_LEASE": "9"})],
 )
-def test_other_settings_are_not_shared(
-    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], environment: dict[str, str]
-) -> None:
+def test_other_settings_are_not_shared(monkeypatch: pytest.MonkeyPatch, arguments: Any, environment: Any) -> None:
     """Each middleware keeps the settings that it was given."""
     first = BearerTokenMiddleware(plain)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    second = BearerTokenMiddleware(plain, **arguments)
-    assert (first._look_ups.source, first._usage) != (second._look_ups.source, second._usage)
+    assert parts(**arguments)[:2] != (first._look_ups.source, first._usage)
 
 
 def test_another_directory_is_another_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -107,7 +133,7 @@ def test_another_directory_is_another_store(monkeypatch: pytest.MonkeyPatch, tmp
     first = BearerTokenMiddleware(plain)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert BearerTokenMiddleware(plain)._look_ups.source is not first._look_ups.source
+    assert parts()[0] is not first._look_ups.source
 
 
 def test_unused_parts_are_released() -> None:
@@ -123,25 +149,17 @@ def test_unused_parts_are_released() -> None:
     assert store() is None
 
 
-class Thing:
-    """Something to share."""
-
-
 def test_two_threads_share_one_object() -> None:
     """Two servers that start at the same time in one process end up with one store."""
     both = threading.Barrier(2)
-    things: list[Thing] = []
 
-    def make() -> Thing:
+    def make() -> Source:
         both.wait(10)
-        return Thing()
+        return Source()
 
-    threads = [threading.Thread(target=lambda: things.append(shared(make, "a thing"))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert things[0] is things[1]
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(lambda _: shared(make, "a thing"), range(2))
+    assert first is second
 
 
 _FORK_WHILE_SHARING = """
@@ -168,139 +186,117 @@ def test_fork_renews_the_locks() -> None:
     assert child.stdout == b"environment\n"
 
 
-def _usage_in(path: str) -> Mapping[str, Usage]:
-    return UsageDatabase(path).read()
+async def uses(path: str, *guards: Any) -> dict[str, int]:
+    """Write the uses that guards have counted, and return those in a usage database."""
+
+    def written() -> dict[str, int]:
+        for guard in guards:
+            guard._usage.flush()
+        return {token_id: usage.use_count for token_id, usage in UsageDatabase(path).read().items()}
+
+    return await to_thread.run_sync(written)
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 @pytest.mark.parametrize("interval", [2.0, 9.0])
-async def test_two_guards_count_one_use(ask: Ask, keep: Any, kind: str, interval: float) -> None:
+async def test_two_guards_count_one_use(keep: Any, kind: str, interval: float) -> None:
     """A request through two guards, of an application and of a mounted one, is one use with any settings."""
     token, secret = keep(FileTokenStore(TOKEN_FILE))
     inner = BearerTokenMiddleware(plain, usage_interval=interval)
     elsewhere = BearerTokenMiddleware(inner, usage="elsewhere.db")
     outer = BearerTokenMiddleware(elsewhere)
     for _ in range(3):
-        assert (await ask(outer, type=kind, headers=[(b"authorization", f"Bearer {secret}".encode())])).status == 200
-    for guard in (outer, inner, elsewhere):
-        await to_thread.run_sync(flush, guard)
+        assert (await ask(outer, type=kind, headers=bearer(secret))).status == 200
     for place in ("api_tokens.usage.db", "elsewhere.db"):
-        assert (await to_thread.run_sync(_usage_in, place))[token.id].use_count == 3
+        assert await uses(place, outer, inner, elsewhere) == {token.id: 3}
 
 
-@pytest.mark.anyio
-async def test_two_tokens_are_two_uses(ask: Ask, keep: Any) -> None:
+async def test_two_tokens_are_two_uses(keep: Any) -> None:
     """Guards over two token files and one usage database count one use of each token that they accept."""
     (first, secret), (second, other) = keep(FileTokenStore(TOKEN_FILE)), keep(FileTokenStore("other.json"))
     inner = BearerTokenMiddleware(plain, store="other.json", usage="both.db")
     outer = BearerTokenMiddleware(inner, usage="both.db")
-    headers = [(b"authorization", f"Bearer {secret}".encode()), (b"x-api-key", other.encode())]
-    assert (await ask(outer, headers=headers)).status == 200
-    await to_thread.run_sync(flush, inner)
-    counted = await to_thread.run_sync(_usage_in, "both.db")
-    assert {token_id: use.use_count for token_id, use in counted.items()} == {first.id: 1, second.id: 1}
+    assert (await ask(outer, headers=[*bearer(secret), (b"x-api-key", other.encode())])).status == 200
+    assert await uses("both.db", inner) == {first.id: 1, second.id: 1}
 
 
-class Source:
-    """A token source that answers when it is released, and notes that it is closed."""
-
-    look_up_limit = 1
-
-    def __init__(self) -> None:
-        self.release = threading.Event()
-        self.is_closed = False
-
-    def peek(self, _digest: bytes) -> Any:
-        """Know nothing."""
-        return UNRESOLVED
-
-    def resolve(self, _digest: bytes) -> Any:
-        """Find nothing, in the end."""
-        assert self.release.wait(30)
-
-    def survey(self) -> Survey:
-        """Count no token."""
-        return Survey(configured=True, active=0, source="a slow source")
-
-    def close(self) -> None:
-        """Note it."""
-        self.is_closed = True
-
-
-@pytest.mark.anyio
-async def test_slow_source_delays_no_other(ask: Ask) -> None:
-    """Two applications of one process: one's slow token source has no part in the other's answers."""
+async def test_slow_source_delays_no_other() -> None:
+    """One application's slow token source delays no other; a look-up answers the requests that wait for it."""
     slow, quick = Source(), Source()
-    quick.release.set()
-    occupied, free = BearerTokenMiddleware(plain, store=slow), BearerTokenMiddleware(plain, store=quick)
-    again = BearerTokenMiddleware(plain, store=slow)
-    headers = [(b"x-api-key", b"sk-any")]
+    slow.release.clear()
+    occupied, again, free = (BearerTokenMiddleware(plain, store=source) for source in (slow, slow, quick))
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:
             for _ in range(8):
-                group.start_soon(partial(ask, occupied, headers=headers))
+                group.start_soon(partial(ask, occupied, headers=bearer("sk-any")))
             await anyio.wait_all_tasks_blocked()
             try:
                 assert occupied._look_ups.lane().gate.statistics().tasks_waiting == Source.look_up_limit
-                assert (await ask(free, headers=headers)).status == 401
-                assert (await ask(again, headers=headers)).status == 503
+                assert await statuses(free, "sk-any") == [401]
+                assert await statuses(again, "sk-any") == [503]
             finally:
                 slow.release.set()
+    assert len(slow.threads) == LANE_WIDTH == 4
 
 
-@pytest.mark.anyio
+async def test_blocking_source_has_threads_of_its_own() -> None:
+    """It does not hold up the event loop, nor does an application that keeps every worker thread busy hold it up."""
+    source, release = Source(), threading.Event()
+    threads = to_thread.current_default_thread_limiter()
+    async with anyio.create_task_group() as group:
+        for _ in range(int(threads.total_tokens)):
+            group.start_soon(partial(to_thread.run_sync, release.wait))
+        while threads.available_tokens:
+            await anyio.lowlevel.checkpoint()
+        try:
+            with anyio.fail_after(60):
+                assert await statuses(BearerTokenMiddleware(plain, store=source), "sk-1", "sk-2") == [401, 401]
+        finally:
+            release.set()
+    assert len(source.threads) == 2
+    assert threading.get_ident() not in source.threads
+
+
+async def test_one_middleware_serves_several_event_loops(anyio_backend: str) -> None:
+    """A test client, or a server with a loop for each thread, may share one middleware."""
+    guarded = BearerTokenMiddleware(plain, store=Source())
+    elsewhere = partial(anyio.run, statuses, guarded, "sk-there", backend=anyio_backend)
+    assert await statuses(guarded, "sk-here") == await to_thread.run_sync(elsewhere) == [401]
+
+
 async def test_exhausted_threads_are_answered_503(
-    ask: Ask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A look-up for which the system has no thread is refused with 503, and the reason is logged once."""
-    source = Source()
-    source.release.set()
-    app, headers = BearerTokenMiddleware(plain, store=source), [(b"x-api-key", b"sk-any")]
-
-    async def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as exhausted:
-        exhausted.setattr(to_thread, "run_sync", fail)
-        assert [(await ask(app, headers=headers)).status for _ in range(2)] == [503, 503]
-    assert [record.levelname for record in caplog.records if "no free thread" in record.message] == ["ERROR"]
-    assert (await ask(app, headers=headers)).status == 401
+    """A look-up for which the system has no thread is refused with 503, and each time of need is logged once."""
+    app = BearerTokenMiddleware(plain, store=Source())
+    for secret in ("sk-one", "sk-two"):
+        with monkeypatch.context() as exhausted:
+            exhausted.setattr(to_thread, "run_sync", Mock(side_effect=RuntimeError("can't start new thread")))
+            assert await statuses(app, secret, secret) == [503, 503]
+        assert await statuses(app, secret) == [401]
+    assert [record.levelname for record in caplog.records if "no free thread" in record.message] == ["ERROR"] * 2
 
 
-@pytest.mark.anyio
-async def test_error_of_a_source_is_raised(ask: Ask) -> None:
+async def test_error_of_a_source_is_raised() -> None:
     """A RuntimeError of the token source is no lack of threads, and reaches the server's log."""
     source = Source()
     source.resolve = Mock(side_effect=RuntimeError("broken"))  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="broken"):
-        await ask(BearerTokenMiddleware(plain, store=source), headers=[(b"x-api-key", b"sk-any")])
+        await statuses(BearerTokenMiddleware(plain, store=source), "sk-any")
 
 
-@pytest.mark.anyio
 async def test_last_lifespan_closes_the_source() -> None:
-    """A server that stops leaves a source open for another server of the process, and a restarted one closes it again."""
+    """A server that stops leaves the source open for another server of the process; a restarted one closes it again."""
     source = Source()
-    events: dict[str, list[str]] = {}
+    inner = BearerTokenMiddleware(plain, store=source)
+    closed: list[bool] = []
 
-    async def live(name: str, during: Callable[[], Awaitable[None]]) -> None:
-        async def receive() -> Any:
-            event = events.setdefault(name, ["startup", "shutdown"]).pop(0)
-            if event == "shutdown":
-                await during()
-            return {"type": f"lifespan.{event}"}
-
-        async def send(_message: Any) -> None:
-            closed.append(source.is_closed)
-
-        await BearerTokenMiddleware(plain, store=source)({"type": "lifespan"}, receive, send)
-
-    async def nothing() -> None:
-        """Serve no request."""
+    async def beside_another(_scope: Any, _receive: Any, _send: Any) -> None:
+        await ask(inner, type="lifespan", incoming=LIFESPAN)
+        closed.append(source.is_closed)
 
     for _ in range(2):
-        events.clear()
         source.is_closed = False
-        closed: list[bool] = []
-        await live("outer", lambda: live("inner", nothing))
-        assert closed == [False, False, False, True]
+        await ask(BearerTokenMiddleware(beside_another, store=source), type="lifespan", incoming=LIFESPAN)
+        closed.append(source.is_closed)
+    assert closed == [False, True] * 2

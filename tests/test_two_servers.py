@@ -7,28 +7,20 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.asking import status
+from tests.helpers.asking import is_up, status
 from tests.helpers.ports import free_port
+from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "two_servers.sh"
 COMMAND = re.compile(r'^curl -i (\S+) -H "Authorization: Bearer (\S+)"$', re.MULTILINE)
-
-
-def is_up(url: str, token: str) -> bool:
-    """Return whether a server answers at all."""
-    try:
-        return bool(status(url, token))
-    except OSError:
-        return False
 
 
 @pytest.fixture
@@ -45,12 +37,13 @@ def commands(cluster: object, database: str, tmp_path: Path) -> Iterator[list[tu
             env={**os.environ, "PATH": path, "FREEGPT_AUTH_STORE": database},
             start_new_session=True,
         )
-    deadline = time.monotonic() + 60
-    while len(found := COMMAND.findall(log.read_text())) < 2 or not all(is_up(*each) for each in found):
+
+    def found() -> list[tuple[str, str]]:
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    yield found
+        return COMMAND.findall(log.read_text())
+
+    wait_until(lambda: len(found()) == 2 and all(is_up(*each) for each in found()), log.read_text)
+    yield found()
     os.killpg(process.pid, signal.SIGTERM)
     process.wait(timeout=60)
 

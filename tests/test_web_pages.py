@@ -66,15 +66,10 @@ def test_fastapi_mounted_part(bearer: dict[str, str]) -> None:
 
 # --- CORS: headers that the npm packages openai 6.49, @anthropic-ai/sdk 1.14 and 0.137 (x-api-key) send in Chromium 156
 
-STAINLESS = ["arch", "lang", "os", "package-version", "retry-count", "runtime", "runtime-version"]
-COMMON = [f"x-stainless-{name}" for name in STAINLESS]
-ANTHROPIC = [
-    "anthropic-dangerous-direct-browser-access",
-    "anthropic-version",
-    "content-type",
-    *COMMON,
-    "x-stainless-timeout",
-]
+STAINLESS = "arch lang os package-version retry-count runtime runtime-version"
+COMMON = [f"x-stainless-{name}" for name in STAINLESS.split()]
+ANTHROPIC = ["anthropic-dangerous-direct-browser-access", "anthropic-version", "content-type", *COMMON]
+ANTHROPIC += ["x-stainless-timeout"]
 PREFLIGHTS = [
     ("/v1/chat/completions", "POST", ["authorization", "content-type", *COMMON]),
     ("/v1/models", "GET", ["authorization", *COMMON]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -11,23 +10,13 @@ from starlette.middleware.cors import CORSMiddleware
 from freegpt_auth import BearerTokenMiddleware, ConfigurationError, MemoryTokenStore
 from freegpt_auth.guard.cors import EXPOSED, checked_origins
 from freegpt_auth.guard.denials import denial
-
-Ask = Callable[..., Awaitable[Any]]
+from tests.helpers.asgi import ask, plain
 
 PAGE = "https://chat.example"
+FROM_PAGE = [(b"origin", PAGE.encode())]
 ALLOWED, EXPOSING, VARY = "access-control-allow-origin", "access-control-expose-headers", "vary"
 
 pytestmark = pytest.mark.anyio
-
-
-def from_page(origin: str = PAGE) -> list[tuple[bytes, bytes]]:
-    """Return the header that a browser adds for a page of another origin."""
-    return [(b"origin", origin.encode())]
-
-
-async def healthy(_scope: Any, _receive: Any, send: Any) -> None:
-    """Answer 200 without headers."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
 
 
 @pytest.mark.parametrize(
@@ -42,11 +31,11 @@ async def healthy(_scope: Any, _receive: Any, send: Any) -> None:
         ([], PAGE, {}),
     ],
 )
-async def test_refusals_are_readable(ask: Ask, origins: list[str], origin: str, expected: dict[str, str]) -> None:
+async def test_refusals_are_readable(origins: list[str], origin: str, expected: dict[str, str]) -> None:
     """A page of a listed origin may read a refusal and its headers; answers of the application are left alone."""
     store = MemoryTokenStore()
-    guarded = BearerTokenMiddleware(healthy, store=store, public_paths=["/health"], cors_origins=origins)
-    headers = from_page(origin) if origin else []
+    guarded = BearerTokenMiddleware(plain, store=store, public_paths=["/health"], cors_origins=origins)
+    headers = [(b"origin", origin.encode())] if origin else []
     answer = await ask(guarded, headers=headers)
     names = [name.decode() for name, _ in answer.messages[0]["headers"]]
     assert answer.status == 401
@@ -65,58 +54,49 @@ def test_exposed_headers_are_those_of_refusals() -> None:
     assert not any(b"*" in name for name in exposed)
 
 
-async def test_cors_middleware_outside_adds_nothing_twice(ask: Ask, hello: Any) -> None:
+async def test_cors_middleware_outside_adds_nothing_twice() -> None:
     """With both a CORS middleware outside and origins here, each header is on a refusal once."""
-    guarded = BearerTokenMiddleware(hello, store=MemoryTokenStore(), cors_origins=[PAGE])
-    answer = await ask(
-        CORSMiddleware(guarded, allow_origins=[PAGE], expose_headers=["retry-after"]), headers=from_page()
-    )
+    guarded = BearerTokenMiddleware(plain, store=MemoryTokenStore(), cors_origins=[PAGE])
+    outside = CORSMiddleware(guarded, allow_origins=[PAGE], expose_headers=["retry-after"])
+    answer = await ask(outside, headers=FROM_PAGE)
     names = [name for name, _ in answer.messages[0]["headers"]]
-    assert answer.status == 401
-    assert answer.headers[ALLOWED] == PAGE
+    assert (answer.status, answer.headers[ALLOWED]) == (401, PAGE)
     assert len(names) == len({*names})
 
 
-async def test_origins_come_from_the_variable(ask: Ask, hello: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_origins_come_from_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable lists origins with commas; an argument wins over it."""
     monkeypatch.setenv("FREEGPT_AUTH_CORS_ORIGINS", f" {PAGE} , http://localhost:3000,")
-    store = MemoryTokenStore()
-    answer = await ask(BearerTokenMiddleware(hello, store=store), headers=from_page())
-    assert answer.headers[ALLOWED] == PAGE
-    answer = await ask(BearerTokenMiddleware(hello, store=store, cors_origins=[]), headers=from_page())
-    assert ALLOWED not in answer.headers
+    for origins, allowed in ((None, PAGE), ([], None)):
+        guarded = BearerTokenMiddleware(plain, store=MemoryTokenStore(), cors_origins=origins)
+        assert (await ask(guarded, headers=FROM_PAGE)).headers.get(ALLOWED) == allowed
+
+
+ORIGINS = [
+    *("chat.example", "https://", "https://chat.example/", "https://chat.example/app", "https://Chat.example"),
+    *("HTTPS://chat.example", "https://chat.example:443", "http://chat.example:80", "https://*.example", "null"),
+    *("https://chat.example:", "https://chat.example:123456", "https://user@chat.example", "https://münchen.de"),
+    *("https://chat.example\n", "https://a b", "", "https://chat.example?x"),
+]
 
 
 @pytest.mark.parametrize(
-    "origin",
+    ("origins", "message"),
     [
-        *("chat.example", "https://", "https://chat.example/", "https://chat.example/app", "https://Chat.example"),
-        *("HTTPS://chat.example", "https://chat.example:443", "http://chat.example:80", "https://*.example", "null"),
-        *("https://chat.example:", "https://chat.example:123456", "https://user@chat.example", "https://münchen.de"),
-        *("https://chat.example\n", "https://a b", "", "https://chat.example?x"),
+        *[([PAGE, origin], "is none that a browser sends; write scheme://host") for origin in ORIGINS],
+        ("*", "not one string"),
+        (["*", PAGE], "are \\* and others"),
     ],
 )
-def test_wrong_origins_stop_the_start(origin: str) -> None:
-    """A value that no browser sends as an origin is an error that shows the right form."""
-    with pytest.raises(ConfigurationError, match="is none that a browser sends; write scheme://host"):
-        checked_origins([PAGE, origin])
+def test_wrong_origins_stop_the_start(origins: Any, message: str) -> None:
+    """A value that no browser sends, one string, and everything beside a list are mistakes; the message shows the form."""
+    with pytest.raises(ConfigurationError, match=message):
+        checked_origins(origins)
 
 
 def test_origins_as_browsers_send_them() -> None:
     """Ports, addresses, names of containers and the schemes of extensions and desktop applications are origins."""
-    origins = [
-        "http://localhost:3000",
-        "http://[::1]:8000",
-        "http://my_ui",
-        "https://xn--mnchen-3ya.de",
-        "tauri://localhost",
-    ]
-    origins += ["chrome-extension://abcdefghijklmnop", "https://192.0.2.7:8443", "https://chat.example:80"]
+    origins = ["http://localhost:3000", "http://[::1]:8000", "http://my_ui", "https://xn--mnchen-3ya.de"]
+    origins += ["tauri://localhost", "chrome-extension://abcdefghijklmnop", "https://192.0.2.7:8443"]
+    origins += ["https://chat.example:80"]
     assert checked_origins(origins) == {*origins}
-
-
-@pytest.mark.parametrize(("origins", "message"), [("*", "not one string"), (["*", PAGE], "are \\* and others")])
-def test_lists_of_origins_are_checked(origins: Any, message: str) -> None:
-    """One string, and everything beside a list, are mistakes."""
-    with pytest.raises(ConfigurationError, match=message):
-        checked_origins(origins)

@@ -24,7 +24,7 @@ ANSWERED, ENDED = ["start 401", "True True"], ["False False"]
 
 
 async def upload(receive: Callable[[], Awaitable[Any]]) -> list[str]:
-    """Send an upload without a token and return what happened, in order."""
+    """Send an upload without a token, and return the events in order."""
     events: list[str] = []
 
     async def listen() -> Any:
@@ -80,7 +80,7 @@ async def test_an_endless_or_stalled_upload_is_given_up(monkeypatch: pytest.Monk
     ],
 )
 async def test_how_much_may_come(version: str, header: tuple[bytes, bytes], *, uploads: bool, closes: bool) -> None:
-    """Without a body the answer is the end. After a short one the connection can be used again; a long one closes it."""
+    """Without a body the answer is the end. A short body leaves the connection usable; a long one closes it."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Answer:
-    """The messages that an application sent, and the scope that it received."""
+    """The scope that an application received, and the messages that it sent."""
 
+    scope: Scope
     messages: list[Message] = field(default_factory=list)
-    scope: Scope | None = None
 
     @property
     def status(self) -> int:
@@ -33,21 +33,26 @@ class Answer:
         """The whole body of the response."""
         return b"".join(message.get("body", b"") for message in self.messages[1:])
 
-    @property
-    def error(self) -> Any:
-        """The error object in the body."""
-        return json.loads(self.body)["error"]
-
 
 Ask = Callable[..., Awaitable[Answer]]
 """The type of :func:`ask`, for tests that take it as a fixture."""
+
+Headers = list[tuple[bytes, bytes]]
+
+LIFESPAN: list[Message] = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+"""The messages that an application receives in its lifespan."""
+
+
+def bearer(secret: str) -> Headers:
+    """Return the header of a client that presents a secret."""
+    return [(b"authorization", f"Bearer {secret}".encode())]
 
 
 async def ask(
     app: ASGIApp,
     *,
     path: str = "/v1/models",
-    headers: list[tuple[bytes, bytes]] | None = None,
+    headers: Headers | None = None,
     incoming: list[Message] | None = None,
     **scope_items: Any,
 ) -> Answer:
@@ -66,7 +71,7 @@ async def ask(
         scope.setdefault("method", "GET")
     first = {"type": "http.request", "body": b"", "more_body": False}
     messages = list(incoming or [first if kind == "http" else {"type": f"{kind}.connect"}])
-    answer = Answer(scope=scope)
+    answer = Answer(scope)
 
     async def receive() -> Message:
         return messages.pop(0)
@@ -76,6 +81,17 @@ async def ask(
 
     await app(scope, receive, send)
     return answer
+
+
+async def statuses(app: ASGIApp, *secrets: str | None) -> list[int]:
+    """Present each secret in a request of its own, and return the status codes."""
+    return [(await ask(app, headers=[] if secret is None else bearer(secret))).status for secret in secrets]
+
+
+async def plain(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """Answer 200, as an application does that knows nothing of authentication."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"plain"})
 
 
 async def hello(scope: Scope, _receive: Receive, send: Send) -> None:

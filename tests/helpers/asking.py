@@ -19,3 +19,11 @@ def status(url: str, token: str | None = None) -> int:
     except urllib.error.HTTPError as error:
         error.close()
         return error.code
+
+
+def is_up(url: str, token: str | None = None) -> bool:
+    """Return whether a server answers at all."""
+    try:
+        return bool(status(url, token))
+    except OSError:
+        return False

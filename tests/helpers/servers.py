@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tests.helpers.asking import status
+from tests.helpers.asking import is_up, status
 from tests.helpers.ports import free_port
+from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,13 +77,10 @@ def _start(folder: Path, arguments: list[str], module: str, environment: dict[st
             cwd=folder,
         )
     server = Server(process, f"http://127.0.0.1:{port}", log)
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            server.get("/")
-        except OSError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        else:
-            return server
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        return is_up(server.url)
+
+    wait_until(answers, log.read_text, 120)
+    return server

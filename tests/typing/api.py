@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, assert_type
 
 from starlette.applications import Starlette
@@ -27,20 +28,14 @@ from freegpt_auth import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from starlette.requests import Request
 
 app = Starlette(middleware=[Middleware(BearerTokenMiddleware)])
 app.add_middleware(BearerTokenMiddleware)
 app.add_middleware(BearerTokenMiddleware, store="api_tokens.json", public_paths=["/health"], required=True, usage="off")
+by_path = BearerTokenMiddleware(app, store=Path("api_tokens.json"))
 wrapped = BearerTokenMiddleware(app, store=FileTokenStore("api_tokens.json"))
 in_memory = BearerTokenMiddleware(app, store=MemoryTokenStore())
-
-
-def path(where: Path) -> BearerTokenMiddleware:
-    """Give a path as a path."""
-    return BearerTokenMiddleware(app, store=where)
 
 
 class OneToken:
