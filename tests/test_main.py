@@ -77,3 +77,10 @@ def test_importing_the_module_runs_nothing(capsys: pytest.CaptureFixture[str]) -
     """A tool that imports every module of a package starts no command."""
     importlib.import_module("freegpt_auth.__main__")
     assert capsys.readouterr() == ("", "")
+
+
+def test_list_imports_no_server_side() -> None:
+    """A command that only reads imports no web framework, event loop or lock, to start fast."""
+    slow = "{'starlette', 'anyio', 'asyncio', 'filelock'}"
+    program = f"import sys; from freegpt_auth.cli import main; main(['list']); print({slow} & set(sys.modules))"
+    assert run(sys.executable, "-c", program).stdout == "No tokens found.\nset()\n"
