@@ -186,40 +186,30 @@ OTHER_DATABASE = "^FREEGPT_AUTH_USAGE is the URL of another database than the to
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "environ", "message"),
     [
-        ({"store": ""}, "^the store is set but empty"),
-        ({"store": "a\nb"}, r"^the store holds a control character: 'a\\nb'; remove it"),
-        ({"store": "/"}, "^/ is a folder; name a token file"),
-        ({"store": "t.json", "usage": "./t.json"}, "^the usage database names the token file; name another file"),
-        ({"usage": " "}, "^the usage database is set but empty.*say off"),
-        *[({"usage_interval": interval}, "^usage_interval is .* above 0") for interval in (0, -1, float("nan"), 1e99)],
-        ({"public_paths": "/health"}, r"not one string; write \['/health'\]"),
-        ({"public_paths": ["/a/*"]}, r"'/a/\*' has a \*, but public paths are exact"),
+        ({"store": ""}, {}, "^the store is set but empty"),
+        ({"store": "a\nb"}, {}, r"^the store holds a control character: 'a\\nb'; remove it"),
+        ({"store": "/"}, {}, "^/ is a folder; name a token file"),
+        ({"store": "t.json", "usage": "./t.json"}, {}, "^the usage database names the token file; name another file"),
+        ({"usage": " "}, {}, "^the usage database is set but empty.*say off"),
+        *[({"usage_interval": no}, {}, "^usage_interval is .* above 0") for no in (0, -1, float("nan"), 1e99)],
+        ({"public_paths": "/health"}, {}, r"not one string; write \['/health'\]"),
+        ({"public_paths": ["/a/*"]}, {}, r"'/a/\*' has a \*, but public paths are exact"),
+        ({}, {"STORE": "host=h password=hunter2"}, "^FREEGPT_AUTH_STORE resembles the address"),
+        ({}, {"USAGE": "postgresql:/u:hunter2@h"}, "^FREEGPT_AUTH_USAGE resembles the address"),
+        ({}, {"STORE": "Off"}, "^FREEGPT_AUTH_STORE is a word for off"),
+        ({}, {"REQUIRED": "treu"}, "^FREEGPT_AUTH_REQUIRED is 'treu'; set it to 1 or 0"),
+        ({}, {"LEASE": "4.9"}, "^FREEGPT_AUTH_LEASE is '4.9'; give it a number from 5 to 100,000,000"),
+        *[({}, {"LEASE": no}, "^FREEGPT_AUTH_LEASE is .* or unset it$") for no in NO_NUMBERS],
+        *[({}, {"CACHE": no}, "^FREEGPT_AUTH_CACHE is .* or unset it$") for no in NO_NUMBERS],
+        ({}, {"USAGE": DATABASE}, OTHER_DATABASE),
+        ({}, {"STORE": DATABASE, "USAGE": "postgresql://u:hunter2@h/other"}, OTHER_DATABASE),
+        ({}, {"PUBLIC_PATHS": "health"}, "'health' does not start with a slash; write '/health'"),
     ],
 )
-def test_wrong_argument_stops_the_start(arguments: dict[str, Any], message: str) -> None:
-    """A wrong argument is not replaced by the default: the message names it and the remedy."""
-    with pytest.raises(ConfigurationError, match=message):
-        Settings.from_env(environ={}, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("environ", "message"),
-    [
-        ({"STORE": "host=h password=hunter2"}, "^FREEGPT_AUTH_STORE resembles the address"),
-        ({"USAGE": "postgresql:/u:hunter2@h"}, "^FREEGPT_AUTH_USAGE resembles the address"),
-        ({"STORE": "Off"}, "^FREEGPT_AUTH_STORE is a word for off"),
-        ({"REQUIRED": "treu"}, "^FREEGPT_AUTH_REQUIRED is 'treu'; set it to 1 or 0"),
-        ({"LEASE": "4.9"}, "^FREEGPT_AUTH_LEASE is '4.9'; give it a number from 5 to 100,000,000"),
-        *[({name: no}, f"^FREEGPT_AUTH_{name} is .* or unset it$") for name in ("LEASE", "CACHE") for no in NO_NUMBERS],
-        ({"USAGE": DATABASE}, OTHER_DATABASE),
-        ({"STORE": DATABASE, "USAGE": "postgresql://u:hunter2@h/other"}, OTHER_DATABASE),
-        ({"PUBLIC_PATHS": "health"}, "'health' does not start with a slash; write '/health'"),
-    ],
-)
-def test_wrong_variable_stops_the_start(environ: dict[str, str], message: str) -> None:
-    """A wrong variable is not replaced by the default: the message names it and the remedy, and shows no password."""
+def test_mistake_stops_the_start(arguments: dict[str, Any], environ: dict[str, str], message: str) -> None:
+    """A wrong value is not replaced by the default: the message names the setting and the remedy, and no password."""
     with pytest.raises(ConfigurationError, match=message) as caught:
-        Settings.from_env(environ=prefixed(environ))
+        Settings.from_env(environ=prefixed(environ), **arguments)
     assert "hunter2" not in str(caught.value)
