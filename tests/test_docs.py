@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -28,16 +29,14 @@ if TYPE_CHECKING:
     from tests.helpers.asgi import Ask
 
 
-def is_left_out(block: Block) -> bool:
-    """Return whether a note takes a block out of the session of its page."""
-    return (block.note or "").startswith(("not run", "run by"))
-
-
 DOCS = PROJECT / "docs"
 PAGES = [path.relative_to(PROJECT).as_posix() for path in sorted(DOCS.rglob("*.md"))]
 ALL = [(page, block) for page in [*PAGES, "CONTRIBUTING.md"] for block in blocks(page)]
 PYTHON = [(page, block) for page, block in ALL if block.language == "python" and block.note is None]
-SHELL = sorted({page for page, block in ALL if block.language == "sh" and not is_left_out(block)})
+LEFT_OUT = ("not run", "run by")
+"""Beginnings of the notes that take a block out of the session of its page."""
+
+SHELL = sorted({page for page, each in ALL if each.language == "sh" and not (each.note or "").startswith(LEFT_OUT)})
 NOT_RUN_LIMIT = 6
 
 
@@ -121,10 +120,10 @@ async def test_python_block(block: tuple[str, Block], ask: Ask, monkeypatch: pyt
 @pytest.mark.parametrize("page", SHELL)
 def test_shell_session(page: str) -> None:
     """Pasted in order, the blocks of a page print the output that the page shows."""
-    shell, output = Shell(), ""
-    try:
+    output = ""
+    with closing(Shell()) as shell:
         for block in blocks(page):
-            if is_left_out(block):
+            if (block.note or "").startswith(LEFT_OUT):
                 continue
             if block.title:
                 Path(block.title).write_text(block.code)
@@ -134,8 +133,6 @@ def test_shell_session(page: str) -> None:
                 output = shell.run(block.code)
             elif block.language == "text":
                 assert shell.normal(output) == shell.normal(block.code)
-    finally:
-        shell.close()
 
 
 def test_json_of_the_token_format(tmp_path: Path) -> None:
@@ -160,7 +157,7 @@ def test_vllm_loads_the_middleware_by_name() -> None:
 
 
 def test_fail2ban_bans_the_guessing_client() -> None:
-    """The filter of docs/guide/logging-and-fail2ban.md reads the log of that page; no path makes it ban another client."""
+    """The filter of the page on fail2ban reads the log of that page; no path makes it ban another client."""
     page = "docs/guide/logging-and-fail2ban.md"
     paths = ["/v1/models", "/x%0A2025-11-26 11:45:23,120 INFO freegpt_auth refused 9.9.9.9 /: unknown"]
     program = (

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,16 +82,16 @@ def test_run_it(tmp_path: Path) -> None:
     """The command installs into an empty environment, serves, and prints a request that works; twice is one token."""
     ignored = shutil.ignore_patterns(".*", "__pycache__", "api_tokens*", "dist", "build")
     checkout = shutil.copytree(PROJECT, tmp_path / "checkout", ignore=ignored)
-    shell = Shell()
-    bare = {name: shell.environment[name] for name in shell.environment if not name.startswith(("PYTHON", "COVERAGE"))}
-    shell.environment = bare  # of a user
-    for _ in range(2):
-        shown = shell.serve(f"cd checkout && exec {only(README, 'Run it', 'sh').strip()} 8000")
-        pasted = "curl " + shown.partition("curl ")[2].partition("\n\n")[0]
-        without = "\n".join(line for line in pasted.splitlines() if "Authorization" not in line)
-        assert shell.run(pasted).count("HTTP/1.1 200 OK") == 1
-        assert "You didn't provide an API key" in shell.run(without)
-        shell.close()
+    with closing(Shell()) as shell:
+        for name in [each for each in shell.environment if each.startswith(("PYTHON", "COVERAGE"))]:
+            del shell.environment[name]
+        for _ in range(2):
+            shown = shell.serve(f"cd checkout && exec {only(README, 'Run it', 'sh').strip()} 8000")
+            pasted = "curl " + shown.partition("curl ")[2].partition("\n\n")[0]
+            without = "\n".join(line for line in pasted.splitlines() if "Authorization" not in line)
+            assert shell.run(pasted).count("HTTP/1.1 200 OK") == 1
+            assert "You didn't provide an API key" in shell.run(without)
+            shell.close()
     assert len(FileTokenStore(checkout / "api_tokens.json").tokens()) == 1
 
 
