@@ -68,7 +68,7 @@ def test_lower_bounds_are_tested() -> None:
 
 
 def test_tox_installs_locked_versions() -> None:
-    """Each environment but those for the newest versions installs a lock, with every extra that the environment installs."""
+    """Each environment, except for the newest versions, installs a lock that has every extra of the environment."""
     for name, section in TOX.items():
         if name.startswith("testenv") and name not in NEWEST | {"testenv:.pkg"}:
             lock = section.get("deps", TOX["testenv"]["deps"]).removeprefix("-r requirements{/}").removesuffix(".txt")
@@ -109,7 +109,7 @@ def test_installed_versions_are_locked() -> None:
 
 def test_four_run_time_dependencies() -> None:
     """A security library's dependencies are its supply chain: a fifth one does not slip in."""
-    names = [re.match(r"[\w-]+", line)[0] for line in requires("freegpt-auth") or [] if "extra ==" not in line]  # type: ignore[index]
+    names = [Requirement(line).name for line in requires("freegpt-auth") or [] if "extra ==" not in line]
     assert sorted(names) == ["anyio", "filelock", "msgspec", "starlette"]
 
 

@@ -193,7 +193,8 @@ def test_copy_to_a_database_and_back(
     if usage:
         monkeypatch.setenv("FREEGPT_AUTH_USAGE", usage)
     for new, there in ((7, 0), (0, 7)):
-        line = f"Copied 7 token(s) from {place(FILE)} to {place(database)}: {new} new, 0 revoked now, {there} there already.\n"
+        counts = f"{new} new, 0 revoked now, {there} there already"
+        line = f"Copied 7 token(s) from {place(FILE)} to {place(database)}: {counts}.\n"
         assert run("copy", FILE, database) == Done(0, "", line)
         assert facts(database) == before
         assert usage_at(database) == {token_id: used for token_id, used in USED.items() if token_id != "id-of-no-token"}
@@ -362,7 +363,8 @@ def test_text_with_nul_copies_nothing(run: Run, database: str) -> None:
 def test_copy_has_a_longer_time_limit(cluster: Any, run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of a million tokens may take the database longer than the time limit of other changes."""
     monkeypatch.setattr("freegpt_auth.stores.postgres.store.COMMAND_TIME_LIMIT", 0.5)
-    slow = "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END $$"
+    body = "BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END"
+    slow = f"CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS '{body}'"
     trigger = "CREATE TRIGGER slow BEFORE INSERT ON freegpt_auth.tokens FOR EACH ROW EXECUTE FUNCTION public.slow()"
     cluster.sql(f"{slow}; {trigger}", database.rpartition("/")[2])
     put(FILE, token("a"))

@@ -42,9 +42,8 @@ def test_create_prints_the_secret_alone(run: Run) -> None:
     done = run("create", "ci")
     assert done.status == 0
     assert re.fullmatch(r"sk-[0-9A-Za-z]{49}\n", done.out)
-    assert done.err == (
-        f"Created token {done.out[:14]}... for ci in {TOKEN_FILE.absolute()}.\nSave this token now: it is not shown again.\n"
-    )
+    created = f"Created token {done.out[:14]}... for ci in {TOKEN_FILE.absolute()}.\n"
+    assert done.err == f"{created}Save this token now: it is not shown again.\n"
     assert done.out[14:].strip() not in TOKEN_FILE.read_text() + run("list").out
 
 
