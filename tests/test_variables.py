@@ -36,10 +36,7 @@ def test_quoted_password_is_not_shown(value: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "\ufeffFREEGPT_API_KEY",
-            r"variable '\\ufeffFREEGPT_API_KEY' is FREEGPT_API_KEY with a byte order mark, white",
-        ),
+        ("\ufeffFREEGPT_API_KEY", r"'\\ufeffFREEGPT_API_KEY' is FREEGPT_API_KEY with a byte order mark, white space"),
         ("\ufeffOPENAI_API_KEY", "is OPENAI_API_KEY with a byte order mark"),
         (" FREEGPT_AUTH_STORE", "is FREEGPT_AUTH_STORE with"),
         ("FREEGPT_AUTH_STOER", "^the variable 'FREEGPT_AUTH_STOER' is unknown; rename it to FREEGPT_AUTH_STORE, or"),

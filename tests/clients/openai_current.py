@@ -33,24 +33,7 @@ def headers(reason: str) -> dict[str, Any]:
 def assert_refused(error: openai.AuthenticationError) -> None:
     """Check that the client's own error has the heading of the guide's section on troubleshooting."""
     assert "Invalid API key provided" in error.message
-    assert error.status_code == 401
-    assert error.code == "invalid_api_key"
-    assert error.type == "invalid_request_error"
-
-
-def ask(client: openai.OpenAI, reason: str = "good") -> Any:
-    """Ask for a chat completion."""
-    return client.chat.completions.create(**QUESTION, extra_headers=headers(reason))
-
-
-def ask_for_stream(client: openai.OpenAI, reason: str = "good") -> Any:
-    """Ask for a streamed chat completion."""
-    return client.chat.completions.create(**QUESTION, stream=True, extra_headers=headers(reason))
-
-
-def ask_for_models(client: openai.OpenAI, reason: str = "good") -> Any:
-    """Ask for the list of models."""
-    return client.models.list(extra_headers=headers(reason))
+    assert (error.status_code, error.code, error.type) == (401, "invalid_api_key", "invalid_request_error")
 
 
 @pytest.fixture
@@ -60,45 +43,36 @@ def anyio_backend() -> str:
 
 
 def test_good_token(chat_server: ChatServer) -> None:
-    """With a good token a chat completion is answered."""
+    """With a good token a completion is answered, a stream arrives piece by piece, and both have token counts."""
     with openai.OpenAI(**options(chat_server)) as client:
-        completion = ask(client)
-    assert completion.choices[0].message.content == "You said: Hello!"
-    assert completion.choices[0].finish_reason == "stop"
-
-
-def test_good_token_streamed(chat_server: ChatServer) -> None:
-    """With a good token a streamed chat completion arrives piece by piece and whole."""
-    with openai.OpenAI(**options(chat_server)) as client:
-        chunks = list(ask_for_stream(client))
+        completion = client.chat.completions.create(**QUESTION)
+        chunks = list(client.chat.completions.create(**QUESTION, stream=True))
+        *_, last = client.chat.completions.create(**QUESTION, stream=True, stream_options={"include_usage": True})
+        assert [model.id for model in client.models.list()] == ["freegpt-4"]
+    choice = completion.choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("You said: Hello!", "stop")
     assert [chunk.choices[0].delta.content for chunk in chunks] == ["", "You", " said:", " Hello!", None]
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, None, None, None, "stop"]
-
-
-def test_usage(chat_server: ChatServer) -> None:
-    """An answer has token counts, and so does a stream that requests them."""
-    with openai.OpenAI(**options(chat_server)) as client:
-        completion = ask(client)
-        stream = client.chat.completions.create(**QUESTION, stream=True, stream_options={"include_usage": True})
-        *_, last = stream
     assert completion.usage.total_tokens == 4
-    assert last.usage == completion.usage
+    assert (last.usage, last.choices) == (completion.usage, [])
+    assert not any(chunk.usage for chunk in chunks)
 
 
-def test_good_token_models(chat_server: ChatServer) -> None:
-    """With a good token the list of models is answered."""
-    with openai.OpenAI(**options(chat_server)) as client:
-        assert [model.id for model in ask_for_models(client)] == ["freegpt-4"]
+CALLS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "chat": lambda client, extra: client.chat.completions.create(**QUESTION, extra_headers=extra),
+    "stream": lambda client, extra: client.chat.completions.create(**QUESTION, stream=True, extra_headers=extra),
+    "models": lambda client, extra: client.models.list(extra_headers=extra),
+}
 
 
-@pytest.mark.parametrize(("call", "path"), [(ask, CHAT), (ask_for_stream, CHAT), (ask_for_models, "/v1/models")])
-def test_refused(chat_server: ChatServer, reason: str, call: Callable[[openai.OpenAI, str], Any], path: str) -> None:
+@pytest.mark.parametrize("call", CALLS)
+def test_refused(chat_server: ChatServer, reason: str, call: str) -> None:
     """A refused token raises the client's AuthenticationError after a single request."""
     with openai.OpenAI(**options(chat_server, reason)) as client, pytest.raises(openai.AuthenticationError) as caught:
-        call(client, reason)
+        CALLS[call](client, headers(reason))
     assert_refused(caught.value)
-    assert chat_server.refusals(path) == [reason]
+    assert chat_server.refusals("/v1/models" if call == "models" else CHAT) == [reason]
 
 
 @pytest.mark.anyio
@@ -114,11 +88,11 @@ async def test_async_good_token(chat_server: ChatServer) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("stream", [False, True])
-async def test_async_refused(chat_server: ChatServer, reason: str, stream: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize("call", ["chat", "stream"])
+async def test_async_refused(chat_server: ChatServer, reason: str, call: str) -> None:
     """The asynchronous client raises AuthenticationError after a single request."""
     async with openai.AsyncOpenAI(**options(chat_server, reason)) as client:
         with pytest.raises(openai.AuthenticationError) as caught:
-            await client.chat.completions.create(**QUESTION, stream=stream, extra_headers=headers(reason))
+            await CALLS[call](client, headers(reason))
     assert_refused(caught.value)
     assert chat_server.refusals(CHAT) == [reason]

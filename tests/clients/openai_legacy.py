@@ -6,6 +6,7 @@ Run it where that client is installed: ``python -m pytest tests/clients/openai_l
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -43,66 +44,47 @@ def _session() -> Iterator[None]:
         yield
 
 
-def run_snippet(server: ChatServer, secret: str) -> Any:
-    """Run the guide's snippet with a secret and the address of a server, and return its response."""
+def snippet(server: ChatServer, secret: str) -> str:
+    """Run the guide's snippet with a secret and the address of a server, and return the content of its response."""
     names: dict[str, Any] = {}
     source = SNIPPET.replace("sk-a1b2c3d4e5f6...", secret).replace("http://localhost:8000", server.url)
     exec(compile(source, "the guide", "exec"), names)
-    return names["response"]
+    return str(names["response"].choices[0].message.content)
 
 
-def assert_refused(error: Any) -> None:
-    """Check that the client's own error has the heading of the guide's section on troubleshooting."""
-    assert "Invalid API key provided" in str(error)
-    assert error.http_status == 401
-    assert error.json_body["error"]["code"] == "invalid_api_key"
-    assert error.error.code == "invalid_api_key"
+def streamed(server: ChatServer, secret: str) -> str:
+    """Ask for a stream, and return the pieces of content that arrive, with a bar after each."""
+    openai.api_key, openai.api_base = secret, f"{server.url}/v1"
+    deltas = [chunk.choices[0].delta for chunk in openai.ChatCompletion.create(**QUESTION, stream=True)]
+    return "".join(f"{delta.get('content', '')}|" for delta in deltas)
 
 
-def test_snippet(chat_server: ChatServer) -> None:
-    """The snippet works as the guide prints it."""
-    response = run_snippet(chat_server, chat_server.secrets["good"])
-    assert response.choices[0].message.content == "You said: Hello!"
+def asynchronous(server: ChatServer, secret: str) -> str:
+    """Ask by the asynchronous call, and return the content of the response."""
+    openai.api_key, openai.api_base = secret, f"{server.url}/v1"
+    response = asyncio.run(openai.ChatCompletion.acreate(**QUESTION))
+    return str(response.choices[0].message.content)
+
+
+Call = Callable[["ChatServer", str], str]
+ANSWERS = [(snippet, "You said: Hello!"), (streamed, "|You| said:| Hello!||"), (asynchronous, "You said: Hello!")]
+
+
+@pytest.mark.parametrize(("call", "answer"), ANSWERS)
+def test_good_token(chat_server: ChatServer, call: Call, answer: str) -> None:
+    """The snippet works as the guide prints it; a stream arrives piece by piece; the asynchronous call works too."""
+    assert call(chat_server, chat_server.secrets["good"]) == answer
     assert chat_server.refusals(CHAT) == []
 
 
-def test_snippet_refused(chat_server: ChatServer, reason: str) -> None:
-    """A refused token ends the snippet with AuthenticationError after a single request."""
+@pytest.mark.parametrize("call", [snippet, streamed, asynchronous])
+def test_refused(chat_server: ChatServer, reason: str, call: Call) -> None:
+    """A refused token ends each call with AuthenticationError after a single request, with the heading of the guide."""
     with pytest.raises(openai.error.AuthenticationError) as caught:
-        run_snippet(chat_server, chat_server.secrets[reason])
-    assert_refused(caught.value)
-    assert chat_server.refusals(CHAT) == [reason]
-
-
-def test_stream(chat_server: ChatServer) -> None:
-    """A streamed answer arrives piece by piece and whole."""
-    openai.api_key, openai.api_base = chat_server.secrets["good"], f"{chat_server.url}/v1"
-    deltas = [chunk.choices[0].delta for chunk in openai.ChatCompletion.create(**QUESTION, stream=True)]
-    assert [delta.get("content", "") for delta in deltas] == ["", "You", " said:", " Hello!", ""]
-
-
-def test_stream_refused(chat_server: ChatServer, reason: str) -> None:
-    """A refused token ends a request for a stream with AuthenticationError after a single request."""
-    openai.api_key, openai.api_base = chat_server.secrets[reason], f"{chat_server.url}/v1"
-    with pytest.raises(openai.error.AuthenticationError) as caught:
-        openai.ChatCompletion.create(**QUESTION, stream=True)
-    assert_refused(caught.value)
-    assert chat_server.refusals(CHAT) == [reason]
-
-
-def test_async(chat_server: ChatServer) -> None:
-    """The asynchronous call works with a good token."""
-    openai.api_key, openai.api_base = chat_server.secrets["good"], f"{chat_server.url}/v1"
-    response = asyncio.run(openai.ChatCompletion.acreate(**QUESTION))
-    assert response.choices[0].message.content == "You said: Hello!"
-
-
-def test_async_refused(chat_server: ChatServer, reason: str) -> None:
-    """A refused token ends the asynchronous call with AuthenticationError after a single request."""
-    openai.api_key, openai.api_base = chat_server.secrets[reason], f"{chat_server.url}/v1"
-    with pytest.raises(openai.error.AuthenticationError) as caught:
-        asyncio.run(openai.ChatCompletion.acreate(**QUESTION))
-    assert_refused(caught.value)
+        call(chat_server, chat_server.secrets[reason])
+    assert "Invalid API key provided" in str(caught.value)
+    assert caught.value.http_status == 401
+    assert caught.value.json_body["error"]["code"] == caught.value.error.code == "invalid_api_key"
     assert chat_server.refusals(CHAT) == [reason]
 
 

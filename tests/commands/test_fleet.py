@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,7 +26,6 @@ from tests.commands.conftest import Done, Run
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 LATER = NOW + timedelta(hours=1)
 FILE, BACK, COUNTS = "api_tokens.json", "back.json", "api_tokens.usage.db"
-BOTH_WAYS = pytest.mark.parametrize("to_database", [True, False])
 
 
 def place(location: str) -> str:
@@ -122,23 +122,19 @@ def test_unconfirmed_servers_are_reported(run: Run, database: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("ahead", [300, -300])
-def test_instants_are_by_the_clock_of_the_database(database: str, ahead: int) -> None:
+def test_instants_are_by_the_clock_of_the_database(
+    run: Run, database: str, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
     """On a host whose clock is 5 minutes off, creation, expiry, revocation and the list follow the database's clock."""
-    program = (
-        f"import sys, time; true = time.time; time.time = lambda: true() + {ahead};"
-        "from freegpt_auth.cli import main; sys.exit(main())"
-    )
-
-    def on_that_host(*arguments: str) -> str:
-        start = [sys.executable, "-c", program, "--store", database, *arguments]
-        return subprocess.run(start, stdout=subprocess.PIPE, text=True, timeout=30, check=True).stdout
-
-    secret = on_that_host("create", "ci", "--expires-in", "200s").strip()
-    assert json.loads(on_that_host("list", "--json"))[0]["status"] == "active"
-    on_that_host("revoke", secret)
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + ahead)
+    monkeypatch.setenv("FREEGPT_AUTH_STORE", database)
+    secret = run("create", "ci", "--expires-in", "200s").out.strip()
+    assert json.loads(run("list", "--json").out)[0]["status"] == "active"
+    assert run("revoke", secret).status == 0
     [(_, known)] = facts(database)
     for name, seconds in (("created_at", 0), ("expires_at", 200), ("revoked_at", 0)):
-        assert abs((getattr(known, name) - datetime.now(UTC)).total_seconds() - seconds) < 60, name
+        assert abs(getattr(known, name).timestamp() - right() - seconds) < 60, name
 
 
 def test_names_are_text_in_any_database(cluster: Any, run: Run) -> None:
@@ -151,16 +147,6 @@ def test_names_are_text_in_any_database(cluster: Any, run: Run) -> None:
         assert "   Name: bürö 日本\n" in run("--store", url, "list").out
     finally:
         cluster.sql("DROP DATABASE plain WITH (FORCE)")
-
-
-def test_commands_close_their_connections(database: str) -> None:
-    """With all warnings of Python shown, no command reports an open connection."""
-    put(FILE, *SAMPLE)
-    for arguments in (["copy", FILE, database], ["copy", database, BACK], ["--store", database, "list"]):
-        start = [sys.executable, "-X", "dev", "-m", "freegpt_auth", *arguments]
-        done = subprocess.run(start, capture_output=True, text=True, timeout=30, check=False)
-        assert done.returncode == 0
-        assert "Warning" not in done.stderr
 
 
 def test_broken_connection_is_one_line(database: str) -> None:
@@ -207,7 +193,8 @@ def test_copy_to_a_database_and_back(
     if usage:
         monkeypatch.setenv("FREEGPT_AUTH_USAGE", usage)
     for new, there in ((7, 0), (0, 7)):
-        line = f"Copied 7 token(s) from {place(FILE)} to {place(database)}: {new} new, 0 revoked now, {there} there already.\n"
+        counts = f"{new} new, 0 revoked now, {there} there already"
+        line = f"Copied 7 token(s) from {place(FILE)} to {place(database)}: {counts}.\n"
         assert run("copy", FILE, database) == Done(0, "", line)
         assert facts(database) == before
         assert usage_at(database) == {token_id: used for token_id, used in USED.items() if token_id != "id-of-no-token"}
@@ -224,24 +211,15 @@ def test_copy_to_a_database_and_back(
         content = Path(BACK).read_bytes()
 
 
-@BOTH_WAYS
-def test_copy_carries_revocations(run: Run, database: str, *, to_database: bool) -> None:
-    """Copying does not un-revoke; it adds unknown revocations with their first instants."""
-    origin, target = (FILE, database) if to_database else (database, FILE)
-    for location in (origin, target):
-        put(location, token("here"), token("there"), token("both"), token("neither"))
-    for location, ids in ((origin, ("id-here", "id-both")), (target, ("id-there", "id-both"))):
-        for token_id in ids:
-            open_store(location).revoke(token_id, NOW if location == origin else LATER)
-    done = run("copy", origin, target)
-    assert done.status == 0
-    assert done.err.endswith(": 0 new, 1 revoked now, 3 there already.\n")
-    revoked = {each.name: each.revoked_at for _, each in facts(target)}
-    assert revoked == {"here": NOW, "there": LATER, "both": LATER, "neither": None}
-    assert {each.name for _, each in facts(origin) if each.revoked_at} == {"here", "both"}
+def test_copy_carries_revocations(run: Run, database: str) -> None:
+    """A token that is revoked in FROM is revoked in TO, with that instant; copying does not un-revoke."""
+    put(FILE, token("here", revoked_at=NOW), token("there"))
+    put(database, token("here"), token("there", revoked_at=LATER))
+    assert run("copy", FILE, database).err.endswith(": 0 new, 1 revoked now, 1 there already.\n")
+    assert {each.name: each.revoked_at for _, each in facts(database)} == {"here": NOW, "there": LATER}
 
 
-@BOTH_WAYS
+@pytest.mark.parametrize("to_database", [True, False])
 def test_copy_names_and_deletes_other_tokens(run: Run, database: str, *, to_database: bool) -> None:
     """A token that only TO holds and accepts is named; with --delete all that FROM does not hold are deleted."""
     origin, target = (FILE, database) if to_database else (database, FILE)
@@ -312,12 +290,8 @@ def test_store_copied_to_itself_is_unchanged(run: Run, database: str) -> None:
     assert (facts(database), usage_at(database)) == before
 
 
-@pytest.mark.parametrize(
-    ("variable", "copied"), [(None, {"id-plain": USED["id-plain"]}), ("off", None), (COUNTS, None)]
-)
-def test_usage_of_copied_files(
-    run: Run, monkeypatch: pytest.MonkeyPatch, variable: str | None, copied: dict[str, Usage] | None
-) -> None:
+@pytest.mark.parametrize("variable", [None, "off", COUNTS])
+def test_usage_of_copied_files(run: Run, monkeypatch: pytest.MonkeyPatch, variable: str | None) -> None:
     """Usage is copied with its tokens, unless it is off or both files share one usage database."""
     put(FILE, token("plain"))
     put_usage(COUNTS, USED)
@@ -326,8 +300,8 @@ def test_usage_of_copied_files(
     assert run("copy", FILE, BACK).status == 0
     assert names(BACK) == ["plain"]
     assert usage_at(COUNTS) == USED
-    assert Path("back.usage.db").exists() is (copied is not None)
-    assert copied is None or usage_at("back.usage.db") == copied
+    assert Path("back.usage.db").exists() is (variable is None)
+    assert variable or usage_at("back.usage.db") == {"id-plain": USED["id-plain"]}
 
 
 def test_copy_deletes_usage_with_the_tokens(run: Run) -> None:
@@ -339,17 +313,12 @@ def test_copy_deletes_usage_with_the_tokens(run: Run) -> None:
     assert set(usage_at("back.usage.db")) == {"id-plain", "id-of-no-token"}
 
 
-@pytest.mark.parametrize(
-    ("wrong", "problem"),
-    [("", "FREEGPT_AUTH_USAGE is set but empty"), ("postgresql://h/d", "the URL of another database")],
-)
-def test_wrong_usage_setting_copies_nothing(
-    run: Run, monkeypatch: pytest.MonkeyPatch, wrong: str, problem: str
-) -> None:
+@pytest.mark.parametrize("wrong", ["", "postgresql://h/d"])
+def test_wrong_usage_setting_copies_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """A wrong usage setting is one line, before any token is copied."""
     put(FILE, token("plain"))
     monkeypatch.setenv("FREEGPT_AUTH_USAGE", wrong)
-    assert run("copy", FILE, BACK).failed_in_one_line(problem)
+    assert run("copy", FILE, BACK).failed_in_one_line("FREEGPT_AUTH_USAGE is ")
     assert not Path(BACK).exists()
 
 
@@ -385,10 +354,8 @@ def test_token_deleted_during_the_copy(run: Run, database: str, monkeypatch: pyt
 
 def test_text_with_nul_copies_nothing(run: Run, database: str) -> None:
     """A name that PostgreSQL cannot store stops the whole copy, in one line."""
-    put(FILE, token("fine"))
-    good = json.loads(Path(FILE).read_text())
-    bad = {**good["tokens"][0], "id": "bad", "name": "nul\x00", "digest": "sha256$" + "0" * 64}
-    Path(FILE).write_text(json.dumps({"version": 1, "tokens": [*good["tokens"], bad]}))
+    put(FILE, token("fine"), token("name-with-nul"))
+    Path(FILE).write_text(Path(FILE).read_text().replace('"name-with-nul"', r'"nul\u0000"'))
     assert run("copy", FILE, database).failed_in_one_line("text must be UTF-8 without the character NUL")
     assert names(database) == []
 
@@ -396,10 +363,10 @@ def test_text_with_nul_copies_nothing(run: Run, database: str) -> None:
 def test_copy_has_a_longer_time_limit(cluster: Any, run: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of a million tokens may take the database longer than the time limit of other changes."""
     monkeypatch.setattr("freegpt_auth.stores.postgres.store.COMMAND_TIME_LIMIT", 0.5)
-    name = database.rpartition("/")[2]
-    slow = "CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END $$"
-    cluster.sql(slow, name)
-    cluster.sql("CREATE TRIGGER slow BEFORE INSERT ON freegpt_auth.tokens FOR EACH ROW EXECUTE FUNCTION slow()", name)
+    body = "BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END"
+    slow = f"CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS '{body}'"
+    trigger = "CREATE TRIGGER slow BEFORE INSERT ON freegpt_auth.tokens FOR EACH ROW EXECUTE FUNCTION public.slow()"
+    cluster.sql(f"{slow}; {trigger}", database.rpartition("/")[2])
     put(FILE, token("a"))
     assert run("copy", FILE, database).status == 0
     assert names(database) == ["a"]

@@ -42,9 +42,9 @@ def test_create_prints_the_secret_alone(run: Run) -> None:
     done = run("create", "ci")
     assert done.status == 0
     assert re.fullmatch(r"sk-[0-9A-Za-z]{49}\n", done.out)
-    assert done.err == (
-        f"Created token {done.out[:14]}... for ci in {TOKEN_FILE.absolute()}.\nSave this token now: it is not shown again.\n"
-    )
+    created = f"Created token {done.out[:14]}... for ci in {TOKEN_FILE.absolute()}.\n"
+    assert done.err == f"{created}Save this token now: it is not shown again.\n"
+    assert done.out[14:].strip() not in TOKEN_FILE.read_text() + run("list").out
 
 
 @pytest.mark.parametrize("name", ["""it's "quoted" `twice` $HOME {} %s back\\slash""", " büro-日本-🔑 "])
@@ -184,19 +184,17 @@ def test_delete_removes_usage(run: Run) -> None:
     assert {token_id: used.use_count for token_id, used in usage.read().items()} == {first: 2}
 
 
-@pytest.mark.parametrize(
-    ("usage", "problem"),
-    [
-        (None, ""),
-        ("off", ""),
-        (" ", "FREEGPT_AUTH_USAGE is set but empty"),
-        ("fifo", "it is a FIFO, not a file"),
-        ("notes.txt", "it is no usage database"),
-    ],
-)
-def test_delete_is_independent_of_usage(
-    run: Run, monkeypatch: pytest.MonkeyPatch, usage: str | None, problem: str
-) -> None:
+PROBLEMS = {
+    "": "",
+    "off": "",
+    " ": "FREEGPT_AUTH_USAGE is set but empty",
+    "fifo": "it is a FIFO, not a file",
+    "notes.txt": "it is no usage database",
+}
+
+
+@pytest.mark.parametrize("usage", PROBLEMS)
+def test_delete_is_independent_of_usage(run: Run, monkeypatch: pytest.MonkeyPatch, usage: str) -> None:
     """A token is deleted although its usage cannot be removed: one line has the reason."""
     os.mkfifo("fifo")
     Path("notes.txt").write_text("my notes")
@@ -207,9 +205,9 @@ def test_delete_is_independent_of_usage(
     first, *others = done.err.splitlines()
     assert (done.status, first) == (0, f"Deleted token {SECRET[:14]}... (a-token). It is refused from now on.")
     assert [each["digest"] for each in kept()] == [f"sha256${digest_of(OTHER).hex()}"]
-    assert len(others) == bool(problem)
-    assert "the usage of the deleted token(s) could not be removed: " in done.err or not problem
-    assert problem in done.err
+    assert len(others) == bool(PROBLEMS[usage])
+    assert "the usage of the deleted token(s) could not be removed: " in done.err or not PROBLEMS[usage]
+    assert PROBLEMS[usage] in done.err
 
 
 def test_delete_in_a_deleted_directory(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

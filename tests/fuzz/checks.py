@@ -199,14 +199,8 @@ def refusal(kind: str, method: str, sent: list[Any]) -> object:
 def row(secret: str, **fields: object) -> dict[str, Any]:
     """Return a record of a token file."""
     number = digest(secret).hex()
-    known = {
-        "id": number[:12],
-        "name": "n",
-        "prefix": "p",
-        "digest": f"sha256${number}",
-        "created_at": PAST.isoformat(),
-    }
-    return known | fields
+    known = {"id": number[:12], "name": "n", "prefix": "p", "digest": f"sha256${number}"}
+    return {**known, "created_at": PAST.isoformat(), **fields}
 
 
 def written(rows: list[Any]) -> bytes:
@@ -221,11 +215,8 @@ def active(content: bytes) -> set[bytes]:
         return {digest(secret) for secret, entry in document.items() if entry.get("active", True)}
     rows = document["tokens"]
     are_unique = all(len({each[name] for each in rows}) == len(rows) for name in ("id", "digest"))
-    return {
-        bytes.fromhex(each["digest"].removeprefix("sha256$"))
-        for each in rows * are_unique
-        if each.get("revoked_at") is None and not is_past(each.get("expires_at"))
-    }
+    live = [each for each in rows if each.get("revoked_at") is None and not is_past(each.get("expires_at"))]
+    return {bytes.fromhex(each["digest"].removeprefix("sha256$")) for each in live * are_unique}
 
 
 def is_past(instant: str | None) -> bool:
@@ -248,11 +239,8 @@ def check_file(content: bytes) -> set[str]:
         path.write_bytes(content)
         store = FileTokenStore(path)
         authenticator = Authenticator(store, None)
-        opened = [
-            authenticator.mode is AuthMode.OPEN,
-            authenticator.resolve(Presented([])) is ANONYMOUS,
-            not store.survey().configured,
-        ]
+        passes = authenticator.resolve(Presented([])) is ANONYMOUS
+        opened = [authenticator.mode is AuthMode.OPEN, passes, not store.survey().configured]
         assert opened == [nothing] * 3, opened
         accepted = {secret for secret in SECRETS if is_accepted(authenticator, digest(secret))}
         assert not accepted or {digest(secret) for secret in accepted} <= active(content), accepted
@@ -307,9 +295,8 @@ def check_arguments(arguments: list[str]) -> None:
     line, stop, more = err.partition("\n")
     assert not status or (prints(line), stop, more, out) == (True, "\n", "", ""), (out, err)
     for secret, end in ENDS.items():
-        harmless = any(
-            each.count(end) > each.count(secret) for each in arguments
-        )  # an argument that is only the end of a secret
+        # An argument may be only the end of a secret.
+        harmless = any(each.count(end) > each.count(secret) for each in arguments)
         assert not status or harmless or end not in err, err
 
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .asking import status
+from .ports import free_port
+from .watch import wait_until
+
+if TYPE_CHECKING:
+    from .asgi import Ask
 
 PROJECT = Path(__file__).parent.parent.parent
 
 _FENCE = re.compile(r'^(?:<!-- (.+?) -->\n+)?```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 _PORT = "8000"
-_CHANGING = {
-    r"sk-[\w-]+": "sk-…",
-    r"\b\d{4}-\d\d-\d\d[T ][\d:,]+": "<time>",
-    r"\b[0-9a-f]{12}\b": "<id>",
-}
+_CHANGING = {r"sk-[\w-]+": "sk-…", r"\b\d{4}-\d\d-\d\d[T ][\d:,]+": "<time>", r"\b[0-9a-f]{12}\b": "<id>"}
 """Patterns of the text that differs from run to run."""
 
 
@@ -63,8 +63,23 @@ def only(page: str, heading: str, language: str) -> str:
 
 def command_names() -> set[str]:
     """Return the names of the commands, as ``--help`` lists them."""
-    shown = Shell().run("python -m freegpt_auth --help").stdout
+    shown = Shell().run("python -m freegpt_auth --help")
     return {*re.findall(r"^    ([a-z]+) ", shown.partition("commands:")[2], re.MULTILINE)}
+
+
+async def has_guarded_app(code: str, ask: Ask) -> bool:
+    """Run Python code as it is; check that its ``app`` refuses a request without the key ``a-key``, and no other.
+
+    Returns:
+        whether the code has an ``app``.
+    """
+    names: dict[str, Any] = {}
+    exec(code, names)
+    if "app" in names:
+        scope = {"http_version": "1.1", "query_string": b"", "server": ("x", 80), "scheme": "http"}
+        assert (await ask(names["app"], **scope)).status == 401
+        assert (await ask(names["app"], headers=[(b"x-api-key", b"a-key")], **scope)).status in (200, 204, 404)
+    return "app" in names
 
 
 class Shell:
@@ -79,62 +94,46 @@ class Shell:
     def __init__(self, **environment: str) -> None:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self.environment = {**os.environ, "TZ": "UTC", **environment, "PATH": path}
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port = str(probe.getsockname()[1])
+        self._port = str(free_port())
         self._servers: list[subprocess.Popen[bytes]] = []
 
-    def run(self, code: str) -> subprocess.CompletedProcess[str]:
-        """Run a block; its output has stderr too, in the order in which a terminal shows both."""
+    def run(self, code: str) -> str:
+        """Run a block, which must succeed, and return its output, with stderr as a terminal shows it."""
         variables = Path(".variables").absolute()
-        done = subprocess.run(
-            ["sh", "-aec", f"{self._on_port(code)}\nenv -0 > {variables}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-            check=False,
-            env=self.environment,
-        )
-        if done.returncode == 0:
-            pairs = variables.read_text().rstrip("\0").split("\0")
-            self.environment = dict(pair.split("=", 1) for pair in pairs)
-        return done
+        script = ["sh", "-aec", f"exec 2>&1\n{self._on_port(code)}\nenv -0 > {variables}"]
+        done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False, env=self.environment)
+        assert done.returncode == 0, done.stdout
+        self.environment = dict(pair.split("=", 1) for pair in variables.read_text().rstrip("\0").split("\0"))
+        return done.stdout
 
-    def serve(self, code: str) -> None:
-        """Run a block in the background until :meth:`close`, and wait until its port answers."""
-        with Path("server.log").open("wb") as log:
-            process = subprocess.Popen(
-                ["sh", "-c", self._on_port(code)],
-                stdout=log,
-                stderr=log,
-                env=self.environment,
-                start_new_session=True,
-            )
+    def serve(self, code: str) -> str:
+        """Run a block in the background until :meth:`close`; return its output once its port answers."""
+        log, script = Path("server.log"), ["sh", "-c", f"exec >server.log 2>&1\n{self._on_port(code)}"]
+        process = subprocess.Popen(script, env=self.environment, start_new_session=True)
         self._servers.append(process)
-        deadline = time.monotonic() + 120
-        while not self._answers():
-            assert process.poll() is None, Path("server.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+
+        def answers() -> int:
+            assert process.poll() is None, log.read_text()
+            with contextlib.suppress(OSError):
+                return status(f"http://127.0.0.1:{self._port}/")
+            return 0
+
+        wait_until(answers, log.read_text, within=600)
+        return log.read_text()
 
     def close(self) -> None:
         """Stop the servers."""
-        for process in self._servers:
+        while self._servers:
+            process = self._servers.pop()
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+            process.wait(timeout=120)
 
     def normal(self, output: str) -> str:
         """Return *output* without paths of the working directory and without the text that differs from run to run."""
-        text = output.replace(f"{Path.cwd()}/", "").replace(self._port, _PORT)
+        text = re.sub(rf"\b{self._port}\b", _PORT, output.replace(f"{Path.cwd()}/", ""))
         for pattern, replacement in _CHANGING.items():
             text = re.sub(pattern, replacement, text)
         return text.strip()
 
     def _on_port(self, code: str) -> str:
-        return code.replace(_PORT, self._port)
-
-    def _answers(self) -> bool:
-        try:
-            return bool(status(f"http://127.0.0.1:{self._port}/"))
-        except OSError:
-            return False
+        return re.sub(rf"\b{_PORT}\b", self._port, code)
