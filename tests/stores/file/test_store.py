@@ -531,9 +531,14 @@ def test_held_lock_times_out(path: Path) -> None:
 def test_unreadable_record_is_not_written(path: Path, store: FileTokenStore) -> None:
     """A record that would make the file unreadable is refused, and the file stays unchanged."""
     before, no_offset = path.read_bytes(), NOW.replace(tzinfo=None)
-    for changes in ({}, {"id": ""}, {"created_at": no_offset}, {"name": "\ud800"}):
+    for changes, problem in (
+        ({}, "digest must be"),
+        ({"id": ""}, "id must be a string"),
+        ({"created_at": no_offset}, "created_at must be a time"),
+        ({"name": "\ud800"}, "half of a surrogate pair"),
+    ):
         values: dict[str, Any] = {"id": "id", "name": "ci", "prefix": "sk-", "created_at": NOW, **changes}
-        with pytest.raises(StoreError):
+        with pytest.raises(StoreError, match=problem):
             store.add(UNKNOWN if changes else b"short", Token(**values))
     with pytest.raises(StoreError):
         store.revoke("id1", no_offset)
