@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from freegpt_auth.stores.file import worker_notes
 
 FILE = "api_tokens.json"
+STOPPED = 2**22 + 1  # no process has this id: proc_sys_kernel(5), pid_max
 ONE, ANOTHER = worker_notes._Server(os.getpid(), b"one"), worker_notes._Server(os.getpid(), b"another")
 
 Run = Callable[..., Any]
@@ -39,14 +41,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-@pytest.fixture
-def serve_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that makes this process a worker of a server, which may take over from another."""
-
-    def become(*servers: worker_notes._Server) -> None:
-        monkeypatch.setattr(worker_notes, "_servers", lambda _: servers)
-
-    return become
+def _serve_by(monkeypatch: pytest.MonkeyPatch, *servers: worker_notes._Server) -> None:
+    """Make this process a worker of a server, which may take over from another."""
+    monkeypatch.setattr(worker_notes, "_servers", lambda _: servers)
 
 
 @pytest.fixture
@@ -85,24 +82,16 @@ def test_server_without_workers_notes_nothing(folders: list[Path], monkeypatch: 
     assert not any(folder.exists() for folder in folders)
 
 
-def test_other_server_is_not_meant(folders: list[Path], serve_by: Callable[..., None]) -> None:
-    """After stop, mv and start the workers are another server's."""
-    serve_by(ONE)
-    worker_notes.leave(FILE)
-    serve_by(ANOTHER)
-    assert all(folder.exists() for folder in folders)
-    assert not worker_notes.found(FILE)
-
-
 @pytest.mark.usefixtures("folders")
-def test_successor_is_as_closed(serve_by: Callable[..., None]) -> None:
-    """An arbiter that takes over from another, as at SIGUSR2, knows the notes of its predecessor, and adds its own."""
-    serve_by(ONE)
+def test_note_is_for_its_server_and_the_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After stop, mv and start no note counts; an arbiter that takes over, as at SIGUSR2, knows and adds notes."""
+    _serve_by(monkeypatch, ONE)
     worker_notes.leave(FILE)
-    serve_by(ANOTHER, ONE)
-    assert worker_notes.found(FILE)
+    for servers, is_found in (((ANOTHER,), False), ((ANOTHER, ONE), True)):
+        _serve_by(monkeypatch, *servers)
+        assert worker_notes.found(FILE) is is_found
     worker_notes.leave(FILE)
-    serve_by(ANOTHER)
+    _serve_by(monkeypatch, ANOTHER)
     assert worker_notes.found(FILE)
 
 
@@ -134,9 +123,9 @@ def test_processes_that_cannot_be_seen(gunicorn: dict[str, Any], monkeypatch: py
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_either_folder_suffices(folders: list[Path], serve_by: Callable[..., None], lost: int) -> None:
+def test_either_folder_suffices(folders: list[Path], monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
     """A cleared folder, as at a logout, loses no note; the next worker that finds the file gone writes it again."""
-    serve_by(ONE)
+    _serve_by(monkeypatch, ONE)
     worker_notes.leave(FILE)
     notes = [next(folder.iterdir()) for folder in folders]
     notes[lost].unlink()
@@ -146,40 +135,43 @@ def test_either_folder_suffices(folders: list[Path], serve_by: Callable[..., Non
     assert all(note.exists() for note in notes)
 
 
-def test_foreign_folder_closes(folders: list[Path], serve_by: Callable[..., None], caplog: Any) -> None:
+@pytest.mark.parametrize(("mode", "user"), [(0o777, os.geteuid()), (0o700, os.geteuid() + 1)])
+def test_foreign_folder_closes(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: Any, mode: int, user: int
+) -> None:
     """Where another user can write, no note proves anything: no worker is open without a token file, and why is logged."""
-    serve_by(ONE)
+    _serve_by(monkeypatch, ONE)
     folders[0].mkdir()
-    folders[0].chmod(0o777)
+    folders[0].chmod(mode)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
     assert worker_notes.found(FILE)
     worker_notes.leave(FILE)
     assert list(folders[0].iterdir()) == []
-    assert f"({folders[0]}: it is not a folder of this user alone), so none of them is open" in caplog.text
+    assert f"({folders[0]}: it is not a folder of this user alone" in caplog.text
 
 
-def test_no_usable_folder_closes(folders: list[Path], serve_by: Callable[..., None], caplog: Any) -> None:
+def test_no_usable_folder_closes(folders: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """Where no note can be kept no worker is open without a token file; one folder that can hold notes is enough."""
-    serve_by(ONE)
+    _serve_by(monkeypatch, ONE)
     folders[0].touch()
     assert not worker_notes.found(FILE)
     folders[1].rmdir()
     folders[1].symlink_to("nowhere/below")
     assert worker_notes.found(FILE)
-    assert f"({folders[0]}: {os.strerror(errno.EEXIST)}; {folders[1]}: {os.strerror(errno.EEXIST)})" in caplog.text
+    problem = os.strerror(errno.EEXIST)
+    assert f"({folders[0]}: {problem}; {folders[1]}: {problem}), so none of them is open" in caplog.text
 
 
-def test_notes_of_stopped_servers_are_removed(folders: list[Path], serve_by: Callable[..., None]) -> None:
+def test_notes_of_stopped_servers_are_removed(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Restarts do not fill the memory; other files are left alone."""
-    serve_by(ONE)
+    _serve_by(monkeypatch, ONE)
     worker_notes.leave(FILE)
-    process = os.posix_spawn(sys.executable, [sys.executable, "-c", ""], {})
-    os.waitpid(process, 0)
-    for name in (f"{process}-stopped", f"{os.getpid()}-running", "no note"):
-        (folders[0] / name).touch()
+    others = [folders[0] / name for name in (f"{os.getpid()}-running", "no note", f"{STOPPED}-stopped")]
+    for each in others:
+        each.touch()
     worker_notes.leave("other.json")
-    names = {note.name for note in folders[0].iterdir()}
-    assert {f"{os.getpid()}-running", "no note"} < names
-    assert len(names) == 4
+    assert [each.exists() for each in others] == [True, True, False]
+    assert len(list(folders[0].iterdir())) == 4
 
 
 def test_folders_of_the_notes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +180,6 @@ def test_folders_of_the_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"freegpt_auth-{os.geteuid()}-{space}"
     assert list(worker_notes._folders()) == [Path("/dev/shm", name), Path(tempfile.gettempdir(), name)]
 
-    def unusable(*_: object) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(tempfile, "gettempdir", unusable)
-    monkeypatch.setattr(Path, "stat", unusable)
+    monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError))
+    monkeypatch.setattr(Path, "stat", Mock(side_effect=FileNotFoundError))
     assert list(worker_notes._folders()) == [Path(f"/dev/shm/freegpt_auth-{os.geteuid()}-0")]
