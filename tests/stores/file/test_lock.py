@@ -70,8 +70,9 @@ def test_a_lock_that_cannot_be_made_is_a_fault(path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["t.json.lock"]
 
 
-def test_there_is_no_lesser_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSYS, "no flock"), NotImplementedError("no flock")])
+def test_there_is_no_lesser_lock(path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
     """On a file system without locks nothing is written at all: two writers would lose tokens."""
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "no flock")))
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=fault))
     with pytest.raises(FileError, match="cannot lock"):
         _lock(path)
