@@ -217,8 +217,9 @@ def test_the_survey_counts_the_tokens_that_work_now(store: TokenStore, keep: Kee
 
 
 def test_a_store_that_was_configured_stays_so(opener: Opener, keep: Keep) -> None:
-    """Deleting the last token opens no server, neither a running one nor the next."""
+    """Deleting the last token opens no server, neither a running one nor the next; a store in memory is never open."""
     store, other = opener(), opener()
+    assert store.survey()[:2] == (isinstance(store, MemoryTokenStore), 0)
     token, _ = keep(store)
     assert other.survey().configured
     store.delete(token.id)
@@ -440,19 +441,6 @@ def test_many_threads_may_change_one_store(opener: Opener, keep: Keep) -> None:
     kept = [token.id for token in opener().tokens().values() if token.revoked_at is not None]
     assert sorted(kept) == sorted(changed)
     assert len(opener().tokens()) == len(changed) + 1
-
-
-# --- the store in memory
-
-
-def test_memory_store_is_never_open(keep: Keep) -> None:
-    """It is configured even when it is empty, and ``peek`` knows every token, as the object that was put in."""
-    store = MemoryTokenStore()
-    assert store.survey()[:3] == (True, 0, "memory")
-    token, secret = keep(store)
-    assert store.peek(digest_of(secret)) is store.resolve(digest_of(secret)) is token
-    assert store.peek(UNKNOWN) is None
-    assert not MemoryTokenStore().tokens()
 
 
 # --- the store in a file

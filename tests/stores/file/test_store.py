@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import stat
 import subprocess
 import sys
 import tempfile
@@ -227,16 +226,6 @@ def test_note_is_left_again(path: Path, store: FileTokenStore, clock: Clock, mon
         clock(RETRY_INTERVAL)
 
 
-@pytest.mark.parametrize("content", [None, b"{}"])
-def test_recycled_worker_is_closed(path: Path, monkeypatch: Patch, content: bytes | None) -> None:
-    """If an earlier worker required authentication, a missing or blank file does not open its successor."""
-    if content is not None:
-        _write(path, content)
-    for is_found in (False, True):
-        monkeypatch.setattr(worker_notes, "found", lambda _, is_found=is_found: is_found)
-        assert FileTokenStore(path).survey().configured is is_found
-
-
 # --- faults
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -355,15 +344,8 @@ def test_hidden_change_ends_tokens_after_lease(unprivileged: Path, said: Said, c
     clock(RETRY_INTERVAL)
     assert _look(store, ONE)
     assert said() == [("INFO", f"{path} was read again: 1 active token(s)")]
-
-
-@pytest.mark.usefixtures("written")
-def test_lease_counts_from_last_look(path: Path, clock: Clock) -> None:
-    """A server without requests for a minute cannot date a hidden change: it has no lease."""
-    store = FileTokenStore(path, lease=30, freshness=0.0, clock=clock)
-    assert _look(store, ONE)
-    _replace_by_memory(path)
-    clock(60)
+    hide(path)
+    clock(60)  # without a request: the change cannot be dated
     with pytest.raises(StoreUnavailableError):
         _look(store, ONE)
 
@@ -374,15 +356,19 @@ def _coarse(monkeypatch: Patch) -> None:
     monkeypatch.setattr(disk, "signature_of", lambda status: (status.st_ino, status.st_size))
 
 
+@pytest.mark.parametrize("delay", [0, timestamps.FINE_TICK], ids=["old by the host's clock", "slow reading"])
 @pytest.mark.usefixtures("_coarse", "written")
 def test_rewrite_within_one_tick_is_found(
-    path: Path, store: FileTokenStore, monkeypatch: Patch, said: Said, clock: Clock
+    path: Path, store: FileTokenStore, monkeypatch: Patch, said: Said, clock: Clock, delay: float
 ) -> None:
-    """A rewrite of equal size within one tick is found by one reading after the tick."""
-    assert _look(store, ONE)
+    """A rewrite of equal size within one tick is found by one reading after the tick, which counts from a reading's end."""
+    real = disk.read_file
+    monkeypatch.setattr(disk, "read_file", lambda *arguments: (clock(delay), real(*arguments))[1])
+    time.sleep(2 * timestamps.FINE_TICK)
+    assert all(_look(store, ONE) for _ in range(2))
     _write(path, SECOND)
     clock(timestamps.FINE_TICK)
-    token = store.resolve(TWO)
+    token = _look(store, TWO)
     assert token
     assert not _look(store, ONE)
     clock(timestamps.FINE_TICK)
@@ -391,21 +377,6 @@ def test_rewrite_within_one_tick_is_found(
     clock(60)
     assert _look(store, TWO) is token
     assert said() == [("INFO", f"{path} was read again: 1 active token(s)")]
-
-
-@pytest.mark.parametrize("delay", [0, timestamps.FINE_TICK], ids=["old by the host's clock", "slow reading"])
-@pytest.mark.usefixtures("_coarse", "written")
-def test_tick_counts_from_the_end_of_a_reading(
-    path: Path, store: FileTokenStore, monkeypatch: Patch, clock: Clock, delay: float
-) -> None:
-    """A rewrite is found although the file server's clock is late, or the reading was slow."""
-    real = disk.read_file
-    monkeypatch.setattr(disk, "read_file", lambda *arguments: (clock(delay), real(*arguments))[1])
-    time.sleep(2 * timestamps.FINE_TICK)
-    assert all(_look(store, ONE) for _ in range(2))
-    _write(path, SECOND)
-    clock(timestamps.FINE_TICK)
-    assert _look(store, TWO)
 
 
 @pytest.mark.usefixtures("_coarse", "written")
@@ -478,26 +449,18 @@ def test_replaced_mount_is_refused_and_logged(said: Said) -> None:
     assert (level, "mount its directory instead" in message) == ("ERROR", True)
 
 
-@pytest.mark.parametrize(
-    ("mode", "warned", "left"),
-    [(0o640, False, 0o640), (0o604, True, 0o604), (0o620, True, 0o600), (0o602, True, 0o600)],
-)
+@pytest.mark.parametrize(("mode", "warned"), [(0o640, False), (0o604, True), (0o620, True), (0o602, True)])
 @pytest.mark.usefixtures("written")
 def test_file_open_to_others_is_loaded_with_a_warning(
-    path: Path, store: FileTokenStore, said: Said, mode: int, left: int, *, warned: bool
+    path: Path, store: FileTokenStore, said: Said, mode: int, *, warned: bool
 ) -> None:
-    """Digests that everybody may read, or tokens that others may add, are said once; they work all the same.
-
-    The next change removes the write permission of others.
-    """
+    """Digests that everybody may read, or tokens that others may add, are said once; they work all the same."""
     path.chmod(mode)
     assert store.survey().active == 1
     path.touch()
     assert store.survey().active == 1
     warnings = [message for level, message in said() if level == "WARNING"]
     assert warnings == [access.exposure(str(path), path.stat())] * warned
-    store.add(*issued())
-    assert stat.S_IMODE(path.stat().st_mode) == left
 
 
 # --- writing
