@@ -108,16 +108,6 @@ def test_what_is_hidden_or_impossible_is_not_missing(unprivileged: Path) -> None
                 attempt()
 
 
-def test_the_size_limit_is_the_last_size_that_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that nobody can have meant is not read into memory."""
-    monkeypatch.setattr(disk, "SIZE_LIMIT", 2**20)
-    path.write_bytes(bytes(2**20))
-    assert len(disk.read_file(str(path), _content)[1]) == 2**20
-    path.write_bytes(bytes(2**20 + 1))
-    with pytest.raises(FileError, match="it is larger than 1 MiB"):
-        disk.read_file(str(path), _content)
-
-
 @pytest.mark.parametrize("moment", ["opening", "reading"])
 def test_file_replaced_meanwhile_is_read(path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """A writer that replaces the file in the very moment it is opened makes it neither missing nor broken."""

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator  # noqa: TC003  beside the annotations that pytest may resolve
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,25 +20,17 @@ from freegpt_auth.stores.file import worker_notes
 FILE = "api_tokens.json"
 STOPPED = 2**22 + 1  # no process has this id: proc_sys_kernel(5), pid_max
 ONE, ANOTHER = worker_notes._Server(os.getpid(), b"one"), worker_notes._Server(os.getpid(), b"another")
-
-Run = Callable[..., Any]
+real_folders, real_servers = worker_notes._folders, worker_notes._servers
 
 
 @pytest.fixture(autouse=True)
-def _own_process() -> Iterator[None]:
-    """Let no test find the server of another."""
-    cached = worker_notes._servers
-    cached.cache_clear()
-    yield
-    cached.cache_clear()
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Keep notes in folders of this test's own."""
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Keep notes in folders of this test's own, and let no test find the server of another."""
     folders = [tmp_path / "memory", tmp_path / "temporary"]
     monkeypatch.setattr(worker_notes, "_folders", lambda: folders)
-    return folders
+    real_servers.cache_clear()
+    yield folders
+    real_servers.cache_clear()
 
 
 def _serve_by(monkeypatch: pytest.MonkeyPatch, *servers: worker_notes._Server) -> None:
@@ -46,31 +38,31 @@ def _serve_by(monkeypatch: pytest.MonkeyPatch, *servers: worker_notes._Server) -
     monkeypatch.setattr(worker_notes, "_servers", lambda _: servers)
 
 
-@pytest.fixture
-def gunicorn() -> dict[str, Any]:
-    """Return functions that call another as gunicorn's arbiter does."""
+def _within(function: str, call: Callable[[], Any]) -> Any:
+    """Call as a function of gunicorn's arbiter does: ``setup`` or ``spawn_worker``."""
     arbiter: dict[str, Any] = {"__name__": "gunicorn.arbiter"}
-    exec("def setup(load): return load()\ndef spawn_worker(load): return load()", arbiter)
-    return arbiter
+    exec(f"def {function}(call): return call()", arbiter)
+    return arbiter[function](call)
 
 
-@pytest.fixture(params=["uvicorn", "gunicorn"])
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gunicorn: dict[str, Any]) -> Run:
-    """Return a function that calls another in a worker, of a server that spawns its workers or of one that forks them."""
-    if request.param == "gunicorn":
-        spawn: Run = gunicorn["spawn_worker"]
-        return spawn
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getppid()))
-    return lambda function: function()
+def _leave(function: str = "spawn_worker") -> None:
+    _within(function, lambda: worker_notes.leave(FILE))
 
 
-def test_worker_knows_what_its_siblings_knew(folders: list[Path], run: Run) -> None:
+def _is_found(function: str = "spawn_worker", path: str = FILE) -> Any:
+    return _within(function, lambda: worker_notes.found(path))
+
+
+@pytest.mark.parametrize("is_spawned", [True, False], ids=["uvicorn", "gunicorn"])
+def test_worker_knows_what_its_siblings_knew(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, *, is_spawned: bool
+) -> None:
     """A note is found again by workers of the same server, for the same token file, and belongs to this user alone."""
-    assert not run(lambda: worker_notes.found(FILE))
-    run(lambda: worker_notes.leave(FILE))
-    assert run(lambda: worker_notes.found(FILE))
-    assert run(lambda: worker_notes.found(f"./{FILE}"))
-    assert not run(lambda: worker_notes.found("other.json"))
+    if is_spawned:
+        monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getppid()))
+    assert not _is_found()
+    _leave()
+    assert [_is_found(path=path) for path in (FILE, f"./{FILE}", "other.json")] == [True, True, False]
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
 
@@ -82,7 +74,6 @@ def test_server_without_workers_notes_nothing(folders: list[Path], monkeypatch: 
     assert not any(folder.exists() for folder in folders)
 
 
-@pytest.mark.usefixtures("folders")
 def test_note_is_for_its_server_and_the_successor(monkeypatch: pytest.MonkeyPatch) -> None:
     """After stop, mv and start no note counts; an arbiter that takes over, as at SIGUSR2, knows and adds notes."""
     _serve_by(monkeypatch, ONE)
@@ -95,30 +86,28 @@ def test_note_is_for_its_server_and_the_successor(monkeypatch: pytest.MonkeyPatc
     assert worker_notes.found(FILE)
 
 
-@pytest.mark.usefixtures("folders")
-def test_preloading_server_knows_its_workers_notes(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preloading_server_knows_its_workers_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under --preload gunicorn loads the application before it forks: its workers' notes hold there."""
-    gunicorn["setup"](lambda: worker_notes.leave(FILE))
-    assert gunicorn["setup"](lambda: worker_notes.found(FILE))
-    worker_notes._servers.cache_clear()
+    _leave("setup")
+    assert _is_found("setup")
+    real_servers.cache_clear()
     monkeypatch.setattr(os, "getppid", os.getpid)
-    assert gunicorn["spawn_worker"](lambda: worker_notes.found(FILE))
+    assert _is_found()
 
 
-@pytest.mark.usefixtures("folders")
-def test_orphan_keeps_its_server(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphan_keeps_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that outlives its arbiter leaves no note under its new parent, which starts other servers too."""
-    gunicorn["spawn_worker"](lambda: worker_notes.found(FILE))
+    _is_found()
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    gunicorn["spawn_worker"](lambda: worker_notes.leave(FILE))
-    worker_notes._servers.cache_clear()
-    assert not gunicorn["spawn_worker"](lambda: worker_notes.found(FILE))
+    _leave()
+    real_servers.cache_clear()
+    assert not _is_found()
 
 
-def test_processes_that_cannot_be_seen(gunicorn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /proc, or where it hides the arbiter, a server is known by a secret that its forked workers inherit."""
     monkeypatch.setattr(os, "getppid", lambda: 0)
-    server, _ = gunicorn["spawn_worker"](lambda: worker_notes._servers(0))
+    server, _ = _within("spawn_worker", lambda: real_servers(0))
     assert server == (0, str(hash(worker_notes.__name__)).encode())
 
 
@@ -178,8 +167,7 @@ def test_folders_of_the_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notes are in memory and among the temporary files, apart for each namespace of process ids."""
     space = Path("/proc/self/ns/pid").stat().st_ino
     name = f"freegpt_auth-{os.geteuid()}-{space}"
-    assert list(worker_notes._folders()) == [Path("/dev/shm", name), Path(tempfile.gettempdir(), name)]
-
+    assert list(real_folders()) == [Path("/dev/shm", name), Path(tempfile.gettempdir(), name)]
     monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError))
     monkeypatch.setattr(Path, "stat", Mock(side_effect=FileNotFoundError))
-    assert list(worker_notes._folders()) == [Path(f"/dev/shm/freegpt_auth-{os.geteuid()}-0")]
+    assert list(real_folders()) == [Path(f"/dev/shm/freegpt_auth-{os.geteuid()}-0")]
