@@ -187,13 +187,6 @@ def test_a_user_writes_a_file_of_his_own(unprivileged: Path) -> None:
     assert path.read_bytes() == b"old"
 
 
-def test_broken_link_is_not_replaced(path: Path) -> None:
-    """A symbolic link is never replaced by a file because it could not be followed at that moment."""
-    path.symlink_to(path)
-    with pytest.raises(FileError, match="too many levels"):
-        disk.real_path(str(path))
-
-
 @pytest.mark.parametrize("name", ["t.json", "*[1].json"])
 def test_the_next_writer_clears_up_after_a_killed_one(path: Path, name: str) -> None:
     """Leftover temporary files are removed, and no other file is touched, for every file name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -42,22 +40,20 @@ def test_lock_of_another_process_times_out(path: Path) -> None:
 
 def test_a_writer_looks_often_for_its_turn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several writers none waits much longer than the others write: it looks again each millisecond."""
-    waits: dict[int, list[float]] = defaultdict(list)
+    waits: list[tuple[int, float]] = []
     sleep, this_thread = time.sleep, threading.get_ident()
-    with contextlib.ExitStack() as holder:
-        descriptor = os.open(f"{path}.lock", os.O_CREAT)
-        holder.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
-        def watched(seconds: float) -> None:
-            waits[threading.get_ident()].append(seconds)  # others may sleep meanwhile too
-            if len(waits[this_thread]) == 50:
-                holder.close()
-            sleep(seconds)
+    def watched(seconds: float) -> None:
+        waits.append((threading.get_ident(), seconds))
+        sleep(seconds)
 
-        monkeypatch.setattr(time, "sleep", watched)
-        with locked(str(path), 5):
-            assert (len(waits[this_thread]), max(waits[this_thread])) == (50, 0.001)
+    descriptor = os.open(f"{path}.lock", os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    monkeypatch.setattr(time, "sleep", watched)
+    with pytest.raises(StoreBusyError):
+        _lock(path)
+    os.close(descriptor)
+    assert max(seconds for thread, seconds in waits if thread == this_thread) == 0.001  # others may sleep meanwhile too
 
 
 def test_a_lock_that_cannot_be_made_is_a_fault(path: Path) -> None:
