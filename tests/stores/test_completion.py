@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 
 from freegpt_auth import ConfigurationError, MemoryTokenStore, Survey
@@ -20,10 +21,6 @@ REQUIRED = {"peek": lambda digest: digest, "resolve": lambda digest: digest * 2,
 def source(**parts: Any) -> Any:
     """Return a source with the required methods and *parts*; without those that are ``None``."""
     return SimpleNamespace(**{name: part for name, part in {**REQUIRED, **parts}.items() if part is not None})
-
-
-async def asynchronous(_digest: bytes) -> None:
-    """Answer later."""
 
 
 def test_defaults_complete_a_source() -> None:
@@ -74,7 +71,7 @@ def test_another_peek_drops_the_state() -> None:
         ({"cach_limit": 4}, "has no cache_limit, but a cach_limit; rename it to cache_limit"),
         ({"closes": print}, "has no close, but a closes; rename it to close"),
         ({"now": 3}, "its now is 3, which cannot be called; make it a method"),
-        ({"resolve": asynchronous}, "its resolve is asynchronous; make it synchronous: resolve runs in a thread"),
+        ({"resolve": anyio.sleep}, "its resolve is asynchronous; make it synchronous: resolve runs in a thread"),
         ({"peek": lambda: None}, "its peek must take one argument, the digest; correct its parameters"),
         ({"state": lambda digest: digest}, "its state must take no argument; correct its parameters"),
         *[({"look_up_limit": limit}, f"its look_up_limit is {limit!r}; make it") for limit in ("4", True, -1)],

@@ -14,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-import anyio
 import anyio.to_thread
 import msgspec
 import pytest
@@ -108,8 +107,7 @@ def _meanwhile(call: Callable[[], object], threads: int) -> Iterator[None]:
             yield
         finally:
             stop.set()
-        for each in repeated:
-            each.result()
+        assert [each.result() for each in repeated] == [None] * threads
 
 
 def _full(name: str = "full") -> tuple[bytes, Token]:

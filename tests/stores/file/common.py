@@ -6,12 +6,9 @@ import gc
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from freegpt_auth.tokens import digest_of, issue
-
-if TYPE_CHECKING:
-    from freegpt_auth import Token
+from freegpt_auth.tokens import Token, digest_of, issue
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 INSTANT = "2025-06-01T12:00:00Z"

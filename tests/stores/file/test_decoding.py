@@ -81,7 +81,6 @@ BAD = {
     "a version that equals 1": (b'{"version": true, "tokens": []}', "its version is True;"),
     "no version": (b'{"tokens": []}', "its version is None; this release reads version 1"),
     "no tokens": (b'{"version": 1}', "$.tokens must be a list"),
-    "tokens by name": (b'{"version": 1, "tokens": {}}', "$.tokens must be a list"),
     "no record": (in_lines(row(), 5), "$.tokens[1] must be an object"),
     "no digest": (in_lines(*map(row, range(3)), row(3, digest=None)), "$.tokens[3].digest is missing"),
     "a short digest": (in_lines(row(), row(1, digest="sha256$ab")), "$.tokens[1].digest must be 'sha256$' and 64"),
@@ -157,6 +156,3 @@ def test_plain_tokens_become_records() -> None:
         (created_at, used_at, used_at),
         (created_at, created_at, None),
     ]
-    written = Document(content).encode()
-    assert b"sk-old_" not in written
-    assert decode(written)._replace(ancestral=True) == contents

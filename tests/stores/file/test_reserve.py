@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path  # noqa: TC003  beside the annotations that pytest may resolve
 from unittest.mock import Mock
 
 import pytest
@@ -12,9 +12,6 @@ import pytest
 from freegpt_auth.stores.file.reserve import Reserve
 from tests.helpers.scarcity import no_descriptors
 from tests.stores.file.common import open_files
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture

@@ -129,20 +129,14 @@ def test_writers_outlast_the_freshness(path: Path, clock: Clock) -> None:
 
 def test_waiting_requests_share_one_reading(store: FileTokenStore, monkeypatch: Patch) -> None:
     """After a change waiting requests share one reading; meanwhile nothing blocks, and no old token is accepted."""
-    begun, go_on, real = threading.Event(), threading.Event(), disk.read_file
-
-    def read_slowly(*arguments: Any) -> Any:
-        begun.set()
-        assert go_on.wait(10)
-        return real(*arguments)
-
-    reading = Mock(side_effect=read_slowly)
+    gate, real = threading.Barrier(2, timeout=10), disk.read_file
+    reading = Mock(side_effect=lambda *arguments: (gate.wait(), gate.wait(), real(*arguments))[2])
     monkeypatch.setattr(disk, "read_file", reading)
     with ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(store.resolve, ONE) for _ in range(8)]
-        assert begun.wait(10)
+        gate.wait()
         assert store.peek(ONE) is UNRESOLVED
-        go_on.set()
+        gate.wait()
         assert all(answer.result(10) for answer in answers)
     reading.assert_called_once()
 

@@ -90,14 +90,6 @@ def test_others_have_a_turn_after_each_batch(monkeypatch: pytest.MonkeyPatch, pi
     assert pause.call_count == 2 * len(lengths) + 1 + table.SHARDS
 
 
-def test_released_table_misses_no_token() -> None:
-    """A valid token is never refused because the file is read again at the same moment."""
-    tokens = _read(_content([(number << 248, number) for number in range(9)]))
-    steps.release(tokens.all_parts())
-    assert all(tokens.find((number << 248).to_bytes(32)) for number in range(9))
-    assert len(tokens) == tokens.count_active() == 9
-
-
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_garbage_collector_never_looks_at_tokens(monkeypatch: pytest.MonkeyPatch, *, enabled: bool) -> None:
     """No collection of the application's takes longer for a million tokens, and none is made where it wants none."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path  # noqa: TC003  beside the annotations that pytest may resolve
 
 import pytest
 
 from freegpt_auth.exceptions import FileError
 from freegpt_auth.stores.file import disk, timestamps
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SECOND = 10**9
 FAR = 4_000_000_000 * SECOND  # so far ahead that the file system's clock does not move beyond it
