@@ -15,8 +15,8 @@ from freegpt_auth.exceptions import FileError, StoreBusyError
 from freegpt_auth.stores.file.lock import locked
 
 
-def _lock(path: object) -> None:
-    with locked(str(path), 0.01):
+def _lock(path: object, seconds: float = 0.01) -> None:
+    with locked(str(path), seconds):
         pass
 
 
@@ -25,8 +25,8 @@ def test_held_lock_times_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     descriptor, sleep = os.open(f"{path}.lock", os.O_CREAT), Mock(wraps=time.sleep)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     monkeypatch.setattr(time, "sleep", sleep)
-    with pytest.raises(StoreBusyError, match=r"another process held its lock for 0\.01 s; try again"):
-        _lock(path)
+    with pytest.raises(StoreBusyError, match=r"another process held its lock for 0\.2 s; try again"):
+        _lock(path, 0.2)
     os.close(descriptor)
     assert sleep.mock_calls.count(call(0.001)) > 1
     with pytest.raises(RuntimeError, match="failed"), locked(str(path), 5):
