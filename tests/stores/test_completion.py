@@ -24,7 +24,7 @@ def source(**parts: Any) -> Any:
 
 
 def test_defaults_complete_a_source() -> None:
-    """Three methods are enough: the clock is the host's, nothing is limited or closed, and each request is looked up."""
+    """Three methods are enough: the clock is the host's, nothing is limited or closed, each request is looked up."""
     whole: Any = completed(source())
     assert (whole.peek(b"d"), whole.resolve(b"d"), whole.survey()) == (b"d", b"dd", SURVEY)
     assert (whole.look_up_limit, whole.cache_limit, whole.state()) == (math.inf, math.inf, None)
@@ -49,7 +49,7 @@ def test_complete_source_is_used_itself() -> None:
 
 
 def test_another_peek_drops_the_state() -> None:
-    """A subclass with a ``peek`` of its own is looked up at each request: the state of its base may hide a revocation."""
+    """A subclass with a ``peek`` of its own is looked up at each request: its base's state may hide a revocation."""
 
     class Other(MemoryTokenStore):
         def peek(self, digest: bytes) -> None:

@@ -215,7 +215,7 @@ def test_the_survey_counts_the_tokens_that_work_now(store: TokenStore, keep: Kee
 
 
 def test_a_store_that_was_configured_stays_so(opener: Opener, keep: Keep) -> None:
-    """Deleting the last token opens no server, neither a running one nor the next; only a missing file leaves one open."""
+    """Deleting the last token opens no server, neither a running one nor the next; only a missing file does."""
     store, other = opener(), opener()
     assert store.survey()[:2] == (not isinstance(store, FileTokenStore), 0)
     token, _ = keep(store)
@@ -311,7 +311,7 @@ def test_a_reference_means_the_same_in_every_store(opener: Opener, keep: Keep) -
 
 
 def test_a_name_means_the_same_in_every_store(store: TokenStore) -> None:
-    """A name or a prefix finds each token that has it, in order, and none in place of more; a whole secret finds one."""
+    """A name or a prefix finds each token that has it, in order, none in place of more; a whole secret finds one."""
     names = ["ci", "twin", "twin", " ü ", "?", "t0", "sk-t1xxxxxxxxx", "short", "short"]
     for number, name in enumerate(names):
         prefix = "sk-" if name == "short" else f"sk-t{number}xxxxxxxxx"

@@ -93,7 +93,7 @@ def test_unreadable_acl_is_a_failure(path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_label_in_force_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed SELinux label goes to the next file; labels that new files do not get are those of a system turned off."""
+    """A changed SELinux label goes to the next file; labels that new files do not get are of a system turned off."""
     labels = {(path.stat().st_ino, "security.selinux"): b"httpd", (path.stat().st_ino, "system.nfs4_acl"): b"left"}
     given: list[tuple[str, bytes]] = []
 
@@ -110,7 +110,7 @@ def test_label_in_force_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_group_that_grants_nothing_may_change(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Docker's ``-u 1000`` gives files the group 0, which user 1000 cannot; a group that may read is kept, or it fails."""
+    """Docker's ``-u 1000`` gives files the group 0, which user 1000 cannot; a group that reads is kept, or it fails."""
     monkeypatch.setattr(os, "fchown", Mock(side_effect=PermissionError(errno.EPERM, "not permitted")))
     real = access.kept_access
     monkeypatch.setattr(disk, "kept_access", lambda target: real(target)._replace(group=54321))
@@ -144,7 +144,7 @@ def test_wide_access_is_a_warning(path: Path, warning: str | None, rules: list[i
 
 
 def test_unchangeable_file_may_be_read_by_all(unprivileged: Path) -> None:
-    """A Secret that Kubernetes mounts is readable by all and cannot be changed: no warning asks for it; of writers one does."""
+    """A Secret of Kubernetes is readable by all and cannot be changed: no warning asks for it, but one names writers."""
     path = unprivileged / "t.json"
     path.touch()
     path.chmod(0o444)

@@ -74,7 +74,7 @@ def _bind(path: Path) -> None:
 def test_other_kinds_of_file_are_refused(
     path: Path, make: Callable[[Path], object], problem: str, *, transient: bool
 ) -> None:
-    """Something at the path that cannot be read is a fault and no absence, told at once; a disk error may end by itself."""
+    """Something unreadable at the path is a fault and no absence, told at once; a disk error may end by itself."""
     make(path)
     assert disk.signature_at(str(path)) != disk.MISSING
     with ThreadPoolExecutor() as pool, pytest.raises(FileError, match=problem) as caught:
@@ -213,7 +213,7 @@ def _sync(fd: int, number: int) -> None:
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
 def test_a_change_survives_a_power_failure(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Content, then name, then folder are brought to the disk; only where folders cannot be synced, that is no error."""
+    """Content, then name, then folder are brought to the disk; only where folders cannot be synced that is no error."""
     steps: list[tuple[int | str, bool]] = []
 
     def sync(fd: int) -> None:

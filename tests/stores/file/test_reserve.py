@@ -37,7 +37,7 @@ def _read(reserve: Reserve, path: Path) -> bytes:
 
 
 def test_reserve_opens_again_and_again(path: Path, reserve: Reserve) -> None:
-    """A full process reads as often as it must: the spare descriptor is taken back before another thread can have it."""
+    """A full process reads as often as it must: the spare descriptor is back before another thread can have it."""
     empty = Reserve()
     with no_descriptors():
         for _ in range(3):

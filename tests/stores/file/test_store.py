@@ -113,7 +113,7 @@ def test_file_is_checked_every_10_ms(path: Path, monkeypatch: Patch, clock: Cloc
 
 
 def test_writers_outlast_the_freshness(path: Path, clock: Clock) -> None:
-    """After a change its command waits until no server relies on an earlier check; so does a command that changes nothing."""
+    """A command returns when no server relies on an earlier check, even if another made its change just before."""
     store = FileTokenStore(path, freshness=0.05, clock=clock, sleep=clock)
     digest, token = issued()
     store.add(digest, token)
@@ -345,7 +345,7 @@ def _coarse(monkeypatch: Patch) -> None:
 def test_rewrite_within_one_tick_is_found(
     path: Path, store: FileTokenStore, monkeypatch: Patch, said: Said, clock: Clock, delay: float
 ) -> None:
-    """A rewrite of equal size within one tick is found by one reading after the tick, which counts from a reading's end."""
+    """A rewrite of equal size within one tick is found by one reading after the tick, from the last reading on."""
     real = disk.read_file
     monkeypatch.setattr(disk, "read_file", lambda *arguments: (clock(delay), real(*arguments))[1])
     time.sleep(2 * timestamps.FINE_TICK)
@@ -489,7 +489,7 @@ def test_unreadable_record_is_not_written(path: Path, store: FileTokenStore) -> 
 
 
 def test_first_change_converts_plain_tokens(path: Path, store: FileTokenStore, said: Said) -> None:
-    """A file of plain tokens works, with a warning; the first command replaces them by digests, even if it changes nothing."""
+    """A file of plain tokens works, with a warning; the first command, even without effect, replaces them by digests."""
     entry = {"name": "old", "created_at": "2024-01-01T00:00:00"}
     one, two = digest_of("sk-plain-one"), digest_of("sk-plain-two")
     _write(path, json.dumps({"sk-plain-one": entry, "sk-plain-two": {**entry, "active": False}}).encode())

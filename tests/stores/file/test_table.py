@@ -53,7 +53,7 @@ _numbers = st.integers(0, 2).map(lambda number: number << 248) | st.integers(3, 
     end=st.sampled_from([b"", b"", b",", b",\n", b",\n ", b"]", b"\xff"]),
 )
 def test_a_server_reads_what_a_command_reads(rows: Rows, size: int, end: bytes) -> None:
-    """However a file falls into batches, a server finds the same tokens as a command, or the same fault in the same place."""
+    """However a file falls into batches, a server finds the same tokens as a command, or the same fault."""
     content = _content(rows).replace(decoding.FOOT, end + decoding.FOOT)
     expected = _outcome(decoding.decode, content)
     for length in (size, len(content), len(content) // 2):
@@ -78,7 +78,7 @@ def test_what_is_no_digest_is_not_found() -> None:
 
 @pytest.mark.parametrize(("pieces", "lengths"), [(1, [9]), (2, [4, 4, 1])])
 def test_others_have_a_turn_after_each_batch(monkeypatch: pytest.MonkeyPatch, pieces: int, lengths: list[int]) -> None:
-    """The interpreter lock is free after each batch of as many tokens as it has room for, and when tokens are counted."""
+    """The interpreter lock is free after each batch, which is as large as may be, and when tokens are counted."""
     content, pause = in_lines(*map(row, range(9))), mock.Mock()
     monkeypatch.setattr(table, "PIECE_SIZE", len(content) // pieces)
     monkeypatch.setattr(steps, "STEP", -1.0)  # each step takes too long
