@@ -144,7 +144,7 @@ def test_wide_access_is_a_warning(path: Path, warning: str | None, rules: list[i
 
 
 def test_unchangeable_file_may_be_read_by_all(unprivileged: Path) -> None:
-    """A Secret of Kubernetes is readable by all and cannot be changed: no warning asks for it, but one names writers."""
+    """A Kubernetes Secret is readable by all and unchangeable: no warning asks for it, but one names writers."""
     path = unprivileged / "t.json"
     path.touch()
     path.chmod(0o444)

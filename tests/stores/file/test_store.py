@@ -489,7 +489,7 @@ def test_unreadable_record_is_not_written(path: Path, store: FileTokenStore) -> 
 
 
 def test_first_change_converts_plain_tokens(path: Path, store: FileTokenStore, said: Said) -> None:
-    """A file of plain tokens works, with a warning; the first command, even without effect, replaces them by digests."""
+    """A file of plain tokens works with a warning; the first command, even without effect, replaces them by digests."""
     entry = {"name": "old", "created_at": "2024-01-01T00:00:00"}
     one, two = digest_of("sk-plain-one"), digest_of("sk-plain-two")
     _write(path, json.dumps({"sk-plain-one": entry, "sk-plain-two": {**entry, "active": False}}).encode())

@@ -128,7 +128,7 @@ def test_either_folder_suffices(folders: list[Path], monkeypatch: pytest.MonkeyP
 def test_foreign_folder_closes(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: Any, mode: int, user: int
 ) -> None:
-    """Where another user can write, no note proves anything: without a token file no worker is open, with a log line."""
+    """Where another user can write, no note counts: without a token file no worker is open, as a log line says."""
     _serve_by(monkeypatch, ONE)
     folders[0].mkdir()
     folders[0].chmod(mode)
