@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 
 from freegpt_auth import ConfigurationError, MemoryTokenStore, Survey
@@ -22,12 +23,8 @@ def source(**parts: Any) -> Any:
     return SimpleNamespace(**{name: part for name, part in {**REQUIRED, **parts}.items() if part is not None})
 
 
-async def asynchronous(_digest: bytes) -> None:
-    """Answer later."""
-
-
 def test_defaults_complete_a_source() -> None:
-    """Three methods are enough: the clock is the host's, nothing is limited or closed, and each request is looked up."""
+    """Three methods are enough: the clock is the host's, nothing is limited or closed, each request is looked up."""
     whole: Any = completed(source())
     assert (whole.peek(b"d"), whole.resolve(b"d"), whole.survey()) == (b"d", b"dd", SURVEY)
     assert (whole.look_up_limit, whole.cache_limit, whole.state()) == (math.inf, math.inf, None)
@@ -52,7 +49,7 @@ def test_complete_source_is_used_itself() -> None:
 
 
 def test_another_peek_drops_the_state() -> None:
-    """A subclass with a ``peek`` of its own is looked up at each request: the state of its base may hide a revocation."""
+    """A subclass with a ``peek`` of its own is looked up at each request: its base's state may hide a revocation."""
 
     class Other(MemoryTokenStore):
         def peek(self, digest: bytes) -> None:
@@ -74,7 +71,7 @@ def test_another_peek_drops_the_state() -> None:
         ({"cach_limit": 4}, "has no cache_limit, but a cach_limit; rename it to cache_limit"),
         ({"closes": print}, "has no close, but a closes; rename it to close"),
         ({"now": 3}, "its now is 3, which cannot be called; make it a method"),
-        ({"resolve": asynchronous}, "its resolve is asynchronous; make it synchronous: resolve runs in a thread"),
+        ({"resolve": anyio.sleep}, "its resolve is asynchronous; make it synchronous: resolve runs in a thread"),
         ({"peek": lambda: None}, "its peek must take one argument, the digest; correct its parameters"),
         ({"state": lambda digest: digest}, "its state must take no argument; correct its parameters"),
         *[({"look_up_limit": limit}, f"its look_up_limit is {limit!r}; make it") for limit in ("4", True, -1)],

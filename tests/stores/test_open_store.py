@@ -22,11 +22,19 @@ def test_a_path_names_a_token_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("location", ["mysql://user:hunter2@db/x", "postgresql:/u:hunter2@h/d"])
-def test_address_of_no_known_store_is_refused(location: str) -> None:
-    """A store that this version does not know stops the server, and the password in its URL is not repeated."""
+@pytest.mark.parametrize(
+    ("location", "problem"),
+    [
+        ("mysql://user:hunter2@db/x", "names no store of this version"),
+        ("postgresql:/u:hunter2@h/d", "resembles the address"),
+        ("postgresql://u:hunter2@[h/d", "the URL of the store cannot be read: write postgresql://"),
+        ("postgresql://u:hunter2@h/d?what=ever", "the URL of the store cannot be read: write postgresql://"),
+    ],
+)
+def test_address_of_no_store_is_refused(location: str, problem: str) -> None:
+    """An unknown kind of store or a slip in a URL stops servers and commands, and its password is not repeated."""
     for opened in (open_store, open_usage):
-        with pytest.raises(ConfigurationError, match=r"names no store of this version|resembles the address") as caught:
+        with pytest.raises(ConfigurationError, match=problem) as caught:
             opened(location)
         assert "hunter2" not in str(caught.value)
 
@@ -60,41 +68,30 @@ def test_a_url_of_postgresql_names_a_database(scheme: str) -> None:
     assert (store._lease, store._cache.limit) == (5.0, 7)
 
 
-@pytest.mark.parametrize("url", ["postgresql://u:hunter2@[h/d", "postgresql://u:hunter2@h/d?what=ever"])
-def test_unreadable_url_is_a_configuration_error(url: str) -> None:
-    """A slip in the URL stops the server or the command, says how to write one and repeats nothing of it."""
-    for opened in (open_store, open_usage):
-        with pytest.raises(
-            ConfigurationError, match="the URL of the store cannot be read: write postgresql://"
-        ) as caught:
-            opened(url)
-        assert "hunter2" not in str(caught.value)
+WITHOUT_DRIVER = "import sys; sys.modules['psycopg'] = None; "
+URL = "postgresql://u:hunter2@h/d"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["list"], ["create", "ci"], ["migrate"], ["copy", "t.json", "postgresql://u:hunter2@h/d"]]
-)
-def test_command_without_driver_explains(arguments: list[str]) -> None:
+def _run(program: str, *arguments: str) -> tuple[int, str, str]:
+    """Run a program without the driver; return its status, its output and its errors."""
+    line = [sys.executable, "-c", WITHOUT_DRIVER + program, *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_command_without_driver_explains() -> None:
     """Without the extra a command with a database ends in one line that names the package; a file needs none."""
-    hidden = "import sys; sys.modules['psycopg'] = None; from freegpt_auth.cli import main; sys.exit(main())"
-    program = [sys.executable, "-c", hidden]
-    store = [] if arguments[0] == "copy" else ["--store", "postgresql://u:hunter2@h/d"]
-    done = subprocess.run([*program, *store, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    program = "from freegpt_auth.cli import main; sys.exit(main())"
     said = "freegpt-auth: a store in PostgreSQL needs a driver: run pip install 'freegpt-auth[postgres]'\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
-    done = subprocess.run([*program, "list"], capture_output=True, text=True, timeout=30, check=False)
-    assert (done.returncode, done.stdout) == (0, "No tokens found.\n")
+    for command in (f"--store {URL} list", f"--store {URL} create ci", f"--store {URL} migrate", f"copy t.json {URL}"):
+        assert _run(program, *command.split()) == (1, "", said)
+    assert _run(program, "list")[:2] == (0, "No tokens found.\n")
 
 
-@pytest.mark.parametrize("opened", ["BearerTokenMiddleware(None)", "open_usage('postgresql://h/d')"])
+@pytest.mark.parametrize("opened", ["BearerTokenMiddleware(None)", "stores.open_usage('postgresql://h/d')"])
 def test_server_without_driver_does_not_start(monkeypatch: pytest.MonkeyPatch, opened: str) -> None:
     """A server with a database and without its driver stops at once instead of guarding nothing."""
-    monkeypatch.setenv("FREEGPT_AUTH_STORE", "postgresql://u:hunter2@h/d")
-    hidden = (
-        "import sys; sys.modules['psycopg'] = None; from freegpt_auth import BearerTokenMiddleware;"
-        f"from freegpt_auth.stores import open_usage; {opened}"
-    )
-    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 1
-    assert "ConfigurationError: a store in PostgreSQL needs a driver" in done.stderr
-    assert "hunter2" not in done.stderr
+    monkeypatch.setenv("FREEGPT_AUTH_STORE", URL)
+    status, _, errors = _run(f"from freegpt_auth import BearerTokenMiddleware, stores; {opened}")
+    assert (status, "ConfigurationError: a store in PostgreSQL needs a driver" in errors) == (1, True)
+    assert "hunter2" not in errors

@@ -7,7 +7,7 @@ import os
 import stat
 import struct
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,17 +16,14 @@ from freegpt_auth.stores.file import access, disk
 
 ACL, DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
 OWNER, USER, OWNING_GROUP, GROUP, MASK, OTHERS = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
-NOBODY = 65534
 SERVER = 12345
 """The user that a server runs as."""
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(path: Path) -> Path:
     """Return the path of a file of its owner alone."""
-    path = tmp_path / "t.json"
-    path.write_bytes(b"old")
-    path.chmod(0o600)
+    path.touch(0o600)
     return path
 
 
@@ -41,16 +38,18 @@ def shared(server: int, mask: int, group: int = 0, others: int = 0) -> bytes:
     return acl((OWNER, 6), (USER, server, SERVER), (OWNING_GROUP, group), (MASK, mask), (OTHERS, others))
 
 
+def of_group(owner: int, group: int) -> bytes:
+    """Return the ACL of ``setfacl -m g:99:…``."""
+    return acl((OWNER, owner), (OWNING_GROUP, 0), (GROUP, group, 99), (MASK, group), (OTHERS, 0))
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         (shared(4, 4), shared(4, 4)),
         (shared(6, 6, group=6, others=6), shared(4, 4, group=4, others=4)),
         (shared(6, 4), shared(4, 4)),
-        (
-            acl((OWNER, 4), (OWNING_GROUP, 0), (GROUP, 7, 99), (MASK, 7), (OTHERS, 0)),
-            acl((OWNER, 6), (OWNING_GROUP, 0), (GROUP, 4, 99), (MASK, 4), (OTHERS, 0)),
-        ),
+        (of_group(owner=4, group=7), of_group(owner=6, group=4)),
     ],
     ids=["read", "write", "masked write", "group"],
 )
@@ -76,35 +75,25 @@ def test_default_acl_of_folder_gives_no_access(path: Path) -> None:
 def test_acl_that_cannot_be_kept_is_a_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command says so and changes nothing, rather than hide the file from the server."""
     os.setxattr(path, ACL, shared(4, 4))
-
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.EPERM, "not permitted")
-
-    monkeypatch.setattr(os, "setxattr", refuse)
-    problem = (
-        r"its access rules \(system.posix_acl_access\) cannot be kept: operation not permitted; nothing was changed"
-    )
+    monkeypatch.setattr(os, "setxattr", Mock(side_effect=PermissionError(errno.EPERM, "not permitted")))
+    problem = r"its access rules \(system.posix_acl_access\) cannot be kept: operation not permitted; nothing was"
     with pytest.raises(FileError, match=problem):
         disk.replace_file(str(path), b"new")
-    assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [("t.json", b"old")]
+    assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [(path.name, b"")]
 
 
 def test_unreadable_acl_is_a_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An ACL that cannot be read cannot be kept: nothing is changed, and no warning rests on a guess."""
-
-    def fail(*_: Any) -> bytes:
-        raise OSError(errno.EIO, "broken")
-
     path.chmod(0o660)
-    monkeypatch.setattr(os, "getxattr", fail)
+    monkeypatch.setattr(os, "getxattr", Mock(side_effect=OSError(errno.EIO, "broken")))
     with pytest.raises(FileError, match="input/output error"):
         disk.replace_file(str(path), b"new")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b""
     assert access.exposure(str(path), path.stat()) is None
 
 
 def test_label_in_force_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed SELinux label goes to the next file; labels that new files do not get are those of a system turned off."""
+    """A changed SELinux label goes to the next file; labels that new files do not get are of a system turned off."""
     labels = {(path.stat().st_ino, "security.selinux"): b"httpd", (path.stat().st_ino, "system.nfs4_acl"): b"left"}
     given: list[tuple[str, bytes]] = []
 
@@ -121,12 +110,8 @@ def test_label_in_force_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_group_that_grants_nothing_may_change(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Docker's ``-u 1000`` gives files the group 0, which user 1000 cannot; a group that may read is kept, or it fails."""
-
-    def refuse(*_: int) -> None:
-        raise PermissionError(errno.EPERM, "not permitted")
-
-    monkeypatch.setattr(os, "fchown", refuse)
+    """Docker's ``-u 1000`` gives files the group 0, which user 1000 cannot; a group that reads is kept, or it fails."""
+    monkeypatch.setattr(os, "fchown", Mock(side_effect=PermissionError(errno.EPERM, "not permitted")))
     real = access.kept_access
     monkeypatch.setattr(disk, "kept_access", lambda target: real(target)._replace(group=54321))
     disk.replace_file(str(path), b"new")
@@ -137,35 +122,31 @@ def test_group_that_grants_nothing_may_change(path: Path, monkeypatch: pytest.Mo
     assert path.read_bytes() == b"new"
 
 
+WRITTEN = "can be written by others; run chmod go-w on it"
+READ = "can be read by every user; run chmod o-r on it"
+BOTH = "can be written by others; run chmod go-w,o-r on it"
+
+
 @pytest.mark.parametrize(
-    ("rules", "warning"),
+    ("warning", "rules"),
     [
-        (0o640, None),
-        (0o620, "can be written by others; run chmod go-w on it"),
-        (0o602, "can be written by others; run chmod go-w on it"),
-        (0o604, "can be read by every user; run chmod o-r on it"),
-        (0o666, "can be written by others; run chmod go-w,o-r on it"),
-        (shared(4, 4), None),
-        (shared(4, 6), None),
-        (shared(6, 4), None),
-        (shared(6, 6), "can be written by others; run chmod go-w on it"),
-        (shared(4, 6, group=6), "can be written by others; run chmod go-w on it"),
-        (shared(4, 4, others=4), "can be read by every user; run chmod o-r on it"),
+        (None, [0o640, shared(4, 4), shared(4, 6), shared(6, 4)]),
+        (WRITTEN, [0o620, 0o602, shared(6, 6), shared(4, 6, group=6)]),
+        (READ, [0o604, shared(4, 4, others=4)]),
+        (BOTH, [0o666]),
     ],
 )
-def test_wide_access_is_a_warning(path: Path, rules: int | bytes, warning: str | None) -> None:
+def test_wide_access_is_a_warning(path: Path, warning: str | None, rules: list[int | bytes]) -> None:
     """Others that may write are named, and every user that may read; the mask of an ACL is not taken for a group."""
-    if isinstance(rules, int):
-        path.chmod(rules)
-    else:
-        os.setxattr(path, ACL, rules)
-    assert access.exposure(str(path), path.stat()) == (warning and f"{path} {warning}")
+    for each in rules:
+        path.chmod(each) if isinstance(each, int) else os.setxattr(path, ACL, each)
+        assert access.exposure(str(path), path.stat()) == (warning and f"{path} {warning}"), each
 
 
 def test_unchangeable_file_may_be_read_by_all(unprivileged: Path) -> None:
-    """A Secret that Kubernetes mounts is readable by all and cannot be changed: no warning asks for it; of writers one does."""
+    """A Kubernetes Secret is readable by all and unchangeable: no warning asks for it, but one names writers."""
     path = unprivileged / "t.json"
-    path.touch(0o444)
+    path.touch()
     path.chmod(0o444)
     assert access.exposure(str(path), path.stat()) is not None
     unprivileged.chmod(0o555)

@@ -2,86 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import fcntl
 import os
-import subprocess
-import sys
-import threading
 import time
-from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
-import filelock
 import pytest
 
 from freegpt_auth.exceptions import FileError, StoreBusyError
 from freegpt_auth.stores.file.lock import locked
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Return where the file is, or will be."""
-    return tmp_path / "t.json"
-
-
-def _lock(path: str) -> Callable[[], object]:
-    return locked(path, 0.01).__enter__
-
-
-def test_lock_of_another_process_times_out(path: Path) -> None:
-    """A command that cannot get the lock gives up with one sentence, and gets it once it is free."""
-    script = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    program = [sys.executable, "-c", script, f"{path}.lock"]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline()
-        with pytest.raises(StoreBusyError, match=r"another process held its lock for 0\.01 s; try again"):
-            _lock(str(path))()
-        holder.communicate(b"\n")
-    with pytest.raises(RuntimeError, match="failed"), locked(str(path), 5):
-        raise RuntimeError("failed")
-    with locked(str(path), 0):  # an error releases it too
+def _lock(path: object, seconds: float = 0.01) -> None:
+    with locked(str(path), seconds):
         pass
 
 
-def test_a_writer_looks_often_for_its_turn(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several writers none waits much longer than the others write: it looks again each millisecond."""
-    waits: dict[int, list[float]] = defaultdict(list)
-    sleep, this_thread = time.sleep, threading.get_ident()
-    with contextlib.ExitStack() as holder:
-        descriptor = os.open(f"{path}.lock", os.O_CREAT)
-        holder.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-        def watched(seconds: float) -> None:
-            waits[threading.get_ident()].append(seconds)  # others may sleep meanwhile too
-            if len(waits[this_thread]) == 50:
-                holder.close()
-            sleep(seconds)
-
-        monkeypatch.setattr(time, "sleep", watched)
-        with locked(str(path), 5):
-            assert (len(waits[this_thread]), max(waits[this_thread])) == (50, 0.001)
+def test_held_lock_times_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer looks for the lock each millisecond, gives up with one sentence, and gets it once it is free."""
+    descriptor, sleep = os.open(f"{path}.lock", os.O_CREAT), Mock(wraps=time.sleep)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(StoreBusyError, match=r"another process held its lock for 0\.2 s; try again"):
+        _lock(path, 0.2)
+    os.close(descriptor)
+    assert sleep.mock_calls.count(call(0.001)) > 1
+    with pytest.raises(RuntimeError, match="failed"), locked(str(path), 5):
+        raise RuntimeError("failed")
+    _lock(path)  # an error releases it too
 
 
 def test_a_lock_that_cannot_be_made_is_a_fault(path: Path) -> None:
     """Something else in the lock's place is told in one sentence, and a mistyped path makes no folder."""
     Path(f"{path}.lock").mkdir()
     with pytest.raises(FileError, match=r"cannot lock .*t\.json\.lock: it is a directory, not a file"):
-        _lock(str(path))()
+        _lock(path)
     with pytest.raises(FileError, match="its folder does not exist; create the folder first"):
-        _lock(f"{path.parent}/missing/t.json")()
+        _lock(path.with_name("missing") / "t.json")
     assert [each.name for each in path.parent.iterdir()] == ["t.json.lock"]
 
 
-def test_there_is_no_lesser_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSYS, "no flock"), NotImplementedError("no flock")])
+def test_there_is_no_lesser_lock(path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
     """On a file system without locks nothing is written at all: two writers would lose tokens."""
-    monkeypatch.setattr(filelock.UnixFileLock, "acquire", Mock(side_effect=NotImplementedError("no flock")))
-    with pytest.raises(FileError, match="no flock"):
-        _lock(str(path))()
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=fault))
+    with pytest.raises(FileError, match="cannot lock"):
+        _lock(path)

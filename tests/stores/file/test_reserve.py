@@ -3,47 +3,60 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  beside the annotations that pytest may resolve
+from unittest.mock import Mock
 
 import pytest
 
 from freegpt_auth.stores.file.reserve import Reserve
 from tests.helpers.scarcity import no_descriptors
+from tests.stores.file.common import open_files
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> str:
+def path(path: Path) -> Path:
     """Return the path of a file."""
-    (tmp_path / "file").write_bytes(b"content")
-    return str(tmp_path / "file")
+    path.write_bytes(b"content")
+    return path
 
 
-def _read(reserve: Reserve, path: str) -> bytes:
-    fd = reserve.open(path, os.O_RDONLY)
+@pytest.fixture
+def reserve() -> Reserve:
+    """Return a full reserve."""
+    reserve = Reserve()
+    reserve.fill()
+    return reserve
+
+
+def _read(reserve: Reserve, path: Path) -> bytes:
+    fd = reserve.open(str(path), os.O_RDONLY)
     content = os.read(fd, 100)
     reserve.close(fd)
     return content
 
 
-def test_reserve_opens_again_and_again(path: str) -> None:
-    """A full process reads as often as it must: the spare descriptor is taken back before another thread can have it."""
-    reserve, empty = Reserve(), Reserve()
-    reserve.fill()
+def test_reserve_opens_again_and_again(path: Path, reserve: Reserve) -> None:
+    """A full process reads as often as it must: the spare descriptor is back before another thread can have it."""
+    empty = Reserve()
     with no_descriptors():
         for _ in range(3):
             assert _read(reserve, path) == b"content"
         empty.fill()
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-            empty.open(path, os.O_RDONLY)
+            _read(empty, path)
     assert _read(empty, path) == b"content"
 
 
-def test_stolen_descriptor_costs_one_spare(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_system_is_like_a_full_process(path: Path, reserve: Reserve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor in reserve also opens a file while the whole system has none left."""
+    real = os.open
+    monkeypatch.setattr(os, "open", Mock(side_effect=[OSError(errno.ENFILE, "full"), real(path, os.O_RDONLY)]))
+    assert _read(reserve, path) == b"content"
+
+
+def test_stolen_descriptor_costs_one_spare(path: Path, reserve: Reserve, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is accepted in the moment a spare is free takes that one, and the second opens the file."""
-    reserve = Reserve()
-    reserve.fill()
     close, stolen = os.close, list[int]()
 
     def close_and_steal(fd: int) -> None:
@@ -58,17 +71,15 @@ def test_stolen_descriptor_costs_one_spare(path: str, monkeypatch: pytest.Monkey
         close(*stolen)
 
 
-def test_foreign_descriptor_is_never_closed(path: str) -> None:
+def test_foreign_descriptor_is_never_closed(path: Path, reserve: Reserve) -> None:
     """A daemon that closed every descriptor may have given the numbers to its sockets: those stay open."""
-    reserve = Reserve()
-    reserve.fill()
     held = list(reserve._held)
     for fd in held:
         os.close(fd)
     others = [os.open(path, os.O_RDONLY) for _ in held]
     assert sorted(others) == sorted(held)
     with no_descriptors(), pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-        reserve.open(path, os.O_RDONLY)
+        _read(reserve, path)
     for fd in others:
         assert os.read(fd, 100) == b"content"
         os.close(fd)
@@ -76,12 +87,9 @@ def test_foreign_descriptor_is_never_closed(path: str) -> None:
 
 def test_reserve_ends_with_its_store() -> None:
     """A store that is dropped leaves no descriptor open."""
-    folder = Path("/proc/self/fd")
-    gc.collect()  # releases the descriptors of earlier tests
-    before = len(list(folder.iterdir()))
+    before = open_files()
     reserve = Reserve()
     reserve.fill()
-    assert len(list(folder.iterdir())) == before + 2
+    assert open_files() == before + 2
     del reserve
-    gc.collect()
-    assert len(list(folder.iterdir())) == before
+    assert open_files() == before

@@ -11,38 +11,43 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable  # noqa: TC003  beside the annotations that pytest may resolve
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import chain
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 from weakref import WeakValueDictionary
 
 import pytest
 from hypothesis import HealthCheck, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from freegpt_auth import UNRESOLVED, BearerTokenMiddleware, FileTokenStore, StoreError, sharing
 from freegpt_auth.exceptions import TokenNotFoundError
 from freegpt_auth.guard.callers import Caller
 from freegpt_auth.guard.credentials import presented
 from freegpt_auth.stores import base, rules
-from freegpt_auth.stores.file import store as file_store, worker_notes
-from freegpt_auth.tokens import digest_of, find, issue
+from freegpt_auth.stores.file import worker_notes
+from freegpt_auth.stores.file.store import FRESHNESS
+from freegpt_auth.tokens import digest_of, issue
+from tests.stores.file.common import in_lines, row
 
 KEY, STRANGER = "the-environment-key", "sk-nobody-has-this"
 LIFETIME = 60.0
-BROKEN = [
-    b"",
-    b"[]",
-    b'{"version": 1, "tokens": [\n',
-    b'{"version": 2, "tokens": []}',
-    b'{"sk-plain": 1}',
-    b"\xff" * 40,
-]
-SPECIAL = ["folder", "fifo", "dangling", "loop"]
+BROKEN = [b"", b"[]", in_lines(row())[:-20], b'{"version": 2, "tokens": []}', b'{"sk-plain": 1}', b"\xff" * 40]
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "folder": Path.mkdir,
+    "fifo": os.mkfifo,
+    "dangling": lambda path: path.symlink_to("nowhere"),
+    "loop": lambda path: path.symlink_to(path.name),
+}
 
 several = st.integers(0, 9)
+copying = st.sampled_from(["replace", "overwrite"])
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,7 @@ class Known:
     """A token in the model."""
 
     id: str
-    prefix: str
-    expires: float = float("inf")
+    expires: float = inf
     revoked: bool = False
 
     def outcome(self, now: float) -> str:
@@ -61,12 +65,11 @@ class Known:
 
 @dataclass
 class Server:
-    """A long-lived middleware with its expected knowledge: the tokens of the last reading, and whether it failed."""
+    """A long-lived middleware with its expected knowledge: the tokens of the last good reading."""
 
     middleware: BearerTokenMiddleware
     has_key: bool
     configured: bool = False
-    broken: bool = False
     tokens: dict[str, Known] = field(default_factory=dict)
 
 
@@ -79,27 +82,22 @@ class Lives(RuleBasedStateMachine):
         self.path = Path(self.folder.name, "api_tokens.json")
         self.aside, self.probe = (self.path.with_name(name) for name in ("moved-away.json", "probe"))
         self.ticks, self.now = 0.0, time.time()
+        self.notes: set[str] = set()
         self.patch = pytest.MonkeyPatch()
-        defaults = FileTokenStore.__init__.__kwdefaults__
-        assert defaults is not None
-        self.patch.setitem(defaults, "sleep", self.wait)
-        self.patch.setitem(defaults, "clock", lambda: self.ticks)
+        defaults: Any = FileTokenStore.__init__.__kwdefaults__
+        for name, function in (("sleep", self.wait), ("clock", lambda: self.ticks)):
+            self.patch.setitem(defaults, name, function)
         for module in (base, rules):
             self.patch.setattr(module, "time", SimpleNamespace(time=lambda: self.now))
-        self.patch.setattr(worker_notes, "_servers", lambda _: (worker_notes._Server(os.getpid(), self.supervisor),))
-        self.patch.setattr(worker_notes, "_folders", lambda: (Path(self.folder.name, "notes"),))
+        self.patch.setattr(worker_notes, "leave", self.notes.add)
+        self.patch.setattr(worker_notes, "found", self.notes.__contains__)
         self.writers = [FileTokenStore(self.path), FileTokenStore(self.path)]
         self.state = "missing"
         self.tokens: dict[str, Known] = {}
         self.copies: list[tuple[bytes, dict[str, Known]]] = []
         self.moved: dict[str, Known] | None = None
-        self.issued: list[str] = []
-        self.plain: list[str] = []
+        self.secrets: list[str] = []
         self.servers: list[Server] = []
-
-    @initialize()
-    def start(self) -> None:
-        """Start a server with an environment key and one without, before there is any token."""
         self.restart()
 
     def teardown(self) -> None:
@@ -113,98 +111,79 @@ class Lives(RuleBasedStateMachine):
 
     # --- time
 
+    @rule(seconds=st.sampled_from([0.001, 0.019, 0.019, 1.0, LIFETIME]))
     def wait(self, seconds: float) -> None:
-        """Let time pass, as a writer does that waits."""
+        """Let time pass, as a writer does that waits: looks at the file grow old, and tokens expire."""
         self.ticks += seconds
         self.now += seconds
 
-    @rule(seconds=st.sampled_from([0.001, 0.019, 1.0]))
-    def time_passes(self, seconds: float) -> None:
-        """Looks at the file grow old."""
-        self.wait(seconds)
-
-    @precondition(lambda self: any(known.outcome(self.now) == "accepted" for known in self.tokens.values()))
-    @rule()
-    def tokens_expire(self) -> None:
-        """Nothing happens until every token that was to expire has."""
-        self.wait(LIFETIME)
-
     def by_hand(self) -> None:
         """Wait until an operator's change of the file is seen: the freshness of a check."""
-        self.wait(file_store.FRESHNESS + 1e-9)  # a sum of fractions may be a little less than it should be
+        self.wait(FRESHNESS + 1e-9)  # a sum of fractions may be a little less than it should be
 
     def tick(self) -> None:
         """Wait until the file system's clock has moved on, so that no two states of the file have one signature."""
         self.probe.touch()
-        before, deadline = self.probe.stat().st_mtime_ns, time.monotonic() + 10
+        before = self.probe.stat().st_mtime_ns
         while self.probe.stat().st_mtime_ns == before:
-            assert time.monotonic() < deadline
             self.probe.touch()
 
     # --- commands
 
-    @precondition(lambda self: self.state != "broken")
-    @rule(which=several, expires=st.booleans())
-    def create(self, which: int, *, expires: bool) -> None:
-        """Issue a token, for ever or for a minute."""
+    def writer(self) -> FileTokenStore:
+        """Return each writer in turn, once a change is seen as one."""
         self.tick()
-        ends = self.now + LIFETIME if expires else None
-        instant = datetime.fromtimestamp(ends, UTC) if ends else None
-        token, secret = issue(f"token {len(self.issued)}", now=datetime.now(UTC), expires_at=instant)
-        self.writers[which % 2].add(digest_of(secret), token)
-        known = Known(token.id, token.prefix, instant.timestamp() if instant else float("inf"))
-        self.tokens, self.state = {**self.tokens, secret: known}, "good"
-        self.issued.append(secret)
+        self.writers.reverse()
+        return self.writers[0]
+
+    @precondition(lambda self: self.state != "broken")
+    @rule(lifetime=st.sampled_from([LIFETIME, inf]))
+    def create(self, lifetime: float) -> None:
+        """Issue a token, for ever or for a minute."""
+        ends = None if lifetime == inf else datetime.fromtimestamp(self.now + lifetime, UTC)
+        token, secret = issue(f"token {len(self.secrets)}", now=datetime.now(UTC), expires_at=ends)
+        self.writer().add(digest_of(secret), token)
+        self.tokens = {**self.tokens, secret: Known(token.id, ends.timestamp() if ends else inf)}
+        self.secrets.append(secret)
+        self.state = "good"
         self.written()
 
     @precondition(lambda self: self.state == "good" and self.tokens)
-    @rule(
-        which=several,
-        one=several,
-        kind=st.sampled_from(["secret", "id", "prefix", "dotted", "longer"]),
-        delete=st.booleans(),
-    )
-    def end(self, which: int, one: int, kind: str, *, delete: bool) -> None:
-        """Revoke a token, perhaps again, or delete it, by any reference to it."""
-        self.tick()
-        secret = list(self.tokens)[one % len(self.tokens)]
-        known, writer = self.tokens[secret], self.writers[which % 2]
-        references = {"id": known.id, "prefix": known.prefix, "dotted": f"{known.prefix}...", "longer": secret[:20]}
-        (meant,) = find(references.get(kind, secret), writer.tokens())
-        assert meant.id == known.id
-        others = {other: each for other, each in self.tokens.items() if other != secret}
-        if delete:
-            writer.delete(meant.id)
-            self.tokens = others
+    @rule(one=several, way=st.sampled_from(["revoke", "delete"]))
+    def end(self, one: int, way: str) -> None:
+        """Revoke a token, perhaps again, or delete it."""
+        secret, known = list(self.tokens.items())[one % len(self.tokens)]
+        if way == "delete":
+            self.writer().delete(known.id)
+            self.tokens = {other: each for other, each in self.tokens.items() if other != secret}
         else:
-            assert writer.revoke(meant.id, datetime.now(UTC)).revoked_at is not None
-            self.tokens = {**self.tokens, secret: Known(known.id, known.prefix, known.expires, revoked=True)}
+            assert self.writer().revoke(known.id, datetime.now(UTC)).revoked_at is not None
+            self.tokens = {**self.tokens, secret: replace(known, revoked=True)}
         self.written()
 
     def written(self) -> None:
-        """Check that a command left neither a secret in the file nor a file beside it."""
-        content = self.path.read_text()
-        assert [secret for secret in self.issued + self.plain if secret in content] == []
+        """Check that a command left neither a secret in the file nor a file beside it, and make a backup."""
+        content = self.path.read_bytes()
+        assert [secret for secret in self.secrets if secret.encode() in content] == []
         assert list(self.path.parent.glob(".*.tmp")) == []
+        self.copies.append((content, self.tokens))
 
     @precondition(lambda self: self.state != "good")
-    @rule(which=several)
-    def change_what_is_not_there(self, which: int) -> None:
+    @rule()
+    def change_without_a_file(self) -> None:
         """A command never writes over a file it cannot read, nor invents one to revoke a token in."""
         before, broken = self.contents(), self.state == "broken"
-        writer, (token, secret) = self.writers[which % 2], issue("x", now=datetime.now(UTC))
+        writer, (token, secret) = self.writer(), issue("x", now=datetime.now(UTC))
         changes: list[Any] = [lambda: writer.revoke("x", datetime.now(UTC)), lambda: writer.delete("x")]
         for change in changes + [lambda: writer.add(digest_of(secret), token)] * broken:
             with pytest.raises(StoreError if broken else TokenNotFoundError):
                 change()
         assert self.contents() == before
 
-    def contents(self) -> list[tuple[str, object]]:
-        """Return the kinds and the bytes of all files in the folder."""
-        found = [path for path in self.path.parent.iterdir() if path.suffix != ".lock"]
-        return sorted(
-            (path.name, path.read_bytes() if path.is_file() else oct(path.lstat().st_mode)) for path in found
-        )  # fmt: skip
+    def contents(self) -> dict[str, object]:
+        """Return the bytes or the kinds of all files in the folder."""
+        found = [path for path in self.path.parent.iterdir() if path.suffix != ".lock" and path != self.probe]
+        return {path.name: path.read_bytes() if path.is_file() else path.lstat().st_mode for path in found}
 
     # --- an operator's hands
 
@@ -215,82 +194,58 @@ class Lives(RuleBasedStateMachine):
         with contextlib.suppress(FileNotFoundError):
             self.path.rmdir()
 
-    def put(self, content: bytes, *, replace: bool) -> None:
+    def put(self, content: bytes, how: str) -> None:
         """Replace the file or overwrite it, as ``cp -p`` and ``tar`` do: the copy is as old as the original."""
         self.tick()
-        if replace or not self.path.is_file():
+        is_new = how == "replace" or not self.path.is_file()
+        place = self.path.with_name("fresh") if is_new else self.path
+        place.write_bytes(content)
+        os.utime(place, (1.7e9, 1.7e9))
+        if is_new:
             self.clear()
-            fresh = self.path.with_name("fresh")
-            fresh.write_bytes(content)
-            os.utime(fresh, (1.7e9, 1.7e9))
-            fresh.rename(self.path)
-        else:
-            self.path.write_bytes(content)
-            os.utime(self.path, (1.7e9, 1.7e9))
+            place.rename(self.path)
         self.by_hand()
 
-    @precondition(lambda self: self.state == "good")
-    @rule()
-    def copy(self) -> None:
-        """Make a backup."""
-        self.copies.append((self.path.read_bytes(), self.tokens))
-
     @precondition(lambda self: self.copies)
-    @rule(one=several, replace=st.booleans())
-    def restore(self, one: int, *, replace: bool) -> None:
+    @rule(one=several, how=copying)
+    def restore(self, one: int, how: str) -> None:
         """Restore a backup of the file: its records are in force again."""
         content, self.tokens = self.copies[one % len(self.copies)]
-        self.put(content, replace=replace)
+        self.put(content, how)
         self.state = "good"
 
     @precondition(lambda self: self.state != "broken")  # else there is hardly ever a good file
-    @rule(content=st.sampled_from(BROKEN), replace=st.booleans())
-    def spoil(self, content: bytes, *, replace: bool) -> None:
-        """Write something that is no token file."""
-        self.put(content, replace=replace)
+    @rule(replacement=st.sampled_from([*BROKEN, *SPECIAL]), how=copying)
+    def spoil(self, replacement: bytes | str, how: str) -> None:
+        """Write something that is no token file, or put another kind of object in its place."""
+        if isinstance(replacement, bytes):
+            self.put(replacement, how)
+        else:
+            self.clear()
+            SPECIAL[replacement](self.path)
+            self.by_hand()
         self.state = "broken"
 
-    @precondition(lambda self: self.state == "good")
-    @rule(missing=st.integers(2, 30))
-    def truncate(self, missing: int) -> None:
-        """Lose the end of the file, and more of it than the last line break, as on a full disk."""
-        self.tick()
-        os.truncate(self.path, self.path.stat().st_size - missing)
-        self.by_hand()
-        self.state = "broken"
-
-    @precondition(lambda self: self.state != "broken")
-    @rule(kind=st.sampled_from(SPECIAL))
-    def put_something_else(self, kind: str) -> None:
-        """Replace the file by another kind of object."""
-        self.clear()
-        ways: dict[str, Any] = {
-            "folder": self.path.mkdir,
-            "fifo": lambda: os.mkfifo(self.path),
-            "dangling": lambda: self.path.symlink_to("nowhere"),
-            "loop": lambda: self.path.symlink_to(self.path.name),
-        }
-        ways[kind]()
-        self.by_hand()
-        self.state = "broken"
-
-    @rule(names=st.lists(several, min_size=1, max_size=3, unique=True), active=st.booleans(), replace=st.booleans())
-    def put_plain_tokens(self, names: list[int], *, active: bool, replace: bool) -> None:
+    @rule(names=st.lists(several, min_size=1, max_size=3, unique=True), active=st.booleans(), how=copying)
+    def put_plain_tokens(self, names: list[int], how: str, *, active: bool = True) -> None:
         """Bring a file of the ancestor's format."""
         secrets = [f"sk-plain-{name}-{'x' * 35}" for name in names]
         entry = {"name": "old", "created_at": "2024-01-01T00:00:00", "active": active}
-        self.put(json.dumps(dict.fromkeys(secrets, entry)).encode(), replace=replace)
-        self.tokens = {one: Known(digest_of(one).hex()[:12], one[:14], revoked=not active) for one in secrets}
-        self.plain = sorted({*self.plain, *secrets})
+        self.put(json.dumps(dict.fromkeys(secrets, entry)).encode(), how)
+        self.tokens = {secret: Known(digest_of(secret).hex()[:12], revoked=not active) for secret in secrets}
+        self.secrets = list(dict.fromkeys([*self.secrets, *secrets]))
         self.state = "good"
 
-    @precondition(lambda self: self.state == "good")
+    @precondition(lambda self: self.state != "missing")
     @rule()
-    def move_away(self) -> None:
-        """Move the file away."""
-        self.path.replace(self.aside)
+    def remove(self) -> None:
+        """Move the file away, or remove the object in its place."""
+        if self.state == "good":
+            self.path.replace(self.aside)
+            self.moved = self.tokens
+        self.clear()
         self.by_hand()
-        self.tokens, self.moved, self.state = {}, self.tokens, "missing"
+        self.tokens, self.state = {}, "missing"
 
     @precondition(lambda self: self.moved is not None)
     @rule()
@@ -300,14 +255,6 @@ class Lives(RuleBasedStateMachine):
         self.aside.rename(self.path)
         self.by_hand()
         self.tokens, self.moved, self.state = self.moved or {}, None, "good"
-
-    @precondition(lambda self: self.state != "missing")
-    @rule()
-    def remove(self) -> None:
-        """Remove the file, or its replacement."""
-        self.clear()
-        self.by_hand()
-        self.tokens, self.state = {}, "missing"
 
     @precondition(lambda self: self.state == "good")
     @rule(mode=st.sampled_from([None, 0o600, 0o640, 0o666]))
@@ -321,42 +268,38 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         """Restart the server: its new workers know nothing of the past."""
-        self.supervisor = os.urandom(8)
-        self.ever_configured = False
+        self.notes.clear()
         self.servers.clear()
         for has_key in (False, True):
             self.recycle(9, has_key=has_key)
 
     @rule(one=several, has_key=st.booleans())
-    def recycle(self, one: int, *, has_key: bool) -> None:
+    def recycle(self, one: int, *, has_key: bool = False) -> None:
         """Start a worker in the place of another: it is never more open than that one was."""
         self.patch.delenv("FREEGPT_API_KEY", raising=False)
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv(*("FREEGPT_API_KEY", KEY) if has_key else ("FREEGPT_AUTH_REQUIRED", "0"))
             environment.chdir(self.folder.name)  # the store must not be named: the server could not be open
             environment.setattr(sharing, "_shared", WeakValueDictionary())  # that of another process
-            middleware = BearerTokenMiddleware(no_app, usage="off")
+            middleware = BearerTokenMiddleware(AsyncMock(), usage="off")
+        configured = any(server.configured for server in self.servers)
         del self.servers[one : one + 1]
-        self.servers.append(Server(middleware, has_key, configured=self.ever_configured))
+        self.servers.append(Server(middleware, has_key, configured))
         self.ask(self.servers[-1])
-
-    def look(self, server: Server) -> None:
-        """Record a server's knowledge after a check of the file."""
-        server.broken = self.state == "broken"
-        server.configured = server.configured or self.state != "missing"
-        self.ever_configured = self.ever_configured or server.configured
-        if not server.broken:
-            server.tokens = self.tokens
 
     def ask(self, server: Server) -> None:
         """Send a server every secret so far: it decides by the file, or by its last good reading."""
-        self.look(server)
+        broken = self.state == "broken"
+        server.configured = server.configured or self.state != "missing"
+        server.tokens = server.tokens if broken else self.tokens
         is_open = not server.configured and not server.has_key
-        for secret in [*self.issued, *self.plain, STRANGER, KEY, None]:
-            unknown = "unavailable" if server.broken else "unknown"
+        for secret in [*self.secrets, STRANGER, KEY, None]:
+            unknown = "unavailable" if broken else "unknown"
             outcome = server.tokens[secret].outcome(self.now) if secret in server.tokens else unknown
             outcome = "missing" if secret is None else "accepted" if secret == KEY and server.has_key else outcome
             assert (secret, decided(server.middleware, secret)) == (secret, "accepted" if is_open else outcome)
+        active = [known for known in server.tokens.values() if known.outcome(self.now) == "accepted"]
+        assert server.middleware._authenticator._source.survey()[:2] == (server.configured, len(active))
 
     @rule(one=several)
     def idle_server_is_asked(self, one: int) -> None:
@@ -370,10 +313,6 @@ class Lives(RuleBasedStateMachine):
             self.ask(server)
 
 
-async def no_app(*_: object) -> None:
-    """Stand in for an application: only the decisions of the servers matter."""
-
-
 def decided(middleware: BearerTokenMiddleware, secret: str | None) -> str:
     """Return how a request with this secret ends, decided step by step as the middleware does."""
     headers = [(b"authorization", f"Bearer {secret}".encode())] * (secret is not None)
@@ -385,38 +324,18 @@ def decided(middleware: BearerTokenMiddleware, secret: str | None) -> str:
     return "accepted" if isinstance(decision, Caller) else decision.reason
 
 
-LIFE: list[tuple[str, dict[str, Any]]] = [
-    ("start", {}),
-    ("change_what_is_not_there", {"which": 0}),
-    ("put_plain_tokens", {"names": [1, 2], "active": True, "replace": True}),
-    ("create", {"which": 0, "expires": True}),
-    ("create", {"which": 1, "expires": False}),
-    ("copy", {}),
-    ("end", {"which": 0, "one": 3, "kind": "prefix", "delete": False}),
-    ("end", {"which": 1, "one": 0, "kind": "secret", "delete": True}),
-    ("time_passes", {"seconds": 0.019}),
-    ("tokens_expire", {}),
-    ("touch", {"mode": None}),
-    ("touch", {"mode": 0o640}),
-    ("restore", {"one": 0, "replace": False}),
-    ("idle_server_is_asked", {"one": 1}),
-    ("truncate", {"missing": 2}),
-    ("change_what_is_not_there", {"which": 1}),
-    ("put_something_else", {"kind": "folder"}),
-    ("restore", {"one": 0, "replace": True}),
-    ("move_away", {}),
-    ("recycle", {"one": 0, "has_key": False}),
-    ("spoil", {"content": b"", "replace": True}),
-    ("move_back", {}),
-    ("put_plain_tokens", {"names": [1], "active": True, "replace": False}),
-    ("put_plain_tokens", {"names": [2], "active": True, "replace": False}),  # as large as the one before
-    ("spoil", {"content": b"[]", "replace": False}),
-    ("remove", {}),
-    ("restart", {}),
-    ("put_something_else", {"kind": "dangling"}),
-    ("remove", {}),
-    ("recycle", {"one": 0, "has_key": False}),
-]
+LIFE: dict[str, list[tuple[Any, ...]]] = {
+    "plain tokens are converted": [("change_without_a_file",), ("put_plain_tokens", [1, 2], "replace")],
+    "tokens are issued": [("create", LIFETIME), ("create", inf)],
+    "tokens end": [("end", 3, "revoke"), ("end", 0, "delete"), ("wait", 0.019), ("wait", LIFETIME)],
+    "nothing changes": [("touch", None), ("touch", 0o640), ("restore", 1, "overwrite"), ("idle_server_is_asked", 1)],
+    "the file breaks": [("spoil", "loop", "replace"), ("change_without_a_file",), ("spoil", "folder", "replace")],
+    "the file is moved": [("restore", 1, "replace"), ("remove",), ("recycle", 0), ("spoil", b"", "replace")],
+    "the file returns": [("move_back",), ("put_plain_tokens", [1], "overwrite")],
+    "another of its size follows": [("put_plain_tokens", [2], "overwrite"), ("spoil", "fifo", "replace")],
+    "the server is restarted": [("remove",), ("restart",)],
+    "a server starts beside a fault": [("spoil", "dangling", "replace"), ("remove",), ("recycle", 0)],
+}
 """A life in which everything happens."""
 
 
@@ -424,8 +343,8 @@ def test_a_life_in_which_everything_happens() -> None:
     """Each command, each fault and each mending has its effect in every server, and none of it is left to chance."""
     life = Lives()
     try:
-        for step, arguments in LIFE:
-            getattr(life, step)(**arguments)
+        for step, *arguments in chain.from_iterable(LIFE.values()):
+            getattr(life, step)(*arguments)
             life.busy_server_answers_right()
     finally:
         life.teardown()

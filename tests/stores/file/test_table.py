@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 from io import BytesIO
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,30 +14,20 @@ from hypothesis import given, settings, strategies as st
 from freegpt_auth.stores import steps
 from freegpt_auth.stores.file import decoding, table
 from freegpt_auth.tokens import digest_of
-
-INSTANT = "2025-06-01T12:00:00Z"
+from tests.stores.file.common import in_lines, row
 
 Rows = list[tuple[int, int]]
 """The numbers of the digest and of the id of each token of a file."""
 
 
-def _content(rows: Rows, end: bytes = b"") -> bytes:
+def _content(rows: Rows) -> bytes:
     """Return a file in this library's own layout."""
-    lines = [
-        {"id": f"id{number}", "name": "", "prefix": "", "digest": f"sha256${digest:064x}", "created_at": INSTANT}
-        for digest, number in rows
-    ]
-    return b'{"version": 1, "tokens": [\n' + b",\n".join(json.dumps(line).encode() for line in lines) + end + b"\n]}\n"
+    return in_lines(*(row(number, digest=f"sha256${digest:064x}") for digest, number in rows))
 
 
 def _read(content: bytes) -> table.Table:
     """Return the tokens of a file."""
     return table.read(BytesIO(content)).tokens
-
-
-def _lines(count: int) -> bytes:
-    """Return a file of so many tokens, all of whose lines but the first and the last are of one length."""
-    return _content([(number, number) for number in range(count)])
 
 
 def _outcome(read: Any, content: Any) -> Any:
@@ -64,8 +53,8 @@ _numbers = st.integers(0, 2).map(lambda number: number << 248) | st.integers(3, 
     end=st.sampled_from([b"", b"", b",", b",\n", b",\n ", b"]", b"\xff"]),
 )
 def test_a_server_reads_what_a_command_reads(rows: Rows, size: int, end: bytes) -> None:
-    """However a file falls into batches, a server finds the same tokens as a command, or the same fault in the same place."""
-    content = _content(rows, end)
+    """However a file falls into batches, a server finds the same tokens as a command, or the same fault."""
+    content = _content(rows).replace(decoding.FOOT, end + decoding.FOOT)
     expected = _outcome(decoding.decode, content)
     for length in (size, len(content), len(content) // 2):
         with mock.patch.object(table, "PIECE_SIZE", length):
@@ -87,75 +76,27 @@ def test_what_is_no_digest_is_not_found() -> None:
     assert (len(table.EMPTY), len(full)) == (0, 1)
 
 
-# --- in steps
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the list of all pauses, on a machine on which each step takes as long as it may."""
-    instant = 0.0
-    taken: list[float] = []
-
-    def perf_counter() -> float:
-        nonlocal instant
-        instant += steps.STEP * 1.01
-        return instant
-
-    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=perf_counter, sleep=taken.append))
-    monkeypatch.setattr(table, "PIECE_SIZE", len(_lines(1)))  # a line or two
-    return taken
-
-
-def test_whoever_waits_has_a_turn_between_two_steps(pauses: list[float]) -> None:
-    """The lock is given up after every batch that is read, for longer than no time, and when tokens are counted."""
-    tokens = _read(_lines(9))
-    batches = len(tokens.parts)
-    assert batches > 3
-    assert len(pauses) == batches + 1 + table.SHARDS  # and while the ids are dropped that were compared
-    assert min(pauses) > 0
-    pauses.clear()
+@pytest.mark.parametrize(("pieces", "lengths"), [(1, [9]), (2, [4, 4, 1])])
+def test_others_have_a_turn_after_each_batch(monkeypatch: pytest.MonkeyPatch, pieces: int, lengths: list[int]) -> None:
+    """The interpreter lock is free after each batch, which is as large as may be, and when tokens are counted."""
+    content, pause = in_lines(*map(row, range(9))), mock.Mock()
+    monkeypatch.setattr(table, "PIECE_SIZE", len(content) // pieces)
+    monkeypatch.setattr(steps, "STEP", -1.0)  # each step takes too long
+    monkeypatch.setattr("freegpt_auth.stores.steps.time.sleep", pause)
+    tokens = _read(content)
+    assert [len(part) for part in tokens.parts] == lengths
+    assert pause.call_count == len(lengths) + 1 + table.SHARDS  # and while the ids are dropped that were compared
     assert tokens.count_active() == 9
-    assert len(pauses) == batches
-
-
-def test_no_time_is_lost_where_nothing_takes_long(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small file is read without a pause for each of its batches, and in a batch are as many tokens as it has room for."""
-    monkeypatch.setattr("freegpt_auth.stores.steps.time.perf_counter", lambda: 0.0)
-    content = _lines(9)
-    for size, lengths in ((len(content) // 2, [4, 4, 1]), (len(content), [9])):
-        monkeypatch.setattr(table, "PIECE_SIZE", size)
-        pauses.clear()
-        assert [len(part) for part in _read(content).parts] == lengths
-        assert len(pauses) == 1
-
-
-def test_a_table_is_dropped_piece_by_piece(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
-    """Releasing waits for a present reader, and then takes one step per part."""
-    pieces, left = [object() for _ in range(9)], []
-    monkeypatch.setattr("freegpt_auth.stores.steps.time.sleep", lambda _: left.append(len(pieces)))
-    steps.release(pieces)
-    assert left == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
-    assert pauses == []
-
-
-def test_released_table_misses_no_token() -> None:
-    """A valid token is never refused because the file is read again at the same moment."""
-    tokens = _read(_content([(number << 248, number) for number in range(9)]))
-    steps.release(tokens.all_parts())
-    assert all(tokens.find((number << 248).to_bytes(32)) for number in range(9))
-    assert len(tokens) == tokens.count_active() == 9
+    assert pause.call_count == 2 * len(lengths) + 1 + table.SHARDS
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_garbage_collector_never_looks_at_tokens(monkeypatch: pytest.MonkeyPatch, *, enabled: bool) -> None:
     """No collection of the application's takes longer for a million tokens, and none is made where it wants none."""
     monkeypatch.setattr(gc, "isenabled", lambda: enabled)
-    collections: list[str] = []
-    gc.callbacks.append(lambda phase, _: collections.append(phase))
-    try:
-        tokens = _read(_lines(9))
-    finally:
-        gc.callbacks.pop()
-    assert bool(collections) is enabled
+    collect = mock.Mock(wraps=gc.collect)
+    monkeypatch.setattr(gc, "collect", collect)
+    tokens = _read(in_lines(row()))
+    assert collect.mock_calls == [mock.call(0)] * enabled
     if enabled:
         assert not any(map(gc.is_tracked, [*tokens.all_parts(), *tokens.parts[0]]))
