@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psycopg
 
+from freegpt_auth.stores.postgres import reads
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from freegpt_auth.stores.postgres.connection import Connection
+    from tests.helpers.postgresql import Cluster
 
 PATIENCE = 30.0
 """Seconds after which a wait fails its test."""
@@ -24,6 +31,10 @@ class Clock:
     def __call__(self) -> float:
         """Return the instant."""
         return self.instant
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.instant += seconds
 
 
 def until(is_reached: Callable[[], object], explanation: Callable[[], object] = lambda: "") -> None:
@@ -44,3 +55,28 @@ def execute(url: str, *statements: str) -> None:
     with psycopg.connect(url) as connection:
         for statement in statements:
             connection.execute(statement.encode())
+
+
+def behind(connection: Connection, revision: int) -> int:
+    """Return the number of processes that commands wait for."""
+    return int(reads.processes_behind(connection, revision)[0])
+
+
+@contextlib.contextmanager
+def cut_off(cluster: Cluster, url: str) -> Iterator[None]:
+    """End every connection to a database, and let it accept none during the block."""
+    name = name_of(url)
+    cluster.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    cluster.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+    yield
+    cluster.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+@contextlib.contextmanager
+def frozen(cluster: Cluster) -> Iterator[None]:
+    """Stop every process of a server during the block."""
+    cluster.freeze()
+    try:
+        yield
+    finally:
+        cluster.freeze(signal.SIGCONT)
