@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,15 @@ import psycopg
 from freegpt_auth.stores.postgres import reads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from freegpt_auth.stores.postgres.connection import Connection
     from tests.helpers.postgresql import Cluster
 
-PATIENCE = 30.0
-"""Seconds after which a wait fails its test."""
+Lines = Callable[..., list[str]]
+After = Callable[[str, Callable[[], object]], None]
+
+PATIENCE = 30.0  # seconds after which a wait fails its test
 
 
 @dataclass
@@ -37,11 +40,11 @@ class Clock:
         self.instant += seconds
 
 
-def until(is_reached: Callable[[], object], explanation: Callable[[], object] = lambda: "") -> None:
-    """Wait until *is_reached* returns a true value; *explanation* is called after a timeout."""
+def until(is_reached: Callable[[], object]) -> None:
+    """Wait until *is_reached* returns a true value."""
     deadline = time.monotonic() + PATIENCE
     while not is_reached():
-        assert time.monotonic() < deadline, explanation()
+        assert time.monotonic() < deadline
         time.sleep(0.005)
 
 

@@ -10,13 +10,15 @@ import pytest
 
 from freegpt_auth.stores.postgres import PostgresTokenStore, reads
 from freegpt_auth.stores.postgres.address import Address
-from tests.helpers.postgresql import running
+from tests.helpers.ports import free_port
+from tests.helpers.postgresql import PASSWORD, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from freegpt_auth.stores.postgres.connection import Connection
     from tests.helpers.postgresql import Cluster
+    from tests.stores.postgres.common import After, Lines
 
 
 @pytest.fixture
@@ -32,6 +34,12 @@ def connection(connect: Callable[..., Connection]) -> Connection:
     return connect()
 
 
+@pytest.fixture
+def nowhere() -> str:
+    """Return the URL of a port without a server."""
+    return f"postgresql://postgres:{PASSWORD}@127.0.0.1:{free_port()}/tokens"
+
+
 @pytest.fixture(scope="session")
 def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Run a PostgreSQL server that tests may kill or freeze; its commits wait for no disk."""
@@ -41,21 +49,21 @@ def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Callable[..., list[str]]:
+def lines(caplog: pytest.LogCaptureFixture) -> Lines:
     """Return a function that returns the lines in the log, or those of one level."""
     caplog.set_level(logging.INFO, logger="freegpt_auth")
     return lambda level="": [each.getMessage() for each in caplog.records if level in ("", each.levelname)]
 
 
 @pytest.fixture
-def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
+def after(monkeypatch: pytest.MonkeyPatch) -> After:
     """Return a function that makes each call of a function of ``reads`` run an action once it has its answer."""
 
     def run_after(name: str, action: Callable[[], object]) -> None:
         function = getattr(reads, name)
 
-        def with_action(*arguments: Any) -> Any:
-            answer = function(*arguments)
+        def with_action(*arguments: Any, **options: Any) -> Any:
+            answer = function(*arguments, **options)
             action()
             return answer
 

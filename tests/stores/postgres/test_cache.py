@@ -196,15 +196,6 @@ def _partial() -> TokenCache:
     return cache
 
 
-def test_newer_row_is_answered_but_not_cached() -> None:
-    """A request may know more than the cache. The next request reads the row again until the cache is at that revision."""
-    cache, revoked = _partial(), _token(3, revoked_at=NOW)
-    assert cache.fill(_digest(3), revoked, 2) is revoked
-    assert cache.find(_digest(3)) is None
-    cache.apply([Change(2, _digest(3), revoked)], 2)
-    assert cache.fill(_digest(3), revoked, 2) is cache.find(_digest(3)) is revoked
-
-
 @pytest.mark.parametrize("number", [0, 3])
 def test_concurrent_look_ups_share_one_object(number: int) -> None:
     """Two requests that looked up the same token at the same time get the same record, and so do all later requests."""

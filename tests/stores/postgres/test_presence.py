@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,7 @@ from tests.stores.postgres.common import PATIENCE, Clock, behind, name_of, until
 if TYPE_CHECKING:
     from freegpt_auth.stores.postgres.connection import Connection
     from tests.helpers.postgresql import Cluster
-
-After = Callable[[str, Callable[[], object]], None]
+    from tests.stores.postgres.common import After
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 LEASE = 2_000.0  # long, and looked at in hundreds of seconds: a busy machine changes no figure

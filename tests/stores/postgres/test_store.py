@@ -20,7 +20,6 @@ from freegpt_auth.guard.refusal import Refusal
 from freegpt_auth.stores.postgres import PostgresTokenStore, reads, schema
 from freegpt_auth.stores.postgres.follower import CERTAINTY
 from freegpt_auth.tokens import digest_of, issue
-from tests.helpers.ports import free_port
 from tests.helpers.postgresql import PASSWORD
 from tests.stores.postgres.common import Clock, cut_off, execute, name_of, until
 
@@ -28,11 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.helpers.postgresql import Cluster
+    from tests.stores.postgres.common import After, Lines
 
 Opener = Callable[..., PostgresTokenStore]
 Keep = Callable[..., tuple[Token, str]]
-Lines = Callable[..., list[str]]
-After = Callable[[str, Callable[[], object]], None]
 Partial = tuple[PostgresTokenStore, list[tuple[Token, bytes]]]
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
@@ -53,12 +51,6 @@ def opener(database: str) -> Iterator[Opener]:
             return store
 
         yield open_another
-
-
-@pytest.fixture
-def nowhere() -> str:
-    """Return the URL of a port without a server."""
-    return f"postgresql://postgres:{PASSWORD}@127.0.0.1:{free_port()}/tokens"
 
 
 @pytest.fixture
@@ -259,6 +251,10 @@ def test_no_look_up_in_another_schema(partial: Partial, database: str, lines: Li
 # --- the survey
 
 
+ALTERED = {
+    "no schema": ("ALTER SCHEMA freegpt_auth RENAME TO other", "ALTER SCHEMA other RENAME TO freegpt_auth"),
+    "newer schema": (NEWER, f"UPDATE freegpt_auth.state SET version = {schema.VERSION}"),
+}
 FAULTS = {
     "away": "does not answer: ",
     "no schema": f"has no schema, and this release needs {schema.VERSION}: run python -m freegpt_auth migrate. ",
@@ -267,17 +263,10 @@ FAULTS = {
 
 
 @contextlib.contextmanager
-def _fault(kind: str, cluster: Cluster, url: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if kind == "away":
-            stack.enter_context(cut_off(cluster, url))
-        elif kind == "no schema":
-            execute(url, "DROP SCHEMA freegpt_auth CASCADE")
-            stack.callback(PostgresTokenStore(url).migrate)
-        else:
-            execute(url, NEWER)
-            stack.callback(execute, url, f"UPDATE freegpt_auth.state SET version = {schema.VERSION}")
-        yield
+def _altered(url: str, statement: str, undo: str) -> Iterator[None]:
+    execute(url, statement)
+    yield
+    execute(url, undo)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -286,7 +275,7 @@ def test_server_with_a_database_is_never_open(
 ) -> None:
     """A server that cannot read its tokens at its start refuses them, logs one line, accepts the key, and recovers."""
     store = opener()
-    with _fault(kind, cluster, database):
+    with cut_off(cluster, database) if kind == "away" else _altered(database, *ALTERED[kind]):
         server = Authenticator(store, KEY)
         assert store.survey()[:3] == (True, 0, store.source)
         assert server.mode is AuthMode.DATABASE
