@@ -98,9 +98,7 @@ def test_closed_store_reopens(opener: Opener, keep: Keep, cluster: Cluster) -> N
     (token, secret), _ = keep(store), keep(store)
     store.resolve(digest_of(secret))
     store.close()
-    ours = (
-        f"SELECT FROM pg_stat_activity WHERE datname = '{name_of(store.source)}' AND application_name = 'freegpt_auth'"
-    )
+    ours = f"SELECT FROM pg_stat_activity WHERE datname = '{name_of(store.source)}' AND usename = 'postgres'"
     until(lambda: cluster.sql(ours) == [])
     assert store.peek(digest_of(secret)) is UNRESOLVED
     opener().revoke(token.id, NOW)
