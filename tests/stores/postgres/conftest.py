@@ -22,16 +22,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def connect(database: str) -> Iterator[Callable[..., Connection]]:
-    """Return a function that connects to an empty database; its argument is the limit of each wait."""
-    with contextlib.ExitStack() as stack:
-        yield lambda *limit: stack.enter_context(contextlib.closing(Address(database).connect(*limit)))
-
-
-@pytest.fixture
-def connection(connect: Callable[..., Connection]) -> Connection:
+def connection(database: str) -> Iterator[Connection]:
     """Return a connection to an empty database."""
-    return connect()
+    with contextlib.closing(Address(database).connect()) as connection:
+        yield connection
 
 
 @pytest.fixture

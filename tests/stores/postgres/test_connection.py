@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
 
 from freegpt_auth.stores.postgres.address import Address
-from freegpt_auth.stores.postgres.connection import Connection
 from tests.helpers.postgresql import PASSWORD
 from tests.stores.postgres.common import PATIENCE, frozen
 
 if TYPE_CHECKING:
-    from tests.helpers.postgresql import Cluster
+    from collections.abc import Callable
 
-Connect = Callable[..., Connection]
+    from freegpt_auth.stores.postgres.connection import Connection
+    from tests.helpers.postgresql import Cluster
 
 
 def test_transaction_is_atomic(connection: Connection) -> None:
@@ -35,16 +33,16 @@ def test_transaction_is_atomic(connection: Connection) -> None:
     assert connection.run("SELECT number FROM public.here") == [(2,)]
 
 
-def test_long_limits_end_with_the_transaction(connect: Connect) -> None:
+def test_long_limits_end_with_the_transaction(database: str) -> None:
     """After a transaction with long statements the usual limits apply again, on either side."""
-    connection = connect(1.0)
-    with connection.transaction():
-        connection.allow_long_statements()
-        connection.run("SELECT pg_sleep(1.5)")
-    assert connection.one("SELECT current_setting('statement_timeout')") == ("900ms",)
-    connection.run("SET statement_timeout TO 0")
-    with pytest.raises(psycopg.OperationalError, match="no answer within 1 s"):
-        connection.run("SELECT pg_sleep(30)")
+    with contextlib.closing(Address(database).connect(1.0)) as connection:
+        with connection.transaction():
+            connection.allow_long_statements()
+            connection.run("SELECT pg_sleep(1.5)")
+        assert connection.one("SELECT current_setting('statement_timeout')") == ("900ms",)
+        connection.run("SET statement_timeout TO 0")
+        with pytest.raises(psycopg.OperationalError, match="no answer within 1 s"):
+            connection.run("SELECT pg_sleep(30)")
 
 
 def test_rows_are_read_and_sent_in_batches(connection: Connection) -> None:
@@ -59,11 +57,10 @@ def test_rows_are_read_and_sent_in_batches(connection: Connection) -> None:
     assert [row for rows in batches for row in rows] == [(0, None), *((n, f"tab\t{n}\n") for n in range(1, 10))]
 
 
-def test_notifications_arrive_at_once_and_once(connection: Connection, connect: Connect) -> None:
+def test_notifications_arrive_at_once_and_once(connection: Connection, database: str) -> None:
     """A notification ends the wait; those that arrived during a statement are returned together, and none twice."""
     connection.run('LISTEN "here"')
-    other = connect()
-    with ThreadPoolExecutor(1) as threads:
+    with contextlib.closing(Address(database).connect()) as other, ThreadPoolExecutor(1) as threads:
         received = threads.submit(connection.notifications, 10 * PATIENCE)
         other.run("SELECT pg_notify('here', '')")
         assert received.result(PATIENCE) == ["here"]
@@ -75,11 +72,6 @@ def test_notifications_arrive_at_once_and_once(connection: Connection, connect: 
 
 def test_close_raises_no_error(connection: Connection, cluster: Cluster) -> None:
     """A connection that the server or the driver has ended is closed without an error, and more than once."""
-
-    def fail() -> None:
-        raise psycopg.OperationalError
-
-    Connection(SimpleNamespace(close=fail)).close()  # type: ignore[arg-type]
     cluster.sql(f"SELECT pg_terminate_backend({connection.one('SELECT pg_backend_pid()')[0]})")
     with pytest.raises(psycopg.OperationalError):
         connection.run("SELECT 1")

@@ -189,7 +189,7 @@ def test_command_names_unconfirmed_processes(connection: Connection, database: s
 
     A creation waits for CERTAINTY at most: no process says for longer that a token does not exist.
     """
-    store = PostgresTokenStore(database, confirmation=2 * PATIENCE)
+    store = PostgresTokenStore(database, confirmation=PATIENCE)
     for lease in (LEASE / 2, LEASE):
         Presence(lease).register(connection)
     for shortest, longest in ((CERTAINTY, PATIENCE), (HEARTBEAT, CERTAINTY)):

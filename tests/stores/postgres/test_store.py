@@ -17,7 +17,7 @@ from freegpt_auth.environment_key import EnvironmentKey
 from freegpt_auth.guard.authenticator import Authenticator
 from freegpt_auth.guard.credentials import Presented
 from freegpt_auth.guard.refusal import Refusal
-from freegpt_auth.stores.postgres import PostgresTokenStore, reads, schema
+from freegpt_auth.stores.postgres import PostgresTokenStore, schema
 from freegpt_auth.stores.postgres.follower import CERTAINTY
 from freegpt_auth.tokens import digest_of, issue
 from tests.helpers.postgresql import PASSWORD
@@ -35,6 +35,7 @@ Partial = tuple[PostgresTokenStore, list[tuple[Token, bytes]]]
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 UNKNOWN = digest_of("sk-nobody-has-this")
+TOKEN, SECRET = issue("ci", now=NOW)
 KEY = EnvironmentKey(digest_of("the-environment-key"), "FREEGPT_API_KEY")
 NEWER = "UPDATE freegpt_auth.state SET version = 99"
 LONG = 10_000.0
@@ -60,11 +61,6 @@ def partial(opener: Opener, keep: Keep) -> Partial:
     issued = [(token, digest_of(secret)) for token, secret in (keep(store) for _ in range(4))]
     assert store.resolve(UNKNOWN) is None
     return store, issued
-
-
-def _issued() -> tuple[bytes, Token]:
-    token, secret = issue("ci", now=NOW)
-    return digest_of(secret), token
 
 
 def _decide(server: Authenticator, *digests: bytes) -> list[str]:
@@ -115,13 +111,12 @@ def test_certainty_and_lease_end_without_an_error(opener: Opener, keep: Keep) ->
     _, secret = keep(store)
     known = store.resolve(digest_of(secret))
     before = store.now()
-    expected = (
+    for slept, unknown, answer in (
         (CERTAINTY - 0.01, None, known),
         (0.01, UNRESOLVED, known),
         (2.9, UNRESOLVED, known),
         (0.1, UNRESOLVED, UNRESOLVED),
-    )
-    for slept, unknown, answer in expected:
+    ):
         clock.advance(slept)
         assert (store.peek(UNKNOWN), store.peek(digest_of(secret))) == (unknown, answer)
     assert store.now() - before == pytest.approx(6.0, abs=1e-3)
@@ -215,24 +210,20 @@ def test_row_from_before_a_change_is_read_again(partial: Partial, opener: Opener
         (StoreUnavailableError("all connections are in use"), "all connections are in use"),
     ],
 )
-def test_failed_look_up_pauses_look_ups(
-    partial: Partial, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
-) -> None:
+def test_failed_look_up_pauses_look_ups(partial: Partial, after: After, error: Exception, reason: str) -> None:
     """A failed look-up is a 503 with one line, and for a second further requests do not wait for the database."""
     store, _ = partial
-    asked: list[object] = []
+    errors = [error]
 
-    def fail(*question: object) -> None:
-        asked.append(question)
-        raise error
+    def fail_once() -> None:
+        if errors:
+            raise errors.pop()
 
-    with monkeypatch.context() as broken:
-        broken.setattr(reads, "look_up", fail)
-        for expected in (reason, *9 * ["did not answer a moment ago"]):
-            with pytest.raises(StoreUnavailableError, match=expected) as caught:
-                store.resolve(UNKNOWN)
-            assert "\n" not in str(caught.value)
-    assert len(asked) == 1
+    after("look_up", fail_once)
+    for expected in (reason, *9 * ["did not answer a moment ago"]):
+        with pytest.raises(StoreUnavailableError, match=expected) as caught:
+            store.resolve(UNKNOWN)
+        assert "\n" not in str(caught.value)
     until(lambda: _decide(Authenticator(store, None), UNKNOWN) == ["unknown"])
 
 
@@ -307,10 +298,10 @@ COMMANDS: tuple[Callable[[PostgresTokenStore], object], ...] = (
     lambda store: store.now(),
     lambda store: store.tokens(),
     lambda store: store.find("sk-"),
-    lambda store: store.add(*_issued()),
+    lambda store: store.add(digest_of(SECRET), TOKEN),
     lambda store: store.revoke("nobody", NOW),
     lambda store: store.delete("nobody"),
-    lambda store: store.merge(dict([_issued()])),
+    lambda store: store.merge({digest_of(SECRET): TOKEN}),
     lambda store: store.migrate(),
 )
 
@@ -338,8 +329,7 @@ def test_commands_require_the_schema(opener: Opener, database: str) -> None:
 def test_interrupted_command_warns_of_unknown_result(opener: Opener, after: After) -> None:
     """If the connection is lost after a commit, the operator is asked to check the result, which is in force."""
     store = opener()
-    digest, token = _issued()
     after("head", _gone)  # called after the commit
     with pytest.raises(StoreUnavailableError, match="may still be accepted: run revoke again"):
-        store.add(digest, token)
-    assert list(store.tokens()) == [digest]
+        store.add(digest_of(SECRET), TOKEN)
+    assert list(store.tokens()) == [digest_of(SECRET)]
