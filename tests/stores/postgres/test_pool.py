@@ -12,6 +12,7 @@ from freegpt_auth.exceptions import StoreUnavailableError
 from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.stores.postgres.pool import Pool
 from tests.helpers.postgresql import PASSWORD
+from tests.stores.postgres.common import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def pool(database: str) -> Iterator[Pool]:
     """Return a pool of two connections to an empty database."""
-    pool = Pool(Address(database), 2)
+    pool = Pool(Address(database), 2, time_limit=PATIENCE)
     yield pool
     pool.renew()
 

@@ -94,9 +94,7 @@ def test_rows_that_are_over_are_removed(connection: Connection) -> None:
     assert _rows(connection) == [(-1, 20)]
 
 
-def test_reading_without_a_row_is_not_relied_on(
-    database: str, keep: Any, connection: Connection, after: After
-) -> None:
+def test_reading_without_a_row_is_not_relied_on(database: str, keep: Any, connection: Connection, after: After) -> None:
     """A process that slept reads again after its row is extended: a command between the read and the row missed it."""
     clock, answers = Clock(), list[object]()
     store, operator = PostgresTokenStore(database, lease=LEASE, clock=clock), PostgresTokenStore(database)
