@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.helpers.postgresql import Cluster
 
 _ATTACKS = Path(__file__).parent / "attacks"
-_ON_POSTGRESQL = {"cluster", "durable", "fleet"}  # the fixtures that start a PostgreSQL
+_ON_POSTGRESQL = {"cluster", "durable", "fleet", "mortal"}  # the fixtures that start a PostgreSQL
 
 
 Keep = Callable[..., "tuple[Token, str]"]

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
 
 from freegpt_auth.stores.postgres.address import Address
-from freegpt_auth.stores.postgres.connection import Connection
-from tests.helpers.postgresql import PASSWORD, Cluster, running
-from tests.stores.postgres.common import PATIENCE
+from tests.helpers.postgresql import PASSWORD
+from tests.stores.postgres.common import PATIENCE, frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-
-@pytest.fixture
-def connection(database: str) -> Iterator[Connection]:
-    """Return a connection to an empty database."""
-    connection = Address(database).connect()
-    yield connection
-    connection.close()
-
-
-@pytest.fixture(scope="module")
-def freezing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Run a server that a test may stop at any moment."""
-    with running(tmp_path_factory.mktemp("frozen") / "data", fsync="off") as cluster:
-        cluster.sql("CREATE TABLE here (number integer)")
-        yield cluster
-
-
-@contextlib.contextmanager
-def _frozen(cluster: Cluster) -> Iterator[ThreadPoolExecutor]:
-    """Stop the server; return threads to wait for it."""
-    with ThreadPoolExecutor(1) as threads:
-        cluster.freeze()
-        try:
-            yield threads
-        finally:
-            cluster.freeze(signal.SIGCONT)
+    from freegpt_auth.stores.postgres.connection import Connection
+    from tests.helpers.postgresql import Cluster
 
 
 def test_transaction_is_atomic(connection: Connection) -> None:
@@ -96,17 +70,8 @@ def test_notifications_arrive_at_once_and_once(connection: Connection, database:
     assert connection.notifications(0.01) == []
 
 
-def test_close_raises_no_error(connection: Connection, cluster: Any) -> None:
+def test_close_raises_no_error(connection: Connection, cluster: Cluster) -> None:
     """A connection that the server or the driver has ended is closed without an error, and more than once."""
-
-    class Failing:
-        """A connection of the driver that cannot be closed."""
-
-        def close(self) -> None:
-            """Fail."""
-            raise psycopg.OperationalError
-
-    Connection(Failing()).close()  # type: ignore[arg-type]
     cluster.sql(f"SELECT pg_terminate_backend({connection.one('SELECT pg_backend_pid()')[0]})")
     with pytest.raises(psycopg.OperationalError):
         connection.run("SELECT 1")
@@ -124,28 +89,28 @@ USES: dict[str, Callable[[Connection], object]] = {
     "script": lambda connection: connection.script("SELECT 1; SELECT 2"),
     "batches": lambda connection: list(connection.batches("SELECT generate_series(1, 9)", 2)),
     "transaction": lambda connection: connection.transaction().__enter__(),
-    "copy": lambda connection: connection.copy("COPY here (number) FROM STDIN", ((number,) for number in range(9))),
+    "copy": lambda connection: connection.copy(
+        "COPY public.here (number) FROM STDIN", ((number,) for number in range(9))
+    ),
 }
 
 
 @pytest.mark.parametrize("use", USES)
-def test_every_wait_has_its_limit(freezing: Cluster, use: str) -> None:
+def test_every_wait_has_its_limit(mortal: Cluster, use: str) -> None:
     """A server or a network that does not answer delays no caller longer than the limit."""
-    connection = Address(freezing.url("postgres")).connect(0.2)
+    connection = Address(mortal.url("postgres")).connect(0.2)
     connection.run("BEGIN")
-    with _frozen(freezing) as threads:
+    with ThreadPoolExecutor(1) as threads, frozen(mortal):
         used = threads.submit(USES[use], connection)
         with pytest.raises(psycopg.OperationalError, match="timeout"):
             used.result(PATIENCE)
         threads.submit(connection.close).result(PATIENCE)
 
 
-def test_connecting_and_listening_have_limits(freezing: Cluster) -> None:
+def test_connecting_and_listening_have_limits(mortal: Cluster) -> None:
     """A server that accepts a connection and does not answer times out; a wait for notifications ends in time."""
-    address = Address(freezing.url("postgres"))
-    connection = address.connect()
-    with _frozen(freezing) as threads:
+    address = Address(mortal.url("postgres"))
+    with contextlib.closing(address.connect()) as connection, ThreadPoolExecutor(1) as threads, frozen(mortal):
         assert threads.submit(connection.notifications, 0.1).result(PATIENCE) == []
         with pytest.raises(psycopg.OperationalError, match="timeout"):
             threads.submit(address.connect).result(PATIENCE)
-    connection.close()
