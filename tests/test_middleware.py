@@ -268,7 +268,7 @@ async def test_only_accepted_tokens_are_counted(keep: Keep, monkeypatch: pytest.
 
 
 def test_the_first_look_up_imports_nothing(tmp_path: Path) -> None:
-    """A server whose application does not use anyio imports it at the start: the first request would wait 90 ms for it."""
+    """A server without anyio imports it at the start: the first request would wait 90 ms for it."""
     program = (
         "import asyncio, sys, freegpt_auth\n"
         "async def app(scope, receive, send):\n"

@@ -89,7 +89,7 @@ ORIGINS = [
     ],
 )
 def test_wrong_origins_stop_the_start(origins: Any, message: str) -> None:
-    """A value that no browser sends, one string, and everything beside a list are mistakes; the message shows the form."""
+    """A value that no browser sends, one string, and anything but a list is a mistake; the message shows the form."""
     with pytest.raises(ConfigurationError, match=message):
         checked_origins(origins)
 

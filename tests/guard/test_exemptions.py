@@ -45,7 +45,7 @@ def test_public_paths_are_exact(root: str, public: str, guarded: str) -> None:
 def test_clients_choose_no_root_path(
     monkeypatch: pytest.MonkeyPatch, path: str, roots: list[str], *, header: bool, daphne: bool, public: bool
 ) -> None:
-    """Mount points are removed in whole segments; behind daphne, where clients choose one, only the application's own."""
+    """Mount points are removed in whole segments; behind daphne, where clients can name one, only the app's own."""
     monkeypatch.delitem(sys.modules, "daphne.server", raising=False)
     if daphne:
         monkeypatch.setitem(sys.modules, "daphne.server", ModuleType("daphne.server"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,14 +37,6 @@ class Clock:
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self.instant += seconds
-
-
-def until(is_reached: Callable[[], object]) -> None:
-    """Wait until *is_reached* returns a true value."""
-    deadline = time.monotonic() + PATIENCE
-    while not is_reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def name_of(url: str) -> str:

@@ -197,7 +197,7 @@ def test_stale_row_is_read_again() -> None:
 
 
 def test_newer_row_is_answered_but_not_cached() -> None:
-    """A request may know more than the cache. The next request reads the row again until the cache is at that revision."""
+    """A request may know more than the cache: the next reads the row again until the cache is at that revision."""
     cache, revoked = _partial(), _token(3, revoked_at=NOW)
     assert cache.fill(_digest(3), revoked, 2) is revoked
     assert cache.find(_digest(3)) is None

@@ -24,7 +24,8 @@ from freegpt_auth.stores.postgres.follower import CERTAINTY, HEARTBEAT, Follower
 from freegpt_auth.tokens import digest_of
 from tests.helpers.pooler import smallest
 from tests.helpers.proxy import PLAIN
-from tests.stores.postgres.common import PATIENCE, Clock, behind, cut_off, execute, frozen, name_of, until
+from tests.helpers.watch import wait_until
+from tests.stores.postgres.common import PATIENCE, Clock, behind, cut_off, execute, frozen, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,7 +129,7 @@ def test_notification_leads_to_a_query(process: Make, database: str, change: str
     server = process(heartbeat=NEVER).start()
     assert server.ids == {"t1", "t2", "t3"}
     execute(database, *statements)
-    until(lambda: server.revision == 1 + len(statements))
+    wait_until(lambda: server.revision == 1 + len(statements))
     assert has_followed(server)
     assert server.complete
     assert lines() == []
@@ -140,14 +141,14 @@ def test_pooler_without_notifications(
     """A pooler in transaction mode takes LISTEN and delivers nothing: one warning, and changes within a heartbeat."""
     with smallest(cluster, name_of(database)) as port:
         server = process(cluster.url(name_of(database), port=port) + PLAIN, time_limit=0.5).start()
-        until(lambda: server.complete)
+        wait_until(lambda: server.complete)
         [warning] = lines("WARNING")
         assert warning == (
             f"{Address(cluster.url(name_of(database), port=port)).shown} delivers no notifications, as a pooler in "
             f"transaction mode does not: changes are looked for each {HEARTBEAT:g} s, and commands wait for that"
         )
         execute(database, _insert(1, 3), REVOKE)
-        until(lambda: server.ids == {"t1", "t2", "t3"} and server.is_revoked(1))
+        wait_until(lambda: server.ids == {"t1", "t2", "t3"} and server.is_revoked(1))
         assert behind(connection, 99) == 1
         server.follower.stop()
         assert behind(connection, 99) == 0
@@ -217,9 +218,9 @@ def test_larger_table_is_cached_in_part(process: Make, database: str) -> None:
     assert server.followed.certain_until == float("-inf")
     assert server.followed.leased_until > elapsed()
     execute(database, "DELETE FROM freegpt_auth.tokens WHERE id = 't3'")
-    until(lambda: server.revision == 2)
+    wait_until(lambda: server.revision == 2)
     execute(database, TRUNCATE)
-    until(lambda: server.complete and server.followed.certain_until > elapsed())
+    wait_until(lambda: server.complete and server.followed.certain_until > elapsed())
 
 
 # --- how long memory may be relied on
@@ -234,7 +235,7 @@ def test_lease_counts_from_before_the_query(process: Make, database: str, after:
     assert (server.followed.certain_until, server.followed.leased_until) == (1_000 + CERTAINTY, covered)
     began = clock()
     execute(database, _insert(1))
-    until(lambda: server.followed.certain_until == began + CERTAINTY)
+    wait_until(lambda: server.followed.certain_until == began + CERTAINTY)
     assert server.followed.leased_until == covered
 
 
@@ -247,12 +248,12 @@ def test_commands_wait_for_each_running_process(
     server = process().start()
     assert seen[0] == 1
     execute(database, _insert(1))
-    until(lambda: behind(connection, 1) == 0)
+    wait_until(lambda: behind(connection, 1) == 0)
     assert server.ids == {"t1"}
     with psycopg.connect(database) as operator, ThreadPoolExecutor(1) as threads:
         operator.execute("SELECT FROM freegpt_auth.processes FOR UPDATE")
         stopping = threads.submit(server.follower.stop)
-        until(lambda: server.followed.leased_until == float("-inf"))
+        wait_until(lambda: server.followed.leased_until == float("-inf"))
         assert not stopping.done()
         operator.rollback()
     assert behind(connection, 2) == 0
@@ -261,7 +262,7 @@ def test_commands_wait_for_each_running_process(
 def test_idle_session_is_ended_after_the_lease(process: Make) -> None:
     """The database ends the session of a process that was cut off, not before its lease ends."""
     server = process(lease=0.3, heartbeat=NEVER).start()
-    until(lambda: server.followed.generation >= 2)
+    wait_until(lambda: server.followed.generation >= 2)
     assert server.generations[:2] == [0, 1]  # connections are renewed before the new generation is published
 
 
@@ -275,12 +276,12 @@ def test_outage_is_logged_once(process: Make, cluster: Cluster, database: str, l
     shown = Address(database).shown
     for outage in (1, 2):
         with cut_off(cluster, database):
-            until(lambda: len(lines()) == 3 * outage - 2)  # noqa: B023  called in this round only
+            wait_until(lambda: len(lines()) == 3 * outage - 2)  # noqa: B023  called in this round only
             assert server.followed.certain_until == float("-inf")
             assert server.followed.leased_until > clock()
             clock.advance(LEASE)
-            until(lambda: len(lines()) == 3 * outage - 1)  # noqa: B023
-        until(lambda: server.followed.trouble is None)
+            wait_until(lambda: len(lines()) == 3 * outage - 1)  # noqa: B023
+        wait_until(lambda: server.followed.trouble is None)
         lost, over, again = lines()[-3:]
         assert lost.startswith(f"{shown} does not answer: ")
         assert lost.endswith("Tokens known here are accepted for 30 s more, others are answered 503")
@@ -295,8 +296,8 @@ def test_hung_database_is_given_up(process: Make, mortal: Cluster) -> None:
     """A database that accepts connections and answers nothing counts as lost, until it answers."""
     server = process(mortal.url("postgres"), heartbeat=0.1).start()
     with frozen(mortal):
-        until(lambda: "timeout" in str(server.followed.trouble))
-    until(lambda: server.followed.trouble is None)
+        wait_until(lambda: "timeout" in str(server.followed.trouble))
+    wait_until(lambda: server.followed.trouble is None)
 
 
 def test_unexpected_error_is_retried(process: Make, monkeypatch: pytest.MonkeyPatch, lines: Lines) -> None:
@@ -305,7 +306,7 @@ def test_unexpected_error_is_retried(process: Make, monkeypatch: pytest.MonkeyPa
         broken.setattr(reads, "head", lambda _: {"": ""}["unexpected"])
         server = process().start()
         assert "unexpected" in lines("ERROR")[0]
-    until(lambda: server.followed.trouble is None)
+    wait_until(lambda: server.followed.trouble is None)
 
 
 # --- a database that has lost changes
@@ -334,25 +335,25 @@ def test_lost_revocation_stays_in_force(
     """A loss of revocations is logged as an ERROR; those that are cached stay in force until the token is changed."""
     server = process(limit=limit).start()
     execute(database, _insert(1), _insert(2))
-    until(lambda: server.revision == 2)
+    wait_until(lambda: server.revision == 2)
     found = reads.look_up(connection, _digest(1))[1]
     server.fill(_digest(1), found, 2)
     execute(database, REVOKE)
-    until(lambda: server.revision == 3 and server.is_revoked(1))
+    wait_until(lambda: server.revision == 3 and server.is_revoked(1))
     _restore(database, 2, later)
-    until(lines)
+    wait_until(lines)
     [error] = lines("ERROR")
     assert error == (
         f"{Address(database).shown} has lost changes that were in force (a failover or a backup?): every token was "
-        "read again. Tokens that this process knew as revoked stay so (1); look through list and revoke what is missing "
-        "again"
+        "read again. Tokens that this process knew as revoked stay so (1); look through list and revoke what is "
+        "missing again"
     )
     assert server.revision == 2 + later
     assert server.fill(_digest(1), found, 2 + later) != found
     assert server.is_revoked(1)
     assert "t2" not in server.ids
     execute(database, "UPDATE freegpt_auth.tokens SET name = 'restored' WHERE id = 't1'")
-    until(lambda: server.revision == 3 + later)
+    wait_until(lambda: server.revision == 3 + later)
     assert not server.is_revoked(1)
     assert len(lines()) == 1
 
@@ -405,7 +406,7 @@ def test_restart_leaves_one_follower() -> None:
         follower.stop()
     follower.start()
     going_on.set()
-    until(lambda: not any(thread.is_alive() for thread in stopped))
+    wait_until(lambda: not any(thread.is_alive() for thread in stopped))
     assert follower.is_running()
     follower.stop()
 

@@ -19,7 +19,8 @@ from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.stores.postgres.follower import CERTAINTY, HEARTBEAT
 from freegpt_auth.stores.postgres.presence import Presence
 from freegpt_auth.tokens import Token, digest_of, issue
-from tests.stores.postgres.common import PATIENCE, Clock, behind, name_of, until
+from tests.helpers.watch import wait_until
+from tests.stores.postgres.common import PATIENCE, Clock, behind, name_of
 
 if TYPE_CHECKING:
     from freegpt_auth.stores.postgres.connection import Connection
@@ -83,7 +84,7 @@ def test_a_server_that_cannot_write_its_row_is_closed(cluster: Cluster, database
             with pytest.raises(Exception, match="show_process"):
                 ask(digest_of(secret))
         cluster.sql("ALTER FUNCTION freegpt_auth.away RENAME TO show_process", name_of(database))
-        until(lambda: store._follower.state.trouble is None)
+        wait_until(lambda: store._follower.state.trouble is None)
         assert store.resolve(digest_of(secret)) is not None
 
 
@@ -112,7 +113,7 @@ def test_reading_without_a_row_is_not_relied_on(database: str, keep: Any, connec
         connection.run(EXPIRE)
         after("head", revoke)
         clock.advance(2 * LEASE)
-        until(lambda: isinstance(store.peek(digest), Token))
+        wait_until(lambda: isinstance(store.peek(digest), Token))
         assert operator.unseen is None
         assert answers[:3] == 3 * [UNRESOLVED]  # the read, the command, and the read after that
         assert store.resolve(digest) == msgspec.structs.replace(token, revoked_at=NOW)
@@ -170,7 +171,7 @@ def test_a_command_waits_for_a_lost_process(connection: Connection, database: st
     presence.publish(connection, 1)
     with ThreadPoolExecutor(1) as threads:
         revoking = threads.submit(store.revoke, token.id, NOW)
-        until(lambda: store.find(token.id)[0].revoked_at)
+        wait_until(lambda: store.find(token.id)[0].revoked_at)
         assert not revoking.done()
         presence.publish(connection, 2)
         revoking.result(PATIENCE)

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from freegpt_auth.stores.postgres import reads, schema, writes
-from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.tokens import SECRET_LENGTH, Token, digest_of, find, issue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from freegpt_auth.stores.postgres.connection import Connection
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 PLACE = "postgresql://db/tokens"
-
-
-@pytest.fixture
-def connection(database: str) -> Iterator[Connection]:
-    """Return a connection to an empty database."""
-    with contextlib.closing(Address(database).connect()) as connection:
-        yield connection
 
 
 def _add(connection: Connection, *tokens: Token) -> list[bytes]:

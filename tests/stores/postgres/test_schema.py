@@ -22,7 +22,8 @@ from freegpt_auth.usage.base import Batch
 from tests.helpers.applications import HELLO
 from tests.helpers.pages import blocks
 from tests.helpers.postgresql import BINARIES, PASSWORD
-from tests.stores.postgres.common import execute, name_of, until
+from tests.helpers.watch import wait_until
+from tests.stores.postgres.common import execute, name_of
 
 KEY = "the-environment-key"
 THIS, NEXT = schema.VERSION, schema.VERSION + 1
@@ -93,7 +94,7 @@ def test_concurrent_migrations_run_in_turn(cluster: Any, empty: str) -> None:
         with psycopg.connect(empty) as gate:
             gate.execute("LOCK TABLE pg_namespace IN SHARE MODE")  # none can make a schema until its end
             migrating = [pool.submit(PostgresTokenStore(empty).migrate) for _ in range(8)]
-            until(lambda: len(cluster.sql(waiting)) == 8)
+            wait_until(lambda: len(cluster.sql(waiting)) == 8)
         assert sorted(each.result(timeout=30) for each in migrating) == [(0, THIS)] + [(THIS, THIS)] * 7
     assert tables_of(cluster, name) == tables_of(cluster, "migrated")
     assert cluster.sql("SELECT version, revision FROM freegpt_auth.state", name) == [(THIS, 0)]
@@ -172,10 +173,10 @@ def test_a_migration_that_is_killed_leaves_nothing(cluster: Any, database: str) 
     with psycopg.connect(database) as gate:
         gate.execute("LOCK TABLE public.gate")
         process = start_next_release(f"{half}; LOCK TABLE public.gate", "--store", database, "migrate")
-        until(lambda: cluster.sql(waits, name), process.poll)
+        wait_until(lambda: cluster.sql(waits, name), process.poll)
         process.kill()
         process.communicate(timeout=30)
-    until(lambda: not cluster.sql(connected, name))
+    wait_until(lambda: not cluster.sql(connected, name))
     assert cluster.sql("SELECT version FROM freegpt_auth.state", name) == [(THIS,)]
     assert ("r", "half") not in tables_of(cluster, name)
     done = next_release(half, "--store", database, "migrate")
@@ -196,7 +197,7 @@ def test_a_server_waits_for_the_schema(empty: str, command: Command, serve: Call
     assert one_line(command("--store", empty, "create", "early"), said)
     assert f" was brought from version 0 to version {THIS} of" in command("--store", empty, "migrate").stderr
     secret = command("--store", empty, "create", "ci").stdout.strip()
-    until(lambda: server.get(token=secret) == 200, server.log.read_text)
+    wait_until(lambda: server.get(token=secret) == 200, server.log.read_text)
     assert server.get(token="sk-anything") == 401
     assert server.stop().count(said) == 1
 
@@ -214,8 +215,8 @@ def test_server_waits_for_its_migration(database: str, command: Command, serve: 
     assert [old.get(token=token) for token in tokens] == [200, 401, 401, 200]
     done = next_release(migration, "--store", database, "migrate")
     assert done.stderr.endswith(f"was brought from version {THIS} to version {NEXT} of the schema.\n")
-    until(lambda: new.get(token=secret) == 200, new.log.read_text)
-    until(lambda: old.get(token=secret) == 503, old.log.read_text)
+    wait_until(lambda: new.get(token=secret) == 200, new.log.read_text)
+    wait_until(lambda: old.get(token=secret) == 503, old.log.read_text)
     assert [old.get(token=token) for token in tokens] == [503, 503, 401, 200]
     too_old = f"has version {NEXT} of the schema, and this release knows {THIS}: upgrade freegpt_auth"
     assert one_line(command("--store", database, "list"), too_old)

@@ -24,7 +24,8 @@ from freegpt_auth.usage.base import Batch, Usage
 from tests.helpers.pooler import smallest
 from tests.helpers.postgresql import PASSWORD, running
 from tests.helpers.proxy import PLAIN
-from tests.stores.postgres.common import execute, name_of, until
+from tests.helpers.watch import wait_until
+from tests.stores.postgres.common import execute, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -126,12 +127,12 @@ def test_hostile_defaults_change_no_server(hostile: str, keep: Callable[..., Any
     try:
         assert server.resolve(digest) == token
         assert abs(server.now() - time.time()) < 60
-        until(lambda: server.now() >= ends.timestamp())
+        wait_until(lambda: server.now() >= ends.timestamp())
         found = server.resolve(digest)
         assert isinstance(found, Token)
         assert found.status(server.now()) == "expired"
         operator.revoke(token.id, NOW)
-        until(lambda: getattr(server.resolve(digest), "revoked_at", None) == NOW)
+        wait_until(lambda: getattr(server.resolve(digest), "revoked_at", None) == NOW)
         usage.write(Batch("p", 1, {token.id: (3, time.time())}), 1.0)
         usage.merge({token.id: Usage(2, FULL.last_used_at or NOW)})
         assert usage.read()[token.id].use_count == 3
@@ -213,7 +214,7 @@ def test_commit_that_waits_for_a_standby_is_cancelled(tmp_path: Path) -> None:
         with contextlib.closing(connection), pytest.raises(psycopg.OperationalError, match="no answer within 1 s"):
             connection.run("INSERT INTO public.here DEFAULT VALUES")
         waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        until(lambda: own.sql(waiting) == [])
+        wait_until(lambda: own.sql(waiting) == [])
 
 
 # --- faults in one line

@@ -21,7 +21,8 @@ from freegpt_auth.stores.postgres import PostgresTokenStore, schema
 from freegpt_auth.stores.postgres.follower import CERTAINTY
 from freegpt_auth.tokens import digest_of, issue
 from tests.helpers.postgresql import PASSWORD
-from tests.stores.postgres.common import Clock, cut_off, execute, name_of, until
+from tests.helpers.watch import wait_until
+from tests.stores.postgres.common import Clock, cut_off, execute, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,7 +96,7 @@ def test_closed_store_reopens(opener: Opener, keep: Keep, cluster: Cluster) -> N
     store.resolve(digest_of(secret))
     store.close()
     ours = f"SELECT FROM pg_stat_activity WHERE datname = '{name_of(store.source)}' AND usename = 'postgres'"
-    until(lambda: cluster.sql(ours) == [])
+    wait_until(lambda: cluster.sql(ours) == [])
     assert store.peek(digest_of(secret)) is UNRESOLVED
     opener().revoke(token.id, NOW)
     assert getattr(store.resolve(digest_of(secret)), "revoked_at", None) == NOW
@@ -105,7 +106,7 @@ def test_closed_store_reopens(opener: Opener, keep: Keep, cluster: Cluster) -> N
 
 
 def test_certainty_and_lease_end_without_an_error(opener: Opener, keep: Keep) -> None:
-    """After 3 s without a query unknown tokens are looked up again; after the lease known ones too, as after a sleep."""
+    """After 3 s without a query unknown tokens are looked up again; after the lease, or a sleep, known ones too."""
     clock = Clock()
     store = opener(lease=6.0, clock=clock, heartbeat=LONG)
     _, secret = keep(store)
@@ -121,7 +122,7 @@ def test_certainty_and_lease_end_without_an_error(opener: Opener, keep: Keep) ->
         assert (store.peek(UNKNOWN), store.peek(digest_of(secret))) == (unknown, answer)
     assert store.now() - before == pytest.approx(6.0, abs=1e-3)
     clock.advance(LONG)
-    until(lambda: store.peek(digest_of(secret)) == known)
+    wait_until(lambda: store.peek(digest_of(secret)) == known)
 
 
 def test_cut_off_server_accepts_for_the_lease(opener: Opener, keep: Keep, cluster: Cluster, database: str) -> None:
@@ -133,7 +134,7 @@ def test_cut_off_server_accepts_for_the_lease(opener: Opener, keep: Keep, cluste
     server = Authenticator(store, KEY)
     assert _decide(server, known, UNKNOWN, KEY.digest) == ["accepted", "unknown", "accepted"]
     with cut_off(cluster, database):
-        until(lambda: store.peek(UNKNOWN) is UNRESOLVED)
+        wait_until(lambda: store.peek(UNKNOWN) is UNRESOLVED)
         for seconds in (0, 5.99):
             clock.advance(seconds)
             assert _decide(server, known, UNKNOWN, KEY.digest) == ["accepted", "unavailable", "accepted"]
@@ -143,7 +144,7 @@ def test_cut_off_server_accepts_for_the_lease(opener: Opener, keep: Keep, cluste
                 with pytest.raises(StoreUnavailableError, match="does not answer"):
                     ask(digest)
         assert _decide(server, known, UNKNOWN, KEY.digest) == ["unavailable", "unavailable", "accepted"]
-    until(lambda: _decide(server, known) == ["accepted"])
+    wait_until(lambda: _decide(server, known) == ["accepted"])
     opener().revoke(token.id, NOW)
     assert _decide(server, known, UNKNOWN, KEY.digest) == ["revoked", "unknown", "accepted"]
 
@@ -166,7 +167,7 @@ def test_peek_unresolved_if_cache_completes(opener: Opener, keep: Keep, database
 
     def complete() -> None:
         execute(database, "TRUNCATE freegpt_auth.tokens")
-        until(lambda: store.peek(UNKNOWN) is None)
+        wait_until(lambda: store.peek(UNKNOWN) is None)
 
     interruptions.append(complete)
     assert store.peek(UNKNOWN) is UNRESOLVED
@@ -186,7 +187,7 @@ def test_row_of_an_earlier_connection_is_read_again(partial: Partial, database: 
         generations.append(follower.state.generation)
         if len(generations) <= times:
             execute(database, "SELECT pg_terminate_backend(pid) FROM freegpt_auth.servers")
-            until(lambda: follower.state.generation > generations[-1] and follower.state.trouble is None)
+            wait_until(lambda: follower.state.generation > generations[-1] and follower.state.trouble is None)
 
     after("look_up", reconnect)
     answer = _decide(Authenticator(store, None), UNKNOWN)
@@ -224,14 +225,14 @@ def test_failed_look_up_pauses_look_ups(partial: Partial, after: After, error: E
         with pytest.raises(StoreUnavailableError, match=expected) as caught:
             store.resolve(UNKNOWN)
         assert "\n" not in str(caught.value)
-    until(lambda: _decide(Authenticator(store, None), UNKNOWN) == ["unknown"])
+    wait_until(lambda: _decide(Authenticator(store, None), UNKNOWN) == ["unknown"])
 
 
 def test_no_look_up_in_another_schema(partial: Partial, database: str, lines: Lines) -> None:
     """A table whose schema was migrated meanwhile is not read: the answer is 503, never a 401 by chance."""
     store, _ = partial
     execute(database, NEWER)
-    until(lambda: lines("ERROR"))
+    wait_until(lambda: lines("ERROR"))
     assert "accepted for" in lines("ERROR")[0]
     with pytest.raises(StoreUnavailableError, match="upgrade freegpt_auth"):
         store.resolve(UNKNOWN)
@@ -274,7 +275,7 @@ def test_server_with_a_database_is_never_open(
         assert line.endswith(". Its tokens are answered 503 until this is mended")
         assert "\n" not in line
         assert PASSWORD not in line
-    until(lambda: _decide(server, UNKNOWN) == ["unknown"])
+    wait_until(lambda: _decide(server, UNKNOWN) == ["unknown"])
 
 
 def _gone() -> None:

@@ -24,7 +24,8 @@ from freegpt_auth.usage.base import Batch
 from freegpt_auth.usage.recorder import UsageRecorder
 from tests.helpers.postgresql import Cluster, running
 from tests.helpers.proxy import PLAIN, Proxy
-from tests.stores.postgres.common import name_of, until
+from tests.helpers.watch import wait_until
+from tests.stores.postgres.common import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +81,7 @@ def test_lost_reply_counts_once(cluster: Any, filled: str, caplog: pytest.LogCap
         recorder.record(("a", time.time()))
         proxy.lose_reply_to = b"add_usage"
         recorder.flush()
-        until(lambda: counts(filled) == {"a": 2})
+        wait_until(lambda: counts(filled) == {"a": 2})
         assert proxy.lost_replies
         recorder.record(("a", time.time()))
         recorder.record(("b", time.time()))
@@ -113,7 +114,7 @@ def test_concurrent_batches_do_not_deadlock(cluster: Any, filled: str, usage: Po
     with psycopg.connect(filled) as other, ThreadPoolExecutor(1) as pool:
         other.execute("SELECT FROM freegpt_auth.usage WHERE token_id = 'b' FOR UPDATE")
         adding = pool.submit(usage.write, batch(2, d=1, c=1, b=1, a=1), 1.0)
-        until(lambda: cluster.sql(waiting) or adding.done())
+        wait_until(lambda: cluster.sql(waiting) or adding.done())
         free = cluster.sql("SELECT token_id FROM freegpt_auth.usage ORDER BY 1 FOR UPDATE SKIP LOCKED", name)
         other.rollback()
         adding.result(timeout=30)
@@ -221,13 +222,13 @@ def test_killed_database_loses_no_use(own: tuple[Cluster, str], caplog: pytest.L
         return used
 
     def until_logged(words: str, times: int) -> None:
-        until(lambda: caplog.text.count(words) >= times)
+        wait_until(lambda: caplog.text.count(words) >= times)
 
     with ThreadPoolExecutor(2) as pool:
         using = [pool.submit(use, token_id) for token_id in "ab"]
         try:
             for times in range(1, 4):
-                until(lambda: counts(url))
+                wait_until(lambda: counts(url))
                 faults = caplog.text.count("cannot be written")
                 cluster.kill()
                 until_logged("cannot be written", faults + 1)
@@ -264,9 +265,9 @@ def test_no_connection_is_left_behind(cluster: Any, filled: str, usage: Postgres
     """One connection is open between two writes, and none after closing."""
     name = name_of(filled)
     query = f"SELECT 1 FROM pg_stat_activity WHERE datname = '{name}' AND application_name = 'freegpt_auth'"
-    until(lambda: not cluster.sql(query))
+    wait_until(lambda: not cluster.sql(query))
     for sequence in range(1, 4):
         usage.write(batch(sequence, a=1), 1.0)
     assert len(cluster.sql(query)) == 1
     usage.close()
-    until(lambda: not cluster.sql(query))
+    wait_until(lambda: not cluster.sql(query))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +9,13 @@ import msgspec
 import pytest
 
 from freegpt_auth.stores.postgres import reads, writes
-from freegpt_auth.stores.postgres.address import Address
 from freegpt_auth.tokens import Token, digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from freegpt_auth.stores.postgres.connection import Connection
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 LATER = NOW + timedelta(hours=1)
-
-
-@pytest.fixture
-def connection(database: str) -> Iterator[Connection]:
-    """Return a connection to an empty database."""
-    with contextlib.closing(Address(database).connect()) as connection:
-        yield connection
 
 
 def _token(token_id: str, **others: Any) -> Token:
