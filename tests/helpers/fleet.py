@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 
+from freegpt_auth import cli
 from freegpt_auth.stores.postgres import PostgresTokenStore
 from freegpt_auth.tokens import generate_secret
 from tests.helpers.applications import HELLO
@@ -36,37 +37,18 @@ SLACK = 1.5
 """Seconds by which a loaded machine may delay an immediate action."""
 
 # The clock of this host is wrong by AHEAD seconds.
-_CLOCK = """
-import os, time
+APPLICATION = f"""
+{HELLO}
+import logging, os, time
+from freegpt_auth import BearerTokenMiddleware
+
 right = time.time
 time.time = lambda: right() + float(os.environ.get("AHEAD", "0"))
-"""
-APPLICATION = f"""
-{_CLOCK}
-{HELLO}
-import logging
-from freegpt_auth import BearerTokenMiddleware
 
 logging.basicConfig(level=logging.INFO, format="%(process)d %(levelname)s %(message)s")
 logging.getLogger("freegpt_auth").addFilter(lambda record: not record.msg.startswith("refused"))
 
 app = BearerTokenMiddleware(hello, usage_interval=float(os.environ.get("INTERVAL", "0.2")))
-"""
-_OPERATOR = f"""
-{_CLOCK}
-import contextlib, io, json, sys
-from freegpt_auth import cli
-
-for line in sys.stdin:
-    out, err = io.StringIO(), io.StringIO()
-    began = time.monotonic()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = cli.main(json.loads(line))
-        except SystemExit as exit:
-            status = exit.code
-    ended = time.monotonic()
-    print(json.dumps([status, out.getvalue(), err.getvalue(), began, ended]), flush=True)
 """
 KEY = "a-key-from-the-environment"
 _LINE = re.compile(r"^(\d+) (WARNING|ERROR) (.*)$", re.MULTILINE)
@@ -87,6 +69,23 @@ class Done(NamedTuple):
         return self.ended - self.began
 
 
+def _set_up(store: str, ahead: float) -> None:
+    os.environ["FREEGPT_AUTH_STORE"] = store
+    right = time.time
+    time.time = lambda: right() + ahead
+
+
+def _run(arguments: tuple[str, ...]) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    began = time.monotonic()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main([*arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Done(status, out.getvalue(), err.getvalue(), began, time.monotonic())
+
+
 class Operator:
     """Runs commands one after the other, in one process: no interpreter starts for each.
 
@@ -96,23 +95,12 @@ class Operator:
     """
 
     def __init__(self, store: str, ahead: float = 0.0) -> None:
-        self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _OPERATOR],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "FREEGPT_AUTH_STORE": store, "AHEAD": str(ahead)},
-        )
+        self._process = ProcessPoolExecutor(1, get_context("spawn"), _set_up, (store, ahead))
+        self._process.submit(time.time)  # starts the process
 
     def run(self, *arguments: str) -> Done:
         """Run ``python -m freegpt_auth`` with these arguments."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._lock:
-            self._process.stdin.write(json.dumps(arguments) + "\n")
-            self._process.stdin.flush()
-            return Done(*json.loads(self._process.stdout.readline()))
+        return self._process.submit(_run, arguments).result()
 
     def create(self, name: str, *options: str) -> tuple[str, str]:
         """Create a token, and return its id and secret."""
@@ -131,8 +119,7 @@ class Operator:
 
     def close(self) -> None:
         """End the operator's process."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.communicate(timeout=30)
+        self._process.shutdown()
 
 
 @dataclass

@@ -26,7 +26,7 @@ ALLOWED = {
     "valid": {200, 503},
     "fading": {200, 401, 503},
 }
-"""The statuses that are correct during any fault. The token ``fading`` is revoked in the course of a test."""
+"""The statuses that are correct during any fault; a number may follow: ``wrong-2``. ``fading`` is revoked in a test."""
 
 USUAL = {"key": 200, "nothing": 401, "wrong": 401, "revoked": 401, "valid": 200}
 """The statuses without a fault."""
@@ -102,12 +102,14 @@ class Watch:
         hosts: the servers.
         secrets: the secrets by the names in ``ALLOWED``; None for a request without a credential.
         may_break: whether a connection to a server may break.
+        pause: the pause of a client between two requests, in seconds, which leaves the servers some of the machine.
         answers: all answers.
     """
 
     hosts: list[Host]
     secrets: dict[str, str | None]
     may_break: bool = False
+    pause: float = 0.001
     answers: list[Answer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -134,7 +136,7 @@ class Watch:
             thread.join()
 
     def _ask(self, client: Client, number: int, name: str, gone: threading.Event) -> None:
-        allowed = ALLOWED[name] | ({0} if self.may_break else set())
+        allowed = ALLOWED[name.partition("-")[0]] | ({0} if self.may_break else set())
         while not gone.is_set():
             began = time.monotonic()
             status = client.ask()
@@ -143,7 +145,7 @@ class Watch:
             self._latest[number, name] = answer
             if status not in allowed:
                 self._wrong.append(answer)
-            gone.wait(0.001 if status else 0.02)  # leave the servers some of the machine
+            gone.wait(self.pause if status else 0.02)
         client.close()
 
     def expect(self, expected: Mapping[str, int], at: Iterable[int] | None = None, within: float = 60.0) -> float:
@@ -229,8 +231,8 @@ def wait_until(reached: Callable[[], object], state: Callable[[], object] = tupl
 
 
 def in_parallel(act: Callable[[_In], _Out], arguments: Iterable[_In]) -> list[_Out]:
-    """Call *act* with each argument at the same time, and return the results in order."""
-    with ThreadPoolExecutor() as pool:
+    """Call *act* with each argument, up to 32 at the same time, and return the results in order."""
+    with ThreadPoolExecutor(32) as pool:
         return [*pool.map(act, arguments)]
 
 
