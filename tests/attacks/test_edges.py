@@ -35,6 +35,7 @@ from freegpt_auth.stores.file.store import LOCK_TIMEOUT, RETRY_INTERVAL
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, generate_secret
 from freegpt_auth.usage.base import Batch
+from freegpt_auth.usage.recorder import SHUTDOWN_TIMEOUT
 from tests.attacks.edges import APPLICATION, UVICORN, Asked, Watch, answers, broken, gone, read_again
 from tests.helpers.programs import GUNICORN
 from tests.helpers.watch import Client, wait_until
@@ -334,18 +335,16 @@ def test_faulty_usage_database_fails_no_request(start: Start, secrets: dict[str,
     link(USAGE.parent, "disk")
     UsageDatabase(str(USAGE)).write(Batch("p", 1, {f"!{number:063}": (1, 0.0) for number in range(20_000)}), 5.0)
     watch = start(answers(), FREEGPT_AUTH_USAGE=str(USAGE))
-    with contextlib.closing(sqlite3.connect(USAGE, isolation_level=None)) as other:
-        faults: list[tuple[Callable[[Any], object], Any, Any, str]] = [
-            (partial(link, USAGE.parent), "nowhere", "disk", "its folder does not exist; create the folder first"),
-            (partial(link, USAGE.parent), "blocked", "disk", "it is a directory, not a file; move it away, or .*"),
-            (USAGE.chmod, 0o400, 0o600, "it or its folder is read-only; .*"),
-            (partial(limit, watch.workers), 2**20, -1, "the disk failed to read or write it; look for .*"),
-            (other.execute, "BEGIN EXCLUSIVE", "COMMIT", "another program holds its lock; end that program.*"),
-        ]
-        for act, fault, healthy, reason in faults:
-            line = f"WARNING usage cannot be written to .*: {reason}. It is kept in memory until it can"
-            watch.change(partial(act, fault), answers(), line)
-            watch.change(partial(act, healthy), answers(), "INFO usage is written to .* again")
+    faults: list[tuple[Callable[[Any], object], Any, Any, str]] = [
+        (partial(link, USAGE.parent), "nowhere", "disk", "its folder does not exist; create the folder first"),
+        (partial(link, USAGE.parent), "blocked", "disk", "it is a directory, not a file; move it away, or .*"),
+        (USAGE.chmod, 0o400, 0o600, "it or its folder is read-only; .*"),
+        (partial(limit, watch.workers), 2**20, -1, "the disk failed to read or write it; look for .*"),
+    ]
+    for act, fault, healthy, reason in faults:
+        line = f"WARNING usage cannot be written to .*: {reason}. It is kept in memory until it can"
+        watch.change(partial(act, fault), answers(), line)
+        watch.change(partial(act, healthy), answers(), "INFO usage is written to .* again")
     lost: list[int] = []
     corrupt = r"WARNING .* was corrupt and is now .*\.corrupt-\d+; usage is counted afresh"
     watch.change(lambda: lost.append(ruin(token_id)), answers(), corrupt, each=False)
@@ -354,6 +353,18 @@ def test_faulty_usage_database_fails_no_request(start: Start, secrets: dict[str,
     wait_until(lambda: lost[0] + UsageDatabase(str(USAGE)).read()[token_id].use_count == accepted)
     assert stat.S_IMODE(USAGE.stat().st_mode) == 0o600
     watch.end()
+
+
+def test_locked_usage_database_delays_no_stop(start: Start) -> None:
+    """The server answers meanwhile, waits 5 seconds for the lock at its end, logs that and stops."""
+    watch = start(answers(), FREEGPT_AUTH_USAGE="usage.db")
+    wait_until(Path("usage.db").exists)
+    with contextlib.closing(sqlite3.connect("usage.db", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        watch.change(tuple, answers(), hold=0.5)
+        began = time.monotonic()
+        assert "usage cannot be written" in watch.end()
+        assert time.monotonic() - began < SHUTDOWN_TIMEOUT + 30
 
 
 # --- workers
