@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.helpers.fleet import LEASE, POLL, usage_of
+from tests.helpers.programs import GUNICORN
 from tests.helpers.watch import CLOSED, USUAL, wait_until
 
 if TYPE_CHECKING:
@@ -16,17 +17,6 @@ if TYPE_CHECKING:
     from tests.attacks.conftest import Record
     from tests.helpers.fleet import Host, StartFleet
     from tests.helpers.postgresql import Cluster
-
-GUNICORN = """
-import os, sys
-os.environ["HOME"] = os.getcwd()  # gunicorn keeps a socket there
-*_, host, _, port = sys.argv
-sys.argv = ["gunicorn", "app:app", "--preload", "--workers", "2", "--bind", f"{host}:{port}"]
-sys.argv += ["--worker-class", "uvicorn_worker.UvicornWorker"]
-sys.path.insert(0, os.getcwd())
-from gunicorn.app.wsgiapp import run
-run()
-"""
 
 
 @pytest.mark.slow
@@ -94,7 +84,7 @@ def test_server_starts_closed_without_database(tmp_path: Path, fleet: StartFleet
     """The server answers 503, logs one line per process, and recovers when the database is reachable."""
     options: dict[str, Any] = {"away": True, "arguments": tuple(program.split())}
     if program == "gunicorn":
-        options = {"away": True, "script": tmp_path / "launch.py"}
+        options = {"away": True, "script": tmp_path / "launch.py", "arguments": ("--preload",)}
         options["script"].write_text(GUNICORN)
     ours = fleet(options, may_break=program == "gunicorn", expected=CLOSED)
     alone: Host = ours.hosts[0]

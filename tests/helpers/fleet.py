@@ -18,6 +18,7 @@ import psycopg
 
 from freegpt_auth import cli
 from freegpt_auth.stores.postgres import PostgresTokenStore
+from freegpt_auth.stores.postgres.follower import CERTAINTY
 from freegpt_auth.tokens import generate_secret
 from tests.helpers.applications import HELLO
 from tests.helpers.watch import BOUND, CLOSED, USUAL, Watch, wait_until
@@ -176,14 +177,14 @@ class Fleet:
     def isolate(self, cut: Callable[[], None], mend: Callable[[], None], isolated: tuple[int, ...]) -> list[float]:
         """Cut hosts off from the database for longer than the lease, and check every answer.
 
-        Known tokens work until the lease is over, then every token is answered 503. A token that is revoked meanwhile
-        is refused by the other hosts at once, and by all hosts after *mend*; a token that is created meanwhile works
-        then.
+        Until the lease is over known tokens work, and unknown ones soon get 503 instead of 401, because they may be
+        new. Then every token is answered 503. A token that is revoked meanwhile is refused by the other hosts at once,
+        and by all hosts after *mend*; a token that is created meanwhile works then.
 
         Args:
             cut: cuts the hosts off.
             mend: ends that.
-            isolated: the numbers of these hosts.
+            isolated: the numbers of these hosts, first one that caches every token.
 
         Returns:
             the seconds until the hosts were closed, and from *mend* until they were as usual.
@@ -195,6 +196,9 @@ class Fleet:
         done = self.operator.revoke(token_id)
         self.watch.expect(closed, isolated)
         closed_after = time.monotonic() - began
+        closed_at = self.watch.first("valid", 503, isolated[0], began)
+        assert closed_at > began + LEASE - POLL - SLACK
+        self.watch.check({"wrong": 503}, began + CERTAINTY + SLACK, isolated)
         self.watch.check({"valid": 503, "fading": 503, "revoked": 503}, began + LEASE + 0.05, isolated)
         self.watch.check({**USUAL, "fading": 401}, done.ended, others)
         self.watch.hold(closed, POLL, isolated)

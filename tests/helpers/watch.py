@@ -193,6 +193,11 @@ class Watch:
         """Return the begin of the last accepted request of a token at one host."""
         return max(answer.began for answer in self.accepted(name) if answer.host == number)
 
+    def first(self, name: str, status: int, number: int, since: float) -> float:
+        """Return the end of the first request of a token after *since* that one host answered with *status*."""
+        wanted = (number, name, status)
+        return min(one.ended for one in list(self.answers) if one[2:] == wanted and one.began > since)
+
     def counts(self) -> dict[str, int]:
         """Return the number of answers of each status."""
         return {str(status): count for status, count in sorted(Counter(one.status for one in self.answers).items())}
