@@ -68,25 +68,20 @@ DIGEST = digest_of(VALID)
 LEAST = 150
 """Fewest distinct requests that a server must answer in each test."""
 
-PROXIED = ("--root-path", "/prefix", "--proxy-headers", "--forwarded-allow-ips", "*")
-UVICORN = {
-    "mounted": ("app:mounted",),
-    "proxied": ("app:app", *PROXIED),
-    **{ws: ("app:app", "--ws", ws) for ws in ("websockets", "websockets-sansio", "wsproto")},
-}
+PROXIED = "app:app --root-path /prefix --proxy-headers --forwarded-allow-ips *"
+UVICORN = {ws: f"app:app --ws {ws}" for ws in ("websockets", "websockets-sansio", "wsproto")}
+UVICORN |= {"mounted": "app:mounted", "proxied": PROXIED}
 HYPERCORN = {
-    "hypercorn": ("app:app",),
-    "hypercorn-mounted": ("app:mounted",),
-    "hypercorn-root": ("app:app", "--root-path", "/prefix"),
+    "hypercorn": "hypercorn app:app",
+    "hypercorn-mounted": "hypercorn app:mounted",
+    "hypercorn-root": "hypercorn app:app --root-path /prefix",
 }
 SERVERS = {
-    **{f"uvicorn-h11-{kind}": ("uvicorn", *arguments, "--http", "h11") for kind, arguments in UVICORN.items()},
-    **{
-        f"uvicorn-httptools-{kind}": ("uvicorn", *arguments, "--http", "httptools")
-        for kind, arguments in UVICORN.items()
-    },
-    **{kind: ("hypercorn", *arguments) for kind, arguments in HYPERCORN.items()},
+    f"uvicorn-{http}-{kind}": f"uvicorn {arguments} --http {http}"
+    for http in ("h11", "httptools")
+    for kind, arguments in UVICORN.items()
 }
+SERVERS |= HYPERCORN
 QUICK = {"uvicorn-h11-wsproto", "uvicorn-httptools-websockets-sansio", "hypercorn"}
 """The servers that the quick run attacks: each implementation of HTTP and WebSockets, not mounted."""
 
@@ -478,7 +473,7 @@ def start(serve_once: Serve, tmp_path_factory: pytest.TempPathFactory) -> Callab
     }
 
     def one(kind: str) -> Target:
-        module, app, *arguments = SERVERS[kind]
+        module, app, *arguments = SERVERS[kind].split()
         server = serve_once(app, *arguments, *WAIT[module], module=module, **environment)
         return Target(server.address, b"/health" if app == "app:mounted" else b"")
 

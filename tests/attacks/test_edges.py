@@ -420,13 +420,8 @@ def test_gunicorn_ends_on_unusable_settings(tmp_path: Path) -> None:
         "from fastapi import FastAPI\nfrom freegpt_auth import BearerTokenMiddleware\n"
         "app = FastAPI()\napp.add_middleware(BearerTokenMiddleware, required=True)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", GUNICORN, "--host", "127.0.0.1", "--port", "0"],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    command = [sys.executable, "-c", GUNICORN, "--host", "127.0.0.1", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 3
     assert "authentication is required, but no environment key is set" in done.stderr
     assert "Traceback" not in done.stderr

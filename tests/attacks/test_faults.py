@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -29,6 +28,7 @@ from freegpt_auth.stores.file import store as file_store
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, issue
 from freegpt_auth.usage.base import Batch
+from tests.helpers.programs import Program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -118,19 +118,13 @@ class Run:
         return " ".join(line for line in self.trace.splitlines() if "(INJECTED)" in line)
 
 
-class Launcher:
+class Launcher(Program):
     """Runs commands one after the other, each under its own ``strace``."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._stdin, self._stdout = process.stdin, process.stdout
 
     def run(self, home: Path, arguments: list[str], *tracing: str) -> int:
         """Run one command in *home* and return its exit status; output and trace are written beside *home*."""
-        assert self._stdin is not None
-        assert self._stdout is not None
-        self._stdin.write(json.dumps([str(home), arguments]) + "\n")
-        self._stdin.flush()
-        child = int(self._stdout.readline())
+        self.send([str(home), arguments])
+        child = self.receive()
         with subprocess.Popen(
             ["strace", "-o", home.parent / "trace", *tracing, "-p", str(child)], stderr=subprocess.PIPE, text=True
         ) as strace:
@@ -139,26 +133,17 @@ class Launcher:
             os.kill(child, signal.SIGCONT)
             strace.wait(timeout=90)
         assert "attached" in attached
-        return int(self._stdout.readline())
+        return int(self.receive())
 
 
 @contextmanager
 def launchers(*options: str) -> Iterator[queue.SimpleQueue[Launcher]]:
     """Start one launcher for each simultaneous run."""
     assert STRACE, "these tests need strace: install it (on Debian and Ubuntu: apt install strace)"
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ready: queue.SimpleQueue[Launcher] = queue.SimpleQueue()
     with ExitStack() as stack:
         for _ in range(AT_ONCE):
-            process = subprocess.Popen(
-                [sys.executable, *options, "-c", LAUNCHER],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            ready.put(Launcher(stack.enter_context(process)))
+            ready.put(stack.enter_context(Launcher(LAUNCHER, *options)))
         yield ready
 
 

@@ -47,7 +47,7 @@ def test_restart_undoes_nothing(durable: Cluster, fleet: StartFleet, end: str, r
 
 
 def test_killed_server_invents_no_use(fleet: StartFleet, record: Record) -> None:
-    """A killed server loses at most the uses since its last write; a stopped one loses none."""
+    """A killed server loses at most the uses since its last write."""
     ours = fleet({"INTERVAL": "1.0"}, may_break=True)
     watch, valid = ours.watch, ours.ids["valid"]
     wait_until(lambda: usage_of(ours.url, valid) > 0)
@@ -61,15 +61,6 @@ def test_killed_server_invents_no_use(fleet: StartFleet, record: Record) -> None
     recent = sum(one.began > died - 1.5 for one in watch.accepted("valid"))
     assert 0 <= lost <= recent
     record(uses=len(watch.accepted("valid")), in_the_last_interval=recent, lost=lost)
-
-
-def test_stopped_server_loses_no_use(fleet: StartFleet) -> None:
-    """A server that is stopped writes all its uses before it ends."""
-    ours = fleet({"INTERVAL": "100"})
-    ours.watch.hold(USUAL, 0.5)
-    ours.watch.end()
-    ours.hosts[0].server.stop()
-    ours.end()
 
 
 PROGRAMS = {

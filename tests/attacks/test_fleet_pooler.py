@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from datetime import datetime
 from typing import TYPE_CHECKING
 
-import psycopg
 import pytest
 
 from tests.helpers.fleet import POLL, SLACK
@@ -49,22 +45,3 @@ def test_pooled_servers_poll(
             assert ["delivers no notifications" in line for line in each.warnings()] == [True]
         ours.end()
     record(commands_took_at_most=max(took))
-
-
-@PGBOUNCER_ONLY
-def test_commands_hold_behind_a_pooler(durable: Cluster, tables: str, operator_at: StartOperator) -> None:
-    """Through PgBouncer, with hostile defaults of the database, times are exact, and a lock's holder is named."""
-    for name, value in {"DateStyle": "German", "extra_float_digits": "-11", "search_path": "public"}.items():
-        durable.sql(f"ALTER DATABASE {tables} SET {name} = '{value}'")
-    with contextlib.ExitStack() as stack:
-        operator = operator_at(durable.url(tables, port=stack.enter_context(pgbouncer(durable))) + PLAIN)
-        _, secret = operator.create("brief", "--expires-in", "100")
-        [listed] = json.loads(operator.run("list", "--json").out)
-        created, expires = (datetime.fromisoformat(listed[name]) for name in ("created_at", "expires_at"))
-        assert (expires - created).total_seconds() == 100
-        with psycopg.connect(durable.url(tables), application_name="psql") as other:
-            other.execute("UPDATE freegpt_auth.state SET revision = revision")
-            done = operator.run("revoke", secret)
-            assert done.status == 1, done
-            assert f"process {other.info.backend_pid} (role postgres, psql" in done.err
-        assert operator.revoke(secret).err.startswith("Revoked")

@@ -164,14 +164,8 @@ class Watcher(threading.Thread):
 
 def run(*arguments: str, typed: str = "") -> tuple[str, str]:
     """Run a command while every library logs at the lowest level; return its output and errors."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOGGED_COMMAND, *arguments],
-        input=typed,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    command = [sys.executable, "-c", LOGGED_COMMAND, *arguments]
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout, done.stderr
 
 

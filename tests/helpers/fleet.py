@@ -87,7 +87,7 @@ def _run(arguments: tuple[str, ...]) -> Done:
     return Done(status, out.getvalue(), err.getvalue(), began, time.monotonic())
 
 
-class Operator:
+class Operator(ProcessPoolExecutor):
     """Runs commands one after the other, in one process: no interpreter starts for each.
 
     Args:
@@ -96,12 +96,12 @@ class Operator:
     """
 
     def __init__(self, store: str, ahead: float = 0.0) -> None:
-        self._process = ProcessPoolExecutor(1, get_context("spawn"), _set_up, (store, ahead))
-        self._process.submit(time.time)  # starts the process
+        super().__init__(1, get_context("spawn"), _set_up, (store, ahead))
+        self.submit(time.time)  # starts the process
 
     def run(self, *arguments: str) -> Done:
         """Run ``python -m freegpt_auth`` with these arguments."""
-        return self._process.submit(_run, arguments).result()
+        return self.submit(_run, arguments).result()
 
     def create(self, name: str, *options: str) -> tuple[str, str]:
         """Create a token, and return its id and secret."""
@@ -117,10 +117,6 @@ class Operator:
             if done.status == 0:
                 return done
         raise AssertionError(done)
-
-    def close(self) -> None:
-        """End the operator's process."""
-        self._process.shutdown()
 
 
 @dataclass
