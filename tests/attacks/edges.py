@@ -183,15 +183,10 @@ class Watch:
 
     def _is_done(self, since: float, lines: tuple[str, ...], new: int, *, each: bool) -> bool:
         workers = self._thorough(since)
-        return (
-            len(workers) >= 2
-            and len(workers - self.workers) >= new
-            and all(
-                any(re.search(one, line) for line in logged)
-                for logged in self._logged(workers, each=each)
-                for one in lines
-            )
-        )
+        if len(workers) < 2 or len(workers - self.workers) < new:
+            return False
+        groups = self._logged(workers, each=each)
+        return all(any(re.search(one, line) for line in logged) for logged in groups for one in lines)
 
     def _thorough(self, since: float) -> set[int]:
         """Return the workers that have answered every kind of request since then."""

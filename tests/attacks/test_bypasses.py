@@ -455,44 +455,28 @@ class Attack:
         assert len(self.answered) >= LEAST
 
 
-@pytest.fixture
-def attack(record: Record) -> Attack:
-    """Return an attack without requests so far."""
-    return Attack(record)
-
-
-@pytest.fixture(scope="module")
-def start(serve_once: Serve, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Target]:
-    """Return a function that starts a server of one kind."""
-    folder = tmp_path_factory.mktemp("application")
-    (folder / "app.py").write_text(APPLICATION)
-    FileTokenStore(folder / "api_tokens.json").add(DIGEST, TOKEN)
-    environment = {
-        "FREEGPT_AUTH_STORE": str(folder / "api_tokens.json"),
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
-    }
-
-    def one(kind: str) -> Target:
-        module, app, *arguments = SERVERS[kind].split()
-        server = serve_once(app, *arguments, *WAIT[module], module=module, **environment)
-        return Target(server.address, b"/health" if app == "app:mounted" else b"")
-
-    return one
-
-
 def marked(kinds: Iterable[str]) -> list[object]:
     """Return the kinds of servers, with the mark ``slow`` on all but the quick ones."""
     return [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 @pytest.fixture(scope="module", params=marked(SERVERS))
-def target(request: pytest.FixtureRequest, start: Callable[[str], Target]) -> Target:
+def target(request: pytest.FixtureRequest, serve_once: Serve, tmp_path_factory: pytest.TempPathFactory) -> Target:
     """Return a running server of each kind."""
-    return start(request.param)
+    folder = tmp_path_factory.mktemp("application")
+    (folder / "app.py").write_text(APPLICATION)
+    store = folder / "api_tokens.json"
+    FileTokenStore(store).add(DIGEST, TOKEN)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    module, app, *arguments = SERVERS[request.param].split()
+    arguments += WAIT[module]
+    server = serve_once(app, *arguments, module=module, FREEGPT_AUTH_STORE=str(store), PYTHONPATH=path)
+    return Target(server.address, b"/health" if app == "app:mounted" else b"")
 
 
-def test_no_bypass_over_http1(target: Target, attack: Attack) -> None:
+def test_no_bypass_over_http1(target: Target, record: Record) -> None:
     """No spelling of an HTTP/1 request or a WebSocket without a credential reaches the application."""
+    attack = Attack(record)
     for rows, verdict in ((REFUSED + WEBSOCKETS, is_refused), (MALFORMED + BROKEN_WEBSOCKETS, is_dropped)):
         sent = target.below(rows)
         attack.judge(sent, in_parallel(target.exchange, sent), verdict)
@@ -500,8 +484,9 @@ def test_no_bypass_over_http1(target: Target, attack: Attack) -> None:
 
 
 @pytest.mark.parametrize("target", marked(HYPERCORN), indirect=True, scope="module")
-def test_no_bypass_over_http2(target: Target, attack: Attack) -> None:
+def test_no_bypass_over_http2(target: Target, record: Record) -> None:
     """The same holds for a hundred streams at once on an HTTP/2 connection, and for spellings of HTTP/2 itself."""
+    attack = Attack(record)
     sent = all_translated(target.below(REFUSED + WEBSOCKETS)) + ([] if target.prefix else REFUSED_STREAMS)
     for begin in range(0, len(sent), STREAMS):
         some = sent[begin : begin + STREAMS]
@@ -512,8 +497,9 @@ def test_no_bypass_over_http2(target: Target, attack: Attack) -> None:
 
 
 @pytest.mark.parametrize("target", marked(HYPERCORN), indirect=True, scope="module")
-def test_no_bypass_during_upgrade_to_http2(target: Target, attack: Attack) -> None:
+def test_no_bypass_during_upgrade_to_http2(target: Target, record: Record) -> None:
     """A connection that changes from HTTP/1.1 to HTTP/2 is refused before and after."""
+    attack = Attack(record)
     later = all_translated(target.below([request()]))
     sent = all_to_http2(target.below(REFUSED))
     answers = in_parallel(lambda row: target.go_on(row, later), sent)

@@ -12,18 +12,11 @@ import random
 import stat
 import statistics
 from collections import Counter
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from freegpt_auth import FileTokenStore
-from freegpt_auth.guard.authenticator import Authenticator
-from freegpt_auth.guard.callers import Caller
-from freegpt_auth.guard.credentials import Presented
-from freegpt_auth.guard.refusal import Refusal
 from freegpt_auth.stores.file.store import FRESHNESS, LOCK_TIMEOUT
-from freegpt_auth.tokens import digest_of
 from tests.helpers.programs import Program
 from tests.helpers.watch import in_parallel
 
@@ -212,7 +205,6 @@ class Ledger:
         # All other records are unchanged, in the same order.
         assert list(untouched.items()) == list(others.items())
         self._rows = rows
-        self._authenticate()
 
     def leftovers(self) -> int:
         """Return the number of temporary files; check that there are no other files."""
@@ -226,16 +218,6 @@ class Ledger:
             assert len({row[unique] for row in rows}) == len(rows)
         assert {stat.S_IMODE(path.stat().st_mode) for path in self._path.parent.iterdir()} == {0o600}
         return {row["name"]: row for row in rows}
-
-    def _authenticate(self) -> None:
-        authenticator = Authenticator(FileTokenStore(self._path), None)
-        for name, secret in self.live.items():
-            caller = authenticator.resolve(Presented([digest_of(secret)]))
-            assert isinstance(caller, Caller)
-            assert caller.user.identity == self._rows[name]["id"]
-            assert self._rows[name]["digest"] == f"sha256${sha256(secret.encode()).hexdigest()}"
-        for secret in self.dead[-100:]:
-            assert isinstance(authenticator.resolve(Presented([digest_of(secret)])), Refusal)
 
 
 class Round:
@@ -304,7 +286,7 @@ def test_killed_writers_break_no_promise(
     server = serve("app:app", "--workers", "2", "--log-level", "warning", **environment)
     for number in range(rounds):
         one.play()
-        if number % 10 == 0:
+        if number % 3 == 0:
             check_server(server, [*ledger.live.values()][-SAMPLE:], ledger.dead[-SAMPLE:])
     check_server(server, [*ledger.live.values()], ledger.dead)
     log = server.stop()

@@ -427,15 +427,9 @@ def test_gunicorn_ends_on_unusable_settings(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def clear(folders: list[Path]) -> None:
-    """Remove the notes of all servers, as systemd does at a logout."""
-    for folder in folders:
-        shutil.rmtree(folder)
-
-
 @pytest.mark.slow
 def test_cleared_notes_open_no_worker(start: Start) -> None:
-    """Neither a cleaned /dev/shm, nor a container that shares it, nor the loss of all notes opens a worker."""
+    """Neither a cleaned /dev/shm, as at a logout, nor a container that shares it, nor the loss of all notes opens a worker."""
     for folder in NOTES:
         folder.parent.mkdir()
     temporary = str(Path("temporary").absolute())
@@ -445,10 +439,11 @@ def test_cleared_notes_open_no_worker(start: Start) -> None:
     environment = {**os.environ, "TMPDIR": temporary}
     subprocess.run([*neighbour, sys.executable, "-c", NEIGHBOUR], env=environment, check=True, timeout=30)
     assert all(note.exists() for note in notes)
-    clear(NOTES[:1])
+    shutil.rmtree(NOTES[0])
 
     def clear_and_kill() -> None:
-        clear(NOTES)
+        for folder in NOTES:
+            shutil.rmtree(folder)
         wait_until(lambda: all(note.exists() for note in notes))
         os.kill(min(watch.workers), signal.SIGKILL)
 

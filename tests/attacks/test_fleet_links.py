@@ -22,7 +22,7 @@ from freegpt_auth.stores.postgres.store import LOOK_UP_LIMIT
 from freegpt_auth.tokens import generate_secret
 from tests.helpers.fleet import LEASE, POLL, SLACK
 from tests.helpers.postgresql import running
-from tests.helpers.proxy import Proxy
+from tests.helpers.proxy import FAULTS, Proxy
 from tests.helpers.watch import BOUND, CLOSED, USUAL, Client, percentile, wait_until
 
 if TYPE_CHECKING:
@@ -50,18 +50,10 @@ def suffer(fleet: Fleet, act: Callable[[Proxy], None]) -> None:
         act(fleet.hosts[each].proxy)
 
 
-@pytest.mark.parametrize(
-    ("begin", "end"),
-    [
-        pytest.param(Proxy.refuse, Proxy.accept, id="refused"),
-        pytest.param(Proxy.lose, Proxy.mend, id="vanishing", marks=pytest.mark.slow),
-        pytest.param(Proxy.hold, Proxy.mend, id="held", marks=pytest.mark.slow),
-    ],
-)
-def test_isolated_host_closes_after_lease(
-    three: Fleet, begin: Callable[[Proxy], None], end: Callable[[Proxy], None], rounds: int, record: Record
-) -> None:
+@pytest.mark.parametrize("fault", ["refused", *(pytest.param(each, marks=pytest.mark.slow) for each in [*FAULTS][1:])])
+def test_isolated_host_closes_after_lease(three: Fleet, fault: str, rounds: int, record: Record) -> None:
     """Known tokens work for the lease and then get 503, never 401; after the fault the host recovers by itself."""
+    begin, end = FAULTS[fault]
     times = [three.isolate(lambda: suffer(three, begin), lambda: suffer(three, end), SUFFERING) for _ in range(rounds)]
     three.end()
     closed, back = map(max, zip(*times, strict=True))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from freegpt_auth.stores.postgres.confirmation import CONFIRMATION
-from tests.helpers.proxy import Proxy
+from tests.helpers.proxy import FAULTS
 from tests.helpers.watch import Watch, in_parallel
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tests.attacks.conftest import Record
     from tests.helpers.fleet import Operator, StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
+    from tests.helpers.proxy import Proxy
 
 AT_ONCE = 10
 """Simultaneous revocations after each disturbance. ``--rounds 30`` makes 300 of each kind."""
@@ -108,18 +109,11 @@ def test_restarted_database(durable: Cluster, setting: Setting, how: str, record
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("begin", "end"), [(Proxy.refuse, Proxy.accept), (Proxy.lose, Proxy.mend)], ids=["cut", "half open"]
-)
+@pytest.mark.parametrize("fault", ["refused", "vanishing"])
 @pytest.mark.parametrize("returns", [False, True], ids=["stays away", "returns"])
-def test_lost_links(
-    setting: Setting,
-    begin: Callable[[Proxy], None],
-    end: Callable[[Proxy], None],
-    returns: bool,  # noqa: FBT001
-    record: Record,
-) -> None:
+def test_lost_links(setting: Setting, fault: str, returns: bool, record: Record) -> None:  # noqa: FBT001
     """Hosts stay away: the command names the seconds. They return in a moment: the command waits for them."""
+    begin, end = FAULTS[fault]
 
     def disturb() -> None:
         setting.act(begin)

@@ -10,8 +10,6 @@ from tests.helpers.proxy import PLAIN
 from tests.helpers.watch import Watch, in_parallel, percentile
 
 if TYPE_CHECKING:
-    import pytest
-
     from tests.attacks.conftest import Record
     from tests.helpers.fleet import Operator, StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
@@ -77,24 +75,20 @@ def committed(cluster: Cluster, tables: str, token_id: str) -> float:
 
 
 def test_eight_processes_refuse_at_once(
-    request: pytest.FixtureRequest,
-    durable: Cluster,
-    tables: str,
-    operator_at: StartOperator,
-    host: StartHost,
-    rounds: int,
-    record: Record,
+    durable: Cluster, tables: str, operator_at: StartOperator, host: StartHost, rounds: int, record: Record
 ) -> None:
     """99 of 100 revocations are in force within 50 ms of the commit, and all when the command returns."""
     operator = operator_at(durable.url(tables))
     issue_tokens(operator)
     hosts = in_parallel(lambda _: host(durable, tables, url=durable.url(tables) + PLAIN), range(PROCESSES))
     watch = Watch(hosts, {}, pause=0.002)
-    request.addfinalizer(watch.stop)
     hundreds: list[list[Times]] = []
     # A loaded machine gets two more chances.
-    while len(hundreds) < rounds or (min(map(excess, hundreds)) > 0 and len(hundreds) < rounds + 2):
-        hundreds.append(measure(durable, tables, operator, watch))
+    try:
+        while len(hundreds) < rounds or (min(map(excess, hundreds)) > 0 and len(hundreds) < rounds + 2):
+            hundreds.append(measure(durable, tables, operator, watch))
+    finally:
+        watch.stop()
     times = [one for hundred in hundreds for one in hundred]
     record(revocations=len(times))
     for name in ("from_commit", "from_return", "command"):

@@ -156,16 +156,10 @@ async def unreached(_scope: Scope, _receive: Receive, _send: Send) -> None:
     raise AssertionError
 
 
-@pytest.fixture
-def times(rounds: int) -> int:
-    """Return the number of measurements of each class."""
-    return ROUNDS * rounds
-
-
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_refusals_take_the_same_time(secrets: dict[str, list[str]], times: int, kind: str) -> None:
+def test_refusals_take_the_same_time(secrets: dict[str, list[str]], rounds: int, kind: str) -> None:
     """Unknown, revoked and expired secrets take the same time: the time does not reveal a former token."""
-    assert_alike(measure_app(BearerTokenMiddleware(unreached, usage="off"), as_scopes(secrets, kind), times))
+    assert_alike(measure_app(BearerTokenMiddleware(unreached, usage="off"), as_scopes(secrets, kind), ROUNDS * rounds))
 
 
 def near_key(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -201,11 +195,11 @@ def nearly(digest: bytes) -> bytes:
 @pytest.mark.usefixtures("secrets")
 @pytest.mark.parametrize("make", [near_key, near_digest_of_key, near_digest_of_token])
 def test_near_guess_takes_the_same_time(
-    monkeypatch: pytest.MonkeyPatch, times: int, make: Callable[[pytest.MonkeyPatch], list[str]]
+    monkeypatch: pytest.MonkeyPatch, rounds: int, make: Callable[[pytest.MonkeyPatch], list[str]]
 ) -> None:
     """A guess that is nearly right takes as long as any other: no key or token is found piece by piece."""
     guesses = as_scopes({"near": make(monkeypatch), "far": ["xyz-" + "9" * 48], "also far": ["zyx-" + "8" * 48]})
-    assert_alike(measure_app(BearerTokenMiddleware(unreached, usage="off"), guesses, times), "far")
+    assert_alike(measure_app(BearerTokenMiddleware(unreached, usage="off"), guesses, ROUNDS * rounds), "far")
 
 
 class Slower(FileTokenStore):
@@ -223,14 +217,14 @@ class Slower(FileTokenStore):
         return token
 
 
-def test_planted_difference_is_found(secrets: dict[str, list[str]], times: int) -> None:
+def test_planted_difference_is_found(secrets: dict[str, list[str]], rounds: int) -> None:
     """The control: a planted difference of twice the bound is found, by effect and by t; without it none is found."""
     del secrets["expired"]
     store = Slower("api_tokens.json")
     app = BearerTokenMiddleware(unreached, store=store)
-    before = measure_app(app, as_scopes(secrets), times)
+    before = measure_app(app, as_scopes(secrets), ROUNDS * rounds)
     store.delay = round(2 * BOUND * median(before["unknown"]))
-    after = measure_app(app, as_scopes(secrets), times)
+    after = measure_app(app, as_scopes(secrets), ROUNDS * rounds)
     _logger.info("planted: %d ns", store.delay)
     chance, planted = differences(before), differences(after)
     assert BOUND < planted["revoked"] - chance["revoked"] < 6 * BOUND

@@ -150,11 +150,9 @@ def _read(source: socket.socket) -> bytes:
 
 
 def _exactly(source: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        if not (more := source.recv(size - len(data))):
-            raise ConnectionResetError
-        data += more
+    data = source.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise ConnectionResetError
     return data
 
 
@@ -165,8 +163,5 @@ def _message(kind: bytes, content: bytes) -> bytes:
 @contextlib.contextmanager
 def smallest(cluster: Cluster, tables: str, user: str = "postgres") -> Iterator[int]:
     """Run the minimal pooler in front of a database, and yield its port."""
-    pooler = Pooler(cluster.url(tables, user), 4)
-    try:
+    with contextlib.closing(Pooler(cluster.url(tables, user), 4)) as pooler:
         yield pooler.port
-    finally:
-        pooler.close()

@@ -193,6 +193,14 @@ class Proxy:
         )
 
 
+FAULTS = {
+    "refused": (Proxy.refuse, Proxy.accept),
+    "vanishing": (Proxy.lose, Proxy.mend),
+    "held": (Proxy.hold, Proxy.mend),
+}
+"""Faults of a link, by their begin and end."""
+
+
 def _split(data: bytes) -> tuple[list[bytes], bytes]:
     """Return the complete messages of a server, and the incomplete rest."""
     messages, start = [], 0

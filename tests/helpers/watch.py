@@ -156,15 +156,11 @@ class Watch:
         since = time.monotonic()
         places = [(number, name) for number in (range(len(self.hosts)) if at is None else at) for name in expected]
 
-        def different() -> list[object]:
-            latest = [(place, self._latest.get(place)) for place in places]
-            return [
-                (place, answer)
-                for place, answer in latest
-                if answer is None or answer.began < since or answer.status != expected[place[1]]
-            ]
+        def is_right(place: tuple[int, str]) -> bool:
+            answer = self._latest.get(place)
+            return answer is not None and answer.began >= since and answer.status == expected[place[1]]
 
-        wait_until(lambda: not different(), lambda: (expected, different(), self._state()), within)
+        wait_until(lambda: all(map(is_right, places)), lambda: (expected, self._latest, self._state()), within)
         return time.monotonic() - since
 
     def hold(self, expected: Mapping[str, int], seconds: float, at: Iterable[int] | None = None) -> None:
@@ -175,14 +171,9 @@ class Watch:
 
     def check(self, expected: Mapping[str, int], since: float, at: Iterable[int]) -> None:
         """Check that every request that began after *since* at the hosts *at* was answered as *expected*."""
-        numbers = set(at)
-        other = [
-            answer
-            for answer in list(self.answers)
-            if answer.began >= since
-            and answer.host in numbers
-            and answer.status not in {0, expected.get(answer.token, answer.status)}
-        ]
+        numbers, given = set(at), list(self.answers)
+        later = [one for one in given if one.began >= since and one.host in numbers and one.token in expected]
+        other = [one for one in later if one.status not in {0, expected[one.token]}]
         assert not other, (len(other), other[0], other[-1], since, self._state())
 
     def accepted(self, name: str) -> list[Answer]:
