@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.stores.file import store as file_store
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, issue
 from freegpt_auth.usage.base import Batch
@@ -145,11 +144,6 @@ def launchers(*options: str) -> Iterator[queue.SimpleQueue[Launcher]]:
         for _ in range(AT_ONCE):
             ready.put(stack.enter_context(Launcher(LAUNCHER, *options)))
         yield ready
-
-
-@pytest.fixture(autouse=True)
-def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_store, "FRESHNESS", 0.0)
 
 
 SECRET = issue("doomed", now=CREATED)[1]

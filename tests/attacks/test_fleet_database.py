@@ -66,7 +66,7 @@ def test_killed_server_invents_no_use(fleet: StartFleet, record: Record) -> None
 PROGRAMS = {
     "uvicorn": "",
     "uvicorn --workers": pytest.param("--workers 2", marks=pytest.mark.slow),
-    "gunicorn --preload": pytest.param("gunicorn", marks=pytest.mark.slow),
+    "gunicorn --preload": pytest.param("--preload", marks=pytest.mark.slow),
 }
 
 
@@ -74,10 +74,10 @@ PROGRAMS = {
 def test_server_starts_closed_without_database(tmp_path: Path, fleet: StartFleet, program: str, record: Record) -> None:
     """The server answers 503, logs one line per process, and recovers when the database is reachable."""
     options: dict[str, Any] = {"away": True, "arguments": tuple(program.split())}
-    if program == "gunicorn":
-        options = {"away": True, "script": tmp_path / "launch.py", "arguments": ("--preload",)}
+    if program == "--preload":
+        options["script"] = tmp_path / "launch.py"
         options["script"].write_text(GUNICORN)
-    ours = fleet(options, may_break=program == "gunicorn", expected=CLOSED)
+    ours = fleet(options, may_break=program == "--preload", expected=CLOSED)
     alone: Host = ours.hosts[0]
     ours.watch.hold(CLOSED, 1.5)
     for process, lines in alone.warnings_by_process().items():
