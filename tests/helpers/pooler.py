@@ -56,8 +56,7 @@ def pgbouncer(cluster: Cluster) -> Iterator[int]:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         (folder / "users.txt").write_text(f'"postgres" "{PASSWORD}"\n')
-        settings = SETTINGS.format(server=cluster.port, port=port, folder=folder)
-        (folder / "pgbouncer.ini").write_text(settings)
+        (folder / "pgbouncer.ini").write_text(SETTINGS.format(server=cluster.port, port=port, folder=folder))
         for path in (folder, *folder.iterdir()):
             os.chown(path, os.geteuid() if user is None else user, -1)
         log = stack.enter_context((folder / "pgbouncer.log").open("wb"))
