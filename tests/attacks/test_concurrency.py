@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     Command = Callable[..., Ended]
 
 
-AT_ONCE = 16
-WORKERS = 4
-CLIENTS = 4
+AT_ONCE, WORKERS, CLIENTS = 16, 4, 4
 
 # The body names the worker. Counts are exact only with a lifespan.
 APPLICATION = """
