@@ -111,6 +111,7 @@ class Proxy:
     def close(self) -> None:
         """Cut all connections and end the event loop."""
         self.refuse()
+        self._do(asyncio.sleep, 0.05)  # connections just accepted, or cut, end by themselves
         self._thread.close()
 
     async def _open_server(self) -> None:
