@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from tests.helpers.fleet import Fleet, Host, Operator, StartFleet, StartHost, StartOperator
+    from tests.helpers.fleet import Fleet, Host, StartFleet, StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
     from tests.helpers.servers import Serve
 
@@ -75,13 +75,7 @@ def operator_at() -> Iterator[StartOperator]:
     from tests.helpers.fleet import Operator  # noqa: PLC0415
 
     with contextlib.ExitStack() as stack:
-
-        def start(store: str, ahead: float = 0.0) -> Operator:
-            operator = Operator(store, ahead)
-            stack.callback(operator.close)
-            return operator
-
-        yield start
+        yield lambda store, ahead=0.0: stack.enter_context(Operator(store, ahead))
 
 
 @pytest.fixture

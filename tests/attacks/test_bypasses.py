@@ -15,11 +15,10 @@ import os
 import re
 import socket
 from base64 import b64encode
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from h2.config import H2Configuration
@@ -28,6 +27,7 @@ from h2.events import DataReceived, ResponseReceived, StreamEnded, StreamReset
 
 from freegpt_auth import FileTokenStore
 from freegpt_auth.tokens import digest_of, issue
+from tests.helpers.watch import in_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -68,25 +68,20 @@ DIGEST = digest_of(VALID)
 LEAST = 150
 """Fewest distinct requests that a server must answer in each test."""
 
-PROXIED = ("--root-path", "/prefix", "--proxy-headers", "--forwarded-allow-ips", "*")
-UVICORN = {
-    "mounted": ("app:mounted",),
-    "proxied": ("app:app", *PROXIED),
-    **{ws: ("app:app", "--ws", ws) for ws in ("websockets", "websockets-sansio", "wsproto")},
-}
+PROXIED = "app:app --root-path /prefix --proxy-headers --forwarded-allow-ips *"
+UVICORN = {ws: f"app:app --ws {ws}" for ws in ("websockets", "websockets-sansio", "wsproto")}
+UVICORN |= {"mounted": "app:mounted", "proxied": PROXIED}
 HYPERCORN = {
-    "hypercorn": ("app:app",),
-    "hypercorn-mounted": ("app:mounted",),
-    "hypercorn-root": ("app:app", "--root-path", "/prefix"),
+    "hypercorn": "hypercorn app:app",
+    "hypercorn-mounted": "hypercorn app:mounted",
+    "hypercorn-root": "hypercorn app:app --root-path /prefix",
 }
 SERVERS = {
-    **{f"uvicorn-h11-{kind}": ("uvicorn", *arguments, "--http", "h11") for kind, arguments in UVICORN.items()},
-    **{
-        f"uvicorn-httptools-{kind}": ("uvicorn", *arguments, "--http", "httptools")
-        for kind, arguments in UVICORN.items()
-    },
-    **{kind: ("hypercorn", *arguments) for kind, arguments in HYPERCORN.items()},
+    f"uvicorn-{http}-{kind}": f"uvicorn {arguments} --http {http}"
+    for http in ("h11", "httptools")
+    for kind, arguments in UVICORN.items()
 }
+SERVERS |= HYPERCORN
 QUICK = {"uvicorn-h11-wsproto", "uvicorn-httptools-websockets-sansio", "hypercorn"}
 """The servers that the quick run attacks: each implementation of HTTP and WebSockets, not mounted."""
 
@@ -103,32 +98,19 @@ INNER = "GET /v1/models HTTP/1.1|Host: x|Connection: close||"
 INNER_BYTES = len(INNER) + INNER.count("|")
 CHUNKED = "Transfer-Encoding: chunked"
 SUBPROTOCOL = "openai-insecure-api-key."
+PARTS = {"CUT": VALID[:-1], "TAIL": VALID[1:], "BARE": VALID[3:], "START": VALID[:9], "END": VALID[9:]}
+CASES = {"REVERSED": VALID[::-1], "UPPER": VALID.upper(), "LOWER": VALID.lower(), "ESCAPED": VALID.replace("-", "%2d")}
+BASE64 = {"BASE64": VALID, "BASIC": f"client:{VALID}", "BASIC_USER": f"{VALID}:"}
+HASHES = {"HEX": VALID.encode().hex(), "DIGEST": DIGEST.hex(), "DIGEST64": b64encode(DIGEST).decode()}
+RECORD = {"VALID": VALID, "PREFIX": TOKEN.prefix, "ID": TOKEN.id, "A": "A", "G": "G", "S": " "}
+LINES = {"BEARER": BEARER, "LOWER_BEARER": LOWER_BEARER, "PREFLIGHT": PREFLIGHT, "EXTENDED": EXTENDED}
 NAMES = {
-    "VALID": VALID,
-    "CUT": VALID[:-1],
-    "TAIL": VALID[1:],
-    "BARE": VALID[3:],
-    "START": VALID[:9],
-    "END": VALID[9:],
-    "REVERSED": VALID[::-1],
-    "UPPER": VALID.upper(),
-    "LOWER": VALID.lower(),
-    "ESCAPED": VALID.replace("-", "%2d"),
-    "HEX": VALID.encode().hex(),
-    "BASE64": b64encode(VALID.encode()).decode(),
-    "BASIC": b64encode(f"client:{VALID}".encode()).decode(),
-    "BASIC_USER": b64encode(f"{VALID}:".encode()).decode(),
-    "DIGEST": DIGEST.hex(),
-    "DIGEST64": b64encode(DIGEST).decode(),
-    "PREFIX": TOKEN.prefix,
-    "ID": TOKEN.id,
-    "A": "A",
-    "G": "G",
-    "S": " ",
-    "BEARER": BEARER,
-    "LOWER_BEARER": LOWER_BEARER,
-    "PREFLIGHT": PREFLIGHT,
-    "EXTENDED": EXTENDED,
+    **{name: b64encode(text.encode()).decode() for name, text in BASE64.items()},
+    **PARTS,
+    **CASES,
+    **HASHES,
+    **RECORD,
+    **LINES,
     "SUBPROTOCOL": SUBPROTOCOL,
     "INNER": INNER,
     "INNER_AND_5": INNER_BYTES + 5,
@@ -138,6 +120,7 @@ NAMES = {
     "CHUNKED": CHUNKED,
     "FIXED": f"{INNER_BYTES:x}|{INNER}|0||",
 }
+"""The names in ``spellings.txt``."""
 
 
 def read_spellings() -> dict[str, list[str]]:
@@ -176,21 +159,7 @@ def upgrade(target: str = "/v1/realtime", lines: str = "") -> bytes:
     )
 
 
-def changed(old: bytes, new: bytes) -> bytes:
-    """Return a WebSocket's opening handshake with one change."""
-    return upgrade().replace(old, new)
-
-
 SPELLINGS = read_spellings()
-NEARLY_PREFLIGHTS = [
-    *(request(lines=PREFLIGHT, method=method) for method in ("POST", "HEAD", "PUT", "TRACE")),
-    request(lines="Origin: http://x", method="OPTIONS"),
-    request(lines="Access-Control-Request-Method: GET", method="OPTIONS"),
-    request(lines="Origin: http://x|Access-Control-Request-Headers: authorization", method="OPTIONS"),
-    request(lines="Origin: http://x|Access_Control_Request_Method: GET", method="OPTIONS"),
-    request(lines=f"{PREFLIGHT}|X-HTTP-Method-Override: OPTIONS", method="POST"),
-    request("/v1/models?_method=OPTIONS", PREFLIGHT, method="POST", body="_method=OPTIONS"),
-]
 BODIES = {
     "application/json": f'{{"api_key": "{VALID}", "authorization": "Bearer {VALID}"}}',
     "application/x-www-form-urlencoded": f"access_token={VALID}&api_key={VALID}",
@@ -203,7 +172,7 @@ REFUSED = [
     *(request(method=method) for method in SPELLINGS["methods"]),
     *(request(lines=lines) for lines in SPELLINGS["header lines"]),
     *(request(lines=f"Authorization: {value}") for value in SPELLINGS["authorization values"]),
-    *NEARLY_PREFLIGHTS,
+    *map(wire, SPELLINGS["nearly preflights"]),
     *(request("/v1/chat/completions", f"Content-Type: {kind}", method="POST", body=BODIES[kind]) for kind in BODIES),
     *map(wire, SPELLINGS["pipelined requests"]),
     request("/v1/models/health", "Daphne-Root-Path: /v1/models"),
@@ -222,6 +191,7 @@ MALFORMED = [
 ]
 """A server may refuse these itself, or close the connection."""
 
+CHANGES = [change.encode().split(b" -> ") for change in SPELLINGS["malformed handshakes"]]
 WEBSOCKETS = [
     *map(upgrade, SPELLINGS["websocket targets"]),
     *(upgrade(lines=f"Sec-WebSocket-Protocol: {offer}") for offer in SPELLINGS["subprotocols"]),
@@ -230,7 +200,7 @@ WEBSOCKETS = [
     upgrade().replace(b": Upgrade", b": keep-alive, upgrade"),
 ]
 BROKEN_WEBSOCKETS = [
-    *(changed(*change.encode().split(b" -> ", 1)) for change in SPELLINGS["malformed handshakes"]),
+    *(upgrade().replace(old, new) for old, new in CHANGES),
     *(upgrade(lines=f"Sec-WebSocket-Protocol: {offer}") for offer in SPELLINGS["malformed subprotocols"]),
     upgrade() + b"\x81\x85\0\0\0\0hello",
 ]
@@ -273,10 +243,12 @@ def fields(text: str) -> Fields:
     return tuple((name, value) for name, _, value in pairs)
 
 
-def stream(text: str, body: bytes = b"", trailers: str = "") -> Stream:
-    """Return a request with these header fields, and the default pseudo headers that are not among them."""
-    own = fields(text)
-    return Stream((*(pair for pair in fields(DEFAULTS) if pair[0] not in dict(own)), *own), body, fields(trailers))
+def stream(text: str) -> Stream:
+    """Return the request "headers||body||trailers", with the default pseudo headers that are not among its headers."""
+    head, body, trailers = [*text.split("||"), "", ""][:3]
+    own = fields(head)
+    default = [pair for pair in fields(DEFAULTS) if pair[0] not in dict(own)]
+    return Stream((*default, *own), body.encode("latin-1"), fields(trailers))
 
 
 def translated(row: bytes) -> Stream:
@@ -297,32 +269,11 @@ def all_translated(rows: Iterable[bytes]) -> list[Stream]:
     return [*dict.fromkeys(translated(row) for row in rows if ONE_REQUEST.match(row))]
 
 
-def with_trailers(*trailers: str) -> list[Stream]:
-    """Return requests with a body and these trailers."""
-    return [stream(":method: POST", b"hi", each) for each in trailers]
-
-
-REFUSED_STREAMS = [
-    *map(stream, SPELLINGS["http2 headers"]),
-    *with_trailers(LOWER_BEARER, f"x-api-key: {VALID}", f"api-key: {VALID}", f"{LOWER_BEARER}|{LOWER_BEARER}"),
-    stream("te: trailers|trailer: authorization", b"", LOWER_BEARER),
-    stream(":method: POST|authorization: Bearer no", b"hi", LOWER_BEARER),
-    stream(":method: POST", f"{LOWER_BEARER}\r\n\r\n".encode()),
-]
+REFUSED_STREAMS = [*map(stream, SPELLINGS["http2 headers"])]
 MALFORMED_STREAMS = [
     *map(stream, SPELLINGS["malformed http2 headers"]),
-    *(Stream(tuple(pair for pair in fields(DEFAULTS) if pair[0] != name)) for name, _ in fields(DEFAULTS)),
-    Stream(fields(":method: CONNECT|:authority: x:443")),
-    Stream(fields(f":method: CONNECT|:authority: x:443|proxy-{LOWER_BEARER}")),
-    Stream(fields(LOWER_BEARER)),
-    stream(f"x: y\r\n{LOWER_BEARER}"),
-    stream(f"x: y\n{LOWER_BEARER}"),
-    *with_trailers(":path: /health", ":method: OPTIONS", BEARER, f"{LOWER_BEARER}|:path: /health"),
-    stream(":method: POST|content-length: 9", b"hi", LOWER_BEARER),
-    stream(EXTENDED, b"\x81\x85\0\0\0\0hello"),
+    *map(Stream, map(fields, SPELLINGS["incomplete http2 headers"])),
 ]
-_Row = TypeVar("_Row")
-_Result = TypeVar("_Result")
 SETTINGS = b"AAMAAABkAAQAAP__"
 BROKEN_SETTINGS = [b"", b"!", b"A", SETTINGS + b"\r\nHTTP2-Settings: " + SETTINGS, b"\xff", b"A" * 9000]
 
@@ -504,50 +455,28 @@ class Attack:
         assert len(self.answered) >= LEAST
 
 
-@pytest.fixture
-def attack(record: Record) -> Attack:
-    """Return an attack without requests so far."""
-    return Attack(record)
-
-
-@pytest.fixture(scope="module")
-def start(serve_once: Serve, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Target]:
-    """Return a function that starts a server of one kind."""
-    folder = tmp_path_factory.mktemp("application")
-    (folder / "app.py").write_text(APPLICATION)
-    FileTokenStore(folder / "api_tokens.json").add(DIGEST, TOKEN)
-    environment = {
-        "FREEGPT_AUTH_STORE": str(folder / "api_tokens.json"),
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
-    }
-
-    def one(kind: str) -> Target:
-        module, app, *arguments = SERVERS[kind]
-        server = serve_once(app, *arguments, *WAIT[module], module=module, **environment)
-        return Target(server.address, b"/health" if app == "app:mounted" else b"")
-
-    return one
-
-
 def marked(kinds: Iterable[str]) -> list[object]:
     """Return the kinds of servers, with the mark ``slow`` on all but the quick ones."""
     return [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
 @pytest.fixture(scope="module", params=marked(SERVERS))
-def target(request: pytest.FixtureRequest, start: Callable[[str], Target]) -> Target:
+def target(request: pytest.FixtureRequest, serve_once: Serve, tmp_path_factory: pytest.TempPathFactory) -> Target:
     """Return a running server of each kind."""
-    return start(request.param)
+    folder = tmp_path_factory.mktemp("application")
+    (folder / "app.py").write_text(APPLICATION)
+    store = folder / "api_tokens.json"
+    FileTokenStore(store).add(DIGEST, TOKEN)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    module, app, *arguments = SERVERS[request.param].split()
+    arguments += WAIT[module]
+    server = serve_once(app, *arguments, module=module, FREEGPT_AUTH_STORE=str(store), PYTHONPATH=path)
+    return Target(server.address, b"/health" if app == "app:mounted" else b"")
 
 
-def in_parallel(function: Callable[[_Row], _Result], rows: Iterable[_Row]) -> list[_Result]:
-    """Return the result of the function for each row; many calls run at once."""
-    with ThreadPoolExecutor(32) as pool:
-        return list(pool.map(function, rows))
-
-
-def test_no_bypass_over_http1(target: Target, attack: Attack) -> None:
+def test_no_bypass_over_http1(target: Target, record: Record) -> None:
     """No spelling of an HTTP/1 request or a WebSocket without a credential reaches the application."""
+    attack = Attack(record)
     for rows, verdict in ((REFUSED + WEBSOCKETS, is_refused), (MALFORMED + BROKEN_WEBSOCKETS, is_dropped)):
         sent = target.below(rows)
         attack.judge(sent, in_parallel(target.exchange, sent), verdict)
@@ -555,8 +484,9 @@ def test_no_bypass_over_http1(target: Target, attack: Attack) -> None:
 
 
 @pytest.mark.parametrize("target", marked(HYPERCORN), indirect=True, scope="module")
-def test_no_bypass_over_http2(target: Target, attack: Attack) -> None:
+def test_no_bypass_over_http2(target: Target, record: Record) -> None:
     """The same holds for a hundred streams at once on an HTTP/2 connection, and for spellings of HTTP/2 itself."""
+    attack = Attack(record)
     sent = all_translated(target.below(REFUSED + WEBSOCKETS)) + ([] if target.prefix else REFUSED_STREAMS)
     for begin in range(0, len(sent), STREAMS):
         some = sent[begin : begin + STREAMS]
@@ -567,8 +497,9 @@ def test_no_bypass_over_http2(target: Target, attack: Attack) -> None:
 
 
 @pytest.mark.parametrize("target", marked(HYPERCORN), indirect=True, scope="module")
-def test_no_bypass_during_upgrade_to_http2(target: Target, attack: Attack) -> None:
+def test_no_bypass_during_upgrade_to_http2(target: Target, record: Record) -> None:
     """A connection that changes from HTTP/1.1 to HTTP/2 is refused before and after."""
+    attack = Attack(record)
     later = all_translated(target.below([request()]))
     sent = all_to_http2(target.below(REFUSED))
     answers = in_parallel(lambda row: target.go_on(row, later), sent)

@@ -10,32 +10,33 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from freegpt_auth import FileTokenStore
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of
-from tests.helpers.watch import wait_until
+from tests.helpers.watch import in_parallel, wait_until
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
 
     from tests.attacks.conftest import Record
     from tests.helpers.servers import Serve
 
+    Ended = subprocess.CompletedProcess[str]
+    Command = Callable[..., Ended]
 
-AT_ONCE = 16
-WORKERS = 4
-CLIENTS = 4
+
+AT_ONCE, WORKERS, CLIENTS = 16, 4, 4
 
 # The body names the worker. Counts are exact only with a lifespan.
 APPLICATION = """
@@ -48,27 +49,8 @@ from starlette.routing import Route
 app = BearerTokenMiddleware(Starlette(routes=[Route("/", lambda _: PlainTextResponse(str(os.getpid())))]))
 """
 
-ENDS: list[tuple[str, ...]] = [
-    (),
-    ("revoke",),
-    ("delete",),
-    ("revoke", "revoke"),
-    ("delete", "delete"),
-    ("revoke", "delete"),
-    ("delete", "revoke"),
-]
+ENDS = [end for count in range(3) for end in product(("revoke", "delete"), repeat=count)]
 """The commands that race for the end of a token."""
-
-
-class Ended(NamedTuple):
-    """A finished command, with its begin and end."""
-
-    kind: str
-    status: int
-    out: str
-    err: str
-    began: float
-    ended: float
 
 
 @dataclass
@@ -101,13 +83,16 @@ class Shell:
     Attributes:
         most: the largest number of simultaneous commands.
         ended: all finished commands.
+        seconds: their durations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: Command) -> None:
+        self._command = command
         self._pool = ThreadPoolExecutor(AT_ONCE)
-        self._running: set[int] = set()
+        self._running: list[object] = []
         self.most = 0
         self.ended: list[Ended] = []
+        self.seconds: list[float] = []
 
     def start(self, *arguments: str) -> Future[Ended]:
         """Run ``python -m freegpt_auth`` once fewer than sixteen commands run."""
@@ -115,17 +100,11 @@ class Shell:
 
     def _run(self, arguments: tuple[str, ...]) -> Ended:
         began = time.monotonic()
-        with subprocess.Popen(
-            [sys.executable, "-m", "freegpt_auth", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            self._running.add(process.pid)
-            self.most = max(self.most, len(self._running))
-            out, err = process.communicate(timeout=120)
-            ended = Ended(arguments[0], process.returncode, out, err, began, time.monotonic())
-            self._running.discard(process.pid)
+        self._running.append(arguments)
+        self.most = max(self.most, len(self._running))
+        ended = self._command(*arguments)
+        self._running.remove(arguments)
+        self.seconds.append(time.monotonic() - began)
         self.ended.append(ended)
         return ended
 
@@ -149,7 +128,10 @@ class Clients:
     def use(self, ticket: Ticket) -> None:
         """Present a token on a new connection, and check the answer."""
         began = time.monotonic()
-        status, body = self._get(ticket.secret)
+        with closing(http.client.HTTPConnection(*self._address, timeout=60)) as connection:
+            connection.request("GET", "/", headers={"Authorization": f"Bearer {ticket.secret}"})
+            response = connection.getresponse()
+            status, body = response.status, response.read()
         right = {401} if began > ticket.ended_at else {200, 401} if ticket.ending else {200}
         assert status in right, (ticket, began, time.monotonic())
         with self._lock:
@@ -158,18 +140,12 @@ class Clients:
                 self.counted[ticket.token_id] += 1
                 self.workers.add(body)
 
-    def _get(self, secret: str) -> tuple[int, bytes]:
-        with closing(http.client.HTTPConnection(*self._address, timeout=60)) as connection:
-            connection.request("GET", "/", headers={"Authorization": f"Bearer {secret}"})
-            response = connection.getresponse()
-            return response.status, response.read()
-
 
 def create(shell: Shell, end: tuple[str, ...]) -> Ticket:
     """Create a token; all tokens have the same name."""
     created = shell.start("create", "one of many", "--json").result()
-    assert created.status == 0, created
-    issued = json.loads(created.out)
+    assert created.returncode == 0, created
+    issued = json.loads(created.stdout)
     return Ticket(issued["id"], issued["token"], end)
 
 
@@ -183,7 +159,7 @@ def play(shell: Shell, clients: Clients, tickets: list[Ticket], end: tuple[str, 
     outcomes = []
     for future in as_completed([shell.start(kind, ticket.token_id) for kind in end]):
         outcomes.append(future.result())
-        if outcomes[-1].status == 0:
+        if outcomes[-1].returncode == 0:
             ticket.ended_at = min(ticket.ended_at, time.monotonic())
             for _ in range(2 * WORKERS):
                 clients.use(ticket)
@@ -192,12 +168,11 @@ def play(shell: Shell, clients: Clients, tickets: list[Ticket], end: tuple[str, 
 
 def check(outcomes: list[Ended]) -> None:
     """Check that all commands of a race succeeded, except those that found no token after a deletion."""
-    done = Counter(outcome.kind for outcome in outcomes if outcome.status == 0)
-    deletions = [outcome for outcome in outcomes if outcome.kind == "delete"]
-    assert done["delete"] == min(1, len(deletions)), outcomes
+    deletions = [outcome for outcome in outcomes if "delete" in outcome.args]
+    assert len([one for one in deletions if one.returncode == 0]) == min(1, len(deletions)), outcomes
     for outcome in outcomes:
-        found_none = outcome.status == 1 and "no token" in outcome.err and outcome.err.count("\n") == 1
-        assert outcome.status == 0 or (deletions and found_none), outcomes
+        found_none = outcome.returncode == 1 and "no token" in outcome.stderr and outcome.stderr.count("\n") == 1
+        assert outcome.returncode == 0 or (deletions and found_none), outcomes
 
 
 def use_all(clients: Clients, stable: list[Ticket], tickets: list[Ticket], over: threading.Event) -> None:
@@ -224,13 +199,12 @@ def compare(tickets: list[Ticket], counted: Counter[str], listed: list[dict[str,
 
 
 def test_concurrent_commands_lose_nothing(
-    tmp_path: Path, serve: Serve, command: Callable[..., subprocess.CompletedProcess[str]], rounds: int, record: Record
+    tmp_path: Path, serve: Serve, command: Command, rounds: int, record: Record
 ) -> None:
     """No command fails for contention, each is in force when it returns, and tokens and uses are exact at the end."""
     (tmp_path / "app.py").write_text(APPLICATION)
-    shell, over = Shell(), threading.Event()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        stable = [*pool.map(lambda _: create(shell, ()), range(AT_ONCE))]
+    shell, over = Shell(command), threading.Event()
+    stable = in_parallel(lambda _: create(shell, ()), range(AT_ONCE))
     server = serve("app:app", "--workers", str(WORKERS), "--log-level", "warning")
     clients, tickets = Clients(server.address), [*stable]
     clients.use(stable[0])
@@ -240,8 +214,7 @@ def test_concurrent_commands_lose_nothing(
     with ThreadPoolExecutor(CLIENTS) as crowd:
         pouring = [crowd.submit(use_all, clients, stable, tickets, over) for _ in range(CLIENTS)]
         try:
-            with ThreadPoolExecutor(2 * AT_ONCE) as stories:  # some commands always wait for room
-                [*stories.map(lambda end: play(shell, clients, tickets, end), ends)]
+            in_parallel(lambda end: play(shell, clients, tickets, end), ends)  # some commands always wait for room
         finally:
             over.set()
     for one in pouring:
@@ -252,6 +225,10 @@ def test_concurrent_commands_lose_nothing(
     compare(tickets, clients.counted, json.loads(command("list", "--json").stdout))
     assert len(clients.workers) == WORKERS
     assert shell.most == AT_ONCE
-    longest = max(ended.ended - ended.began for ended in shell.ended)
-    found_none = sum(ended.status == 1 for ended in shell.ended)
-    record(commands=len(shell.ended), found_no_token=found_none, longest_command=longest, answers=dict(clients.answers))
+    found_none = sum(ended.returncode == 1 for ended in shell.ended)
+    record(
+        commands=len(shell.ended),
+        found_no_token=found_none,
+        longest_command=max(shell.seconds),
+        answers=dict(clients.answers),
+    )

@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -25,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from freegpt_auth import FileTokenStore
-from freegpt_auth.stores.file import store as file_store
 from freegpt_auth.stores.file.usage import UsageDatabase
 from freegpt_auth.tokens import digest_of, issue
 from freegpt_auth.usage.base import Batch
+from tests.helpers.programs import Program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -118,19 +117,13 @@ class Run:
         return " ".join(line for line in self.trace.splitlines() if "(INJECTED)" in line)
 
 
-class Launcher:
+class Launcher(Program):
     """Runs commands one after the other, each under its own ``strace``."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._stdin, self._stdout = process.stdin, process.stdout
 
     def run(self, home: Path, arguments: list[str], *tracing: str) -> int:
         """Run one command in *home* and return its exit status; output and trace are written beside *home*."""
-        assert self._stdin is not None
-        assert self._stdout is not None
-        self._stdin.write(json.dumps([str(home), arguments]) + "\n")
-        self._stdin.flush()
-        child = int(self._stdout.readline())
+        self.send([str(home), arguments])
+        child = self.receive()
         with subprocess.Popen(
             ["strace", "-o", home.parent / "trace", *tracing, "-p", str(child)], stderr=subprocess.PIPE, text=True
         ) as strace:
@@ -139,32 +132,18 @@ class Launcher:
             os.kill(child, signal.SIGCONT)
             strace.wait(timeout=90)
         assert "attached" in attached
-        return int(self._stdout.readline())
+        return int(self.receive())
 
 
 @contextmanager
 def launchers(*options: str) -> Iterator[queue.SimpleQueue[Launcher]]:
     """Start one launcher for each simultaneous run."""
     assert STRACE, "these tests need strace: install it (on Debian and Ubuntu: apt install strace)"
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ready: queue.SimpleQueue[Launcher] = queue.SimpleQueue()
     with ExitStack() as stack:
         for _ in range(AT_ONCE):
-            process = subprocess.Popen(
-                [sys.executable, *options, "-c", LAUNCHER],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            ready.put(Launcher(stack.enter_context(process)))
+            ready.put(stack.enter_context(Launcher(LAUNCHER, *options)))
         yield ready
-
-
-@pytest.fixture(autouse=True)
-def _no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_store, "FRESHNESS", 0.0)
 
 
 SECRET = issue("doomed", now=CREATED)[1]
@@ -275,33 +254,28 @@ def plain(text: str) -> str:
     return re.sub(r"sk-\w+|\b[0-9a-f]{12}\b|\d{4}-\d\d-\d\dT[\d:]+", "…", text)
 
 
-@pytest.mark.parametrize(
-    ("prepare", "arguments", "options"),
-    [
-        pytest.param(a_file, ["revoke", SECRET], [], id="revoke"),
-        *(
-            pytest.param(prepare, arguments.split(), options, id=name, marks=pytest.mark.slow)
-            for name, prepare, arguments, options in (
-                ("create-the-first", no_file, "create new", []),
-                ("create", a_file, "create new", []),
-                ("create-unbuffered", a_file, "create new", ["-u"]),
-                ("create-json", a_file, "create new --json", []),
-                ("create-through-a-link", a_link, "create new", []),
-                ("list", a_file, "list", []),
-                ("list-json", a_file, "list --json", []),
-                ("revoke-and-convert", an_ancestor, f"revoke {SECRET}", []),
-                ("delete", a_file, f"delete {SECRET}", []),
-            )
-        ),
-    ],
-)
-def test_failing_call_leaves_nothing_half_done(
-    tmp_path: Path, prepare: Callable[[Path], None], arguments: list[str], options: list[str], record: Record
-) -> None:
+CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
+    "revoke": (a_file, f"revoke {SECRET}", []),
+    "create-the-first": (no_file, "create new", []),
+    "create": (a_file, "create new", []),
+    "create-unbuffered": (a_file, "create new", ["-u"]),
+    "create-json": (a_file, "create new --json", []),
+    "create-through-a-link": (a_link, "create new", []),
+    "list": (a_file, "list", []),
+    "list-json": (a_file, "list --json", []),
+    "revoke-and-convert": (an_ancestor, f"revoke {SECRET}", []),
+    "delete": (a_file, f"delete {SECRET}", []),
+}
+"""What is there before, a command, and options of the interpreter."""
+
+
+@pytest.mark.parametrize("case", ["revoke", *(pytest.param(each, marks=pytest.mark.slow) for each in [*CASES][1:])])
+def test_failing_call_leaves_nothing_half_done(tmp_path: Path, case: str, record: Record) -> None:
     """A command whose disk fails reports that in one line with status 1, and leaves the token file unchanged.
 
     It prints no secret of a token that was not kept and no traceback, and the next command works.
     """
+    prepare, arguments, options = CASES[case]
     template = tmp_path / "template"
     template.mkdir()
     prepare(template)
@@ -312,7 +286,7 @@ def test_failing_call_leaves_nothing_half_done(
             folder.mkdir()
             launcher = ready.get()
             try:
-                return run_once(launcher, folder, source, arguments, *tracing)
+                return run_once(launcher, folder, source, arguments.split(), *tracing)
             finally:
                 ready.put(launcher)
 

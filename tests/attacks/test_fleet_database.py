@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.helpers.fleet import LEASE, POLL, usage_of
+from tests.helpers.programs import GUNICORN
 from tests.helpers.watch import CLOSED, USUAL, wait_until
 
 if TYPE_CHECKING:
@@ -16,17 +17,6 @@ if TYPE_CHECKING:
     from tests.attacks.conftest import Record
     from tests.helpers.fleet import Host, StartFleet
     from tests.helpers.postgresql import Cluster
-
-GUNICORN = """
-import os, sys
-os.environ["HOME"] = os.getcwd()  # gunicorn keeps a socket there
-*_, host, _, port = sys.argv
-sys.argv = ["gunicorn", "app:app", "--preload", "--workers", "2", "--bind", f"{host}:{port}"]
-sys.argv += ["--worker-class", "uvicorn_worker.UvicornWorker"]
-sys.path.insert(0, os.getcwd())
-from gunicorn.app.wsgiapp import run
-run()
-"""
 
 
 @pytest.mark.slow
@@ -57,7 +47,7 @@ def test_restart_undoes_nothing(durable: Cluster, fleet: StartFleet, end: str, r
 
 
 def test_killed_server_invents_no_use(fleet: StartFleet, record: Record) -> None:
-    """A killed server loses at most the uses since its last write; a stopped one loses none."""
+    """A killed server loses at most the uses since its last write."""
     ours = fleet({"INTERVAL": "1.0"}, may_break=True)
     watch, valid = ours.watch, ours.ids["valid"]
     wait_until(lambda: usage_of(ours.url, valid) > 0)
@@ -73,19 +63,10 @@ def test_killed_server_invents_no_use(fleet: StartFleet, record: Record) -> None
     record(uses=len(watch.accepted("valid")), in_the_last_interval=recent, lost=lost)
 
 
-def test_stopped_server_loses_no_use(fleet: StartFleet) -> None:
-    """A server that is stopped writes all its uses before it ends."""
-    ours = fleet({"INTERVAL": "100"})
-    ours.watch.hold(USUAL, 0.5)
-    ours.watch.end()
-    ours.hosts[0].server.stop()
-    ours.end()
-
-
 PROGRAMS = {
     "uvicorn": "",
     "uvicorn --workers": pytest.param("--workers 2", marks=pytest.mark.slow),
-    "gunicorn --preload": pytest.param("gunicorn", marks=pytest.mark.slow),
+    "gunicorn --preload": pytest.param("--preload", marks=pytest.mark.slow),
 }
 
 
@@ -93,10 +74,10 @@ PROGRAMS = {
 def test_server_starts_closed_without_database(tmp_path: Path, fleet: StartFleet, program: str, record: Record) -> None:
     """The server answers 503, logs one line per process, and recovers when the database is reachable."""
     options: dict[str, Any] = {"away": True, "arguments": tuple(program.split())}
-    if program == "gunicorn":
-        options = {"away": True, "script": tmp_path / "launch.py"}
+    if program == "--preload":
+        options["script"] = tmp_path / "launch.py"
         options["script"].write_text(GUNICORN)
-    ours = fleet(options, may_break=program == "gunicorn", expected=CLOSED)
+    ours = fleet(options, may_break=program == "--preload", expected=CLOSED)
     alone: Host = ours.hosts[0]
     ours.watch.hold(CLOSED, 1.5)
     for process, lines in alone.warnings_by_process().items():

@@ -70,10 +70,9 @@ class Namespace:
         _ip(f"-n {self.name} neigh flush dev {self._far} nud permanent")
 
     def remove(self) -> None:
-        """Remove the wire and the namespace."""
-        for command in (f"link del {self._near}", f"netns del {self.name}"):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                _ip(command)
+        """Remove the namespace, and with it the wire."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _ip(f"netns del {self.name}")
 
 
 def _ip(arguments: str) -> None:

@@ -6,26 +6,24 @@ waits for that server, or names the seconds. Both must hold for every token at e
 
 from __future__ import annotations
 
-import contextlib
 import re
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
 
 from freegpt_auth.stores.postgres.confirmation import CONFIRMATION
-from tests.helpers.proxy import Proxy
-from tests.helpers.watch import Client, in_parallel, wait_until
+from tests.helpers.proxy import FAULTS
+from tests.helpers.watch import Watch, in_parallel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.attacks.conftest import Record
-    from tests.helpers.fleet import Done, Host, Operator, StartHost, StartOperator
+    from tests.helpers.fleet import Operator, StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
+    from tests.helpers.proxy import Proxy
 
 AT_ONCE = 10
 """Simultaneous revocations after each disturbance. ``--rounds 30`` makes 300 of each kind."""
@@ -37,40 +35,8 @@ _WITHIN = re.compile(r" In force everywhere within (\d+) s: ([12]) server proces
 
 
 @dataclass
-class Witness:
-    """Sends tokens to one host in turn.
-
-    Attributes:
-        host: the host.
-        secrets: the tokens.
-        accepted: the begin of the last accepted request of each token.
-        ready: set once every token was accepted.
-        over: set to end the requests.
-    """
-
-    host: Host
-    secrets: list[str]
-    accepted: dict[str, float] = field(default_factory=dict)
-    ready: threading.Event = field(default_factory=threading.Event)
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def follow(self) -> None:
-        """Send requests until it is over."""
-        clients = {secret: Client(self.host.server.url, secret) for secret in self.secrets}
-        while not self.over.wait(0.005):
-            for secret, client in clients.items():
-                began = time.monotonic()
-                if client.ask() == 200:
-                    self.accepted[secret] = began
-            if len(self.accepted) == len(self.secrets):
-                self.ready.set()
-        for client in clients.values():
-            client.close()
-
-
-@dataclass
 class Setting:
-    """Two hosts, ten operators with intact links, and the figures of all revocations.
+    """Clients at two hosts, ten operators with intact links, and the figures of all revocations.
 
     Attributes:
         said: the seconds that each command named; 0 for "from now on".
@@ -78,35 +44,36 @@ class Setting:
         took: the seconds that each command took.
     """
 
-    hosts: list[Host]
+    watch: Watch
     operators: list[Operator]
     rounds: int
     said: list[int] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
 
+    def act(self, act: Callable[[Proxy], None]) -> None:
+        """Do something to the link of each host."""
+        for each in self.watch.hosts:
+            act(each.proxy)
+
     def revoke_after(self, disturb: Callable[[], None]) -> None:
         """Create a token for each operator, disturb the hosts once they know it, and revoke all tokens at once."""
-        issued = [operator.create("one") for operator in self.operators]
-        witnesses = [Witness(each, [secret for _, secret in issued]) for each in self.hosts]
-        with ThreadPoolExecutor(len(self.hosts) + AT_ONCE) as pool, contextlib.ExitStack() as stack:
-            for one in witnesses:
-                stack.callback(one.over.set)
-                pool.submit(one.follow)
-            wait_until(lambda: all(one.ready.is_set() for one in witnesses))
-            disturb()
-            # A command that gets no reply in time fails and promises nothing: it is repeated.
-            done = [*pool.map(lambda operator, token: operator.revoke(token[0], attempts=5), self.operators, issued)]
-            time.sleep(LEASE)  # a host that was cut off may accept tokens for so long
-        for each, (_, secret) in zip(done, issued, strict=True):
-            self._enter(each, max(one.accepted[secret] for one in witnesses))
-
-    def _enter(self, done: Done, accepted: float) -> None:
-        named = _WITHIN.search(done.err)
-        assert named or done.err.endswith("It is refused from now on.\n"), done
-        self.said.append(int(named[1]) if named else 0)
-        self.late.append(accepted - done.ended)
-        self.took.append(done.seconds)
+        issued = {f"fading-{number}": operator.create("one") for number, operator in enumerate(self.operators)}
+        for name, (_, secret) in issued.items():
+            self.watch.add(name, secret)
+        self.watch.expect(dict.fromkeys(issued, 200))
+        disturb()
+        orders = [(operator, token_id) for operator, (token_id, _) in zip(self.operators, issued.values(), strict=True)]
+        # A command that gets no reply in time fails and promises nothing: it is repeated.
+        done = in_parallel(lambda order: order[0].revoke(order[1], attempts=5), orders)
+        time.sleep(LEASE)  # a host that was cut off may accept tokens for so long
+        self.watch.stop()
+        for name, each in zip(issued, done, strict=True):
+            named = _WITHIN.search(each.err)
+            assert named or each.err.endswith("It is refused from now on.\n"), each
+            self.said.append(int(named[1]) if named else 0)
+            self.late.append(max(one.began for one in self.watch.accepted(name)) - each.ended)
+            self.took.append(each.seconds)
 
     def check(self, record: Record) -> None:
         """Check that no token was accepted longer than its command said."""
@@ -117,11 +84,14 @@ class Setting:
 
 
 @pytest.fixture
-def setting(durable: Cluster, tables: str, operator_at: StartOperator, host: StartHost, rounds: int) -> Setting:
+def setting(
+    durable: Cluster, tables: str, operator_at: StartOperator, host: StartHost, rounds: int
+) -> Iterator[Setting]:
     """Start two hosts and ten operators."""
     operators = [operator_at(durable.url(tables)) for _ in range(AT_ONCE)]
-    hosts = in_parallel(lambda _: host(durable, tables, FREEGPT_AUTH_LEASE=f"{LEASE:g}"), range(2))
-    return Setting(hosts, operators, rounds)
+    watch = Watch([host(durable, tables, FREEGPT_AUTH_LEASE=f"{LEASE:g}") for _ in range(2)], {}, pause=0.05)
+    yield Setting(watch, operators, rounds)
+    watch.stop()
 
 
 @pytest.mark.parametrize("how", ["kill", pytest.param("stop", marks=pytest.mark.slow)])
@@ -138,29 +108,22 @@ def test_restarted_database(durable: Cluster, setting: Setting, how: str, record
     assert set(setting.said) == {0}
 
 
-FAULTS: dict[str, tuple[Callable[[Proxy], None], Callable[[Proxy], None]]] = {
-    "cut": (Proxy.refuse, Proxy.accept),
-    "half open": (Proxy.lose, Proxy.mend),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["refused", "vanishing"])
 @pytest.mark.parametrize("returns", [False, True], ids=["stays away", "returns"])
 def test_lost_links(setting: Setting, fault: str, returns: bool, record: Record) -> None:  # noqa: FBT001
     """Hosts stay away: the command names the seconds. They return in a moment: the command waits for them."""
     begin, end = FAULTS[fault]
 
     def disturb() -> None:
-        for act in (begin, end)[: 1 + returns]:
-            for each in setting.hosts:
-                act(each.proxy)
+        setting.act(begin)
+        if returns:
+            setting.act(end)
 
     for _ in range(setting.rounds):
         setting.revoke_after(disturb)
         if not returns:
-            for each in setting.hosts:
-                end(each.proxy)
+            setting.act(end)
         time.sleep(2.0)  # the hosts reconnect
     setting.check(record)
     assert returns or 0 < max(setting.said) <= LEASE - CONFIRMATION + 1

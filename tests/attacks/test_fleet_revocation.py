@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 from tests.helpers.fleet import issue_tokens
 from tests.helpers.proxy import PLAIN
-from tests.helpers.watch import Client, in_parallel, percentile
+from tests.helpers.watch import Watch, in_parallel, percentile
 
 if TYPE_CHECKING:
     from tests.attacks.conftest import Record
-    from tests.helpers.fleet import Host, Operator, StartHost, StartOperator
+    from tests.helpers.fleet import Operator, StartHost, StartOperator
     from tests.helpers.postgresql import Cluster
 
 PROCESSES = 8
@@ -22,41 +20,8 @@ TARGET = 50.0
 """Milliseconds within which 99 of 100 revocations are in force in every process."""
 
 
-class Witness:
-    """Sends tokens to one process in turn, each until it is refused.
-
-    Attributes:
-        slowest: the longest accepted request of each token, in seconds.
-        accepted: the begin of the last accepted request of each token.
-        refused: the end of the first refused request of each token.
-    """
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self.slowest: dict[str, float] = {}
-        self.accepted: dict[str, float] = {}
-        self.refused: dict[str, float] = {}
-
-    def follow(self, secrets: list[str], seen: threading.Barrier, gone: threading.Barrier) -> None:
-        """Send each token until it is refused; all witnesses change to the next one together."""
-        for secret in secrets:
-            client = Client(self._host.server.url, secret)
-            assert client.ask() == 200
-            seen.wait(120)
-            began = time.monotonic()
-            while (status := client.ask()) == 200:
-                self.accepted[secret] = began
-                self.slowest[secret] = max(self.slowest.get(secret, 0.0), time.monotonic() - began)
-                time.sleep(0.002)  # leave the servers some of the machine
-                began = time.monotonic()
-            self.refused[secret] = time.monotonic()
-            assert [status, *(client.ask() for _ in range(3))] == [401] * 4
-            client.close()
-            gone.wait(120)
-
-
 class Times(NamedTuple):
-    """One revocation, in seconds, and the number of processes that accepted it too late."""
+    """One revocation, in seconds, and the number of requests that were accepted too late."""
 
     from_commit: float
     from_return: float
@@ -65,26 +30,27 @@ class Times(NamedTuple):
     request: float
 
 
-def measure(cluster: Cluster, tables: str, operator: Operator, hosts: list[Host]) -> list[Times]:
+def measure(cluster: Cluster, tables: str, operator: Operator, watch: Watch) -> list[Times]:
     """Revoke a hundred tokens, one after the other, each watched at every process."""
-    issued = [operator.create(f"one-{number}") for number in range(REVOCATIONS)]
-    witnesses = [Witness(each) for each in hosts]
-    seen, gone = threading.Barrier(PROCESSES + 1), threading.Barrier(PROCESSES + 1)
     times = []
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        watching = [pool.submit(one.follow, [secret for _, secret in issued], seen, gone) for one in witnesses]
-        for token_id, secret in issued:
-            seen.wait(120)
-            done = operator.revoke(token_id)
-            gone.wait(120)
-            assert "In force everywhere" not in done.err
-            last = max(one.refused[secret] for one in witnesses)
-            late = sum(one.accepted.get(secret, 0.0) > done.ended for one in witnesses)
-            request = max(one.slowest.get(secret, 0.0) for one in witnesses)
-            since = last - committed(cluster, tables, token_id)
-            times.append(Times(since, last - done.ended, done.seconds, late, request))
-        for one in watching:
-            one.result()
+    for number in range(REVOCATIONS):
+        name = f"fading-{number}"
+        token_id, secret = operator.create(name)
+        watch.add(name, secret)
+        watch.expect({name: 200})
+        done = operator.revoke(token_id)
+        watch.expect({name: 401})
+        watch.remove(name)
+        assert "In force everywhere" not in done.err
+        accepted, answers = watch.accepted(name), [one for one in watch.answers if one.token == name]
+        refused = [one for one in answers if one.status == 401]
+        assert len(refused) + len(accepted) == len(answers)
+        last = max(min(one.ended for one in refused if one.host == process) for process in range(PROCESSES))
+        watch.check({name: 401}, last, range(PROCESSES))
+        late = sum(one.began > done.ended for one in accepted)
+        request = max(one.ended - one.began for one in accepted)
+        times.append(Times(last - committed(cluster, tables, token_id), last - done.ended, done.seconds, late, request))
+        watch.answers.clear()
     return times
 
 
@@ -115,10 +81,14 @@ def test_eight_processes_refuse_at_once(
     operator = operator_at(durable.url(tables))
     issue_tokens(operator)
     hosts = in_parallel(lambda _: host(durable, tables, url=durable.url(tables) + PLAIN), range(PROCESSES))
+    watch = Watch(hosts, {}, pause=0.002)
     hundreds: list[list[Times]] = []
     # A loaded machine gets two more chances.
-    while len(hundreds) < rounds or (min(map(excess, hundreds)) > 0 and len(hundreds) < rounds + 2):
-        hundreds.append(measure(durable, tables, operator, hosts))
+    try:
+        while len(hundreds) < rounds or (min(map(excess, hundreds)) > 0 and len(hundreds) < rounds + 2):
+            hundreds.append(measure(durable, tables, operator, watch))
+    finally:
+        watch.stop()
     times = [one for hundred in hundreds for one in hundred]
     record(revocations=len(times))
     for name in ("from_commit", "from_return", "command"):

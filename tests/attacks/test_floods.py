@@ -1,41 +1,34 @@
 """Floods of requests without a valid token cost a server no memory and no log lines, and good clients little time.
 
-The floods are over-long headers, bodies that stall or never end, and distinct wrong tokens: behind real servers, and a
-million of them in process. Memory is the resident set in ``/proc/PID/statm``, and the count of ``tracemalloc``.
+The floods are over-long headers, bodies that stall or never end, and distinct wrong tokens, from one client and from
+many. Memory is the resident set of a server.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import gc
-import logging
 import os
 import re
-import selectors
 import socket
+import threading
 import time
-import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from freegpt_auth import BearerTokenMiddleware, FileTokenStore
+from freegpt_auth import FileTokenStore
 from freegpt_auth.guard.delivery import BODY_LIMIT, BODY_TIMEOUT
 from freegpt_auth.guard.refusal_log import CLIENT_LIMIT, SHOWN, WINDOW
-from freegpt_auth.tokens import VALUE_LIMIT, digest_of, issue
+from freegpt_auth.tokens import VALUE_LIMIT
 from tests.helpers.applications import HELLO
+from tests.helpers.watch import in_parallel, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from collections.abc import Callable, Iterator
 
     from tests.attacks.conftest import Record
     from tests.conftest import Keep
@@ -81,7 +74,7 @@ SERVERS = {
     },
     "hypercorn": ("hypercorn", "--keep-alive", str(KEEP_ALIVE)),
 }
-MANY, AT_ONCE = 20_000, 16
+MANY, AT_ONCE = 50_000, 16
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 2**20
 GROWTH = 4 * MIB
@@ -109,9 +102,9 @@ class Target(NamedTuple):
     server: Server
     secret: str
 
-    def connect(self) -> socket.socket:
-        """Return a new connection."""
-        connection = socket.create_connection(self.server.address, timeout=PATIENCE)
+    def connect(self, client: str = "127.0.0.1") -> socket.socket:
+        """Return a new connection from the address *client*."""
+        connection = socket.create_connection(self.server.address, timeout=PATIENCE, source_address=(client, 0))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
@@ -127,41 +120,37 @@ class Target(NamedTuple):
 
     def received(self, count: int) -> list[int]:
         """Return the received bytes of each of *count* bodies, once the middleware has dropped them."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            found = [int(number) for number in re.findall(r"received (\d+) bytes", self.server.log.read_text())]
-            if len(found) >= count or time.monotonic() > deadline:
-                return found
-            time.sleep(0.05)
+        wait_until(lambda: self.server.log.read_text().count("received ") >= count, within=PATIENCE)
+        return [int(number) for number in re.findall(r"received (\d+) bytes", self.server.log.read_text())]
 
 
 PARAMS = [pytest.param(kind, marks=[] if kind == "httptools" else [pytest.mark.slow]) for kind in SERVERS]
 
 
 @pytest.fixture(params=PARAMS)
-def target(request: pytest.FixtureRequest, serve: Serve) -> Target:
-    """Start each of the servers with one token."""
-    return start(request.param, serve)
-
-
-@pytest.fixture(params=PARAMS)
-def patient(request: pytest.FixtureRequest, serve: Serve) -> Target:
-    """Start each of the servers with a time limit for bodies that no answer on a loaded machine reaches."""
-    return start(request.param, serve, BODY_TIMEOUT=str(3 * PATIENCE))
-
-
-def start(kind: str, serve: Serve, **environment: str) -> Target:
-    """Start a server with one token."""
-    token, secret = issue("good", now=datetime.now(UTC))
-    FileTokenStore("api_tokens.json").add(digest_of(secret), token)
+def start(request: pytest.FixtureRequest, serve: Serve, keep: Keep) -> Callable[..., Target]:
+    """Return a function that starts one of the servers with one token."""
+    _, secret = keep(FileTokenStore("api_tokens.json"))
     Path("app.py").write_text(APPLICATION)
-    module, *arguments = SERVERS[kind]
-    return Target(serve("app:app", *arguments, module=module, **environment), secret)
+    module, *arguments = SERVERS[request.param]
+    return lambda **environment: Target(serve("app:app", *arguments, module=module, **environment), secret)
 
 
-def get(token: str, lines: str = "") -> bytes:
+@pytest.fixture
+def target(start: Callable[..., Target]) -> Target:
+    """Start each of the servers."""
+    return start()
+
+
+@pytest.fixture
+def patient(start: Callable[..., Target]) -> Target:
+    """Start each of the servers with a time limit for bodies that no answer on a loaded machine reaches."""
+    return start(BODY_TIMEOUT=str(3 * PATIENCE))
+
+
+def get(token: str) -> bytes:
     """Return a request that presents *token*."""
-    return f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n{lines}\r\n".encode()
+    return f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
 
 
 def read_answers(connection: socket.socket, count: int = 1) -> list[int]:
@@ -175,116 +164,71 @@ def read_answers(connection: socket.socket, count: int = 1) -> list[int]:
     return [int(part[:3]) for part in received.split(b"HTTP/1.1 ")[1:]]
 
 
-class Clients:
-    """A good client that sends requests all the time, and the time until each answer."""
+@contextlib.contextmanager
+def good_client(target: Target) -> Iterator[list[float]]:
+    """Send requests with the token all the time, and yield the list of the times until the answers."""
+    over, waited = threading.Event(), list[float]()
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._going = True
-        self.waited: list[float] = []
-
-    def __enter__(self) -> Self:
-        self._pool = ThreadPoolExecutor()
-        self._asking = self._pool.submit(self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._going = False
-        self._asking.result(timeout=2 * PATIENCE)
-        self._pool.shutdown()
-
-    def _ask(self) -> None:
-        while self._going or not self.waited:
-            with self._target.connect() as connection:
+    def ask() -> None:
+        while not (over.is_set() and waited):
+            with target.connect() as connection:
                 for _ in range(100):  # hypercorn closes a connection after 1,000 requests
                     began = time.perf_counter()
-                    connection.sendall(get(self._target.secret))
+                    connection.sendall(get(target.secret))
                     assert read_answers(connection) == [200]
-                    self.waited.append(time.perf_counter() - began)
-                    if not self._going:
+                    waited.append(time.perf_counter() - began)
+                    if over.wait(0.005):
                         break
-                    time.sleep(0.005)
 
-
-@dataclass
-class Upload:
-    """A connection with a bad token and an endless body, and its course."""
-
-    connection: socket.socket
-    rest: bytes
-    began: float = field(default_factory=time.monotonic)
-    answered: float | None = None
-    ended: float | None = None
-    received: bytes = b""
-    sent: int = 0
-
-    def go_on(self, events: int) -> None:
-        """Receive and send as much as possible without blocking."""
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
         try:
-            if events & selectors.EVENT_READ:
-                data = self.connection.recv(0x10000)
-                self.received += data
-                if data:
-                    self.answered = self.answered or time.monotonic() - self.began
-                else:
-                    self.ended = time.monotonic() - self.began
-            if events & selectors.EVENT_WRITE:
-                self.sent += self.connection.send(self.rest)
-        except BlockingIOError:
-            pass
-        except ConnectionError:
-            self.ended = time.monotonic() - self.began
-
-
-def upload(
-    target: Target, bodies: list[str], seconds: float, until: str, then: Callable[[], object] = tuple
-) -> list[Upload]:
-    """Run uploads until each has the attribute *until* ("answered" or "ended"), at most for *seconds*.
-
-    *then* is called before the connections are closed.
-    """
-    uploads = []
-    with selectors.DefaultSelector() as selector:
-        for body in bodies:
-            framing, first, rest = BODIES[body]
-            connection = target.connect()
-            one = Upload(connection, rest)
-            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\n"
-            connection.sendall(head + framing + b"\r\n\r\n" + first)
-            connection.settimeout(0)
-            selector.register(connection, selectors.EVENT_READ | (selectors.EVENT_WRITE if rest else 0), one)
-            uploads.append(one)
-        deadline = time.monotonic() + seconds
-        while any(getattr(one, until) is None for one in uploads) and time.monotonic() < deadline:
-            for key, events in selector.select(0.1):
-                key.data.go_on(events)
-                if key.data.ended is not None:
-                    selector.unregister(key.fileobj)
-    then()
-    for one in uploads:
-        one.connection.close()
-    return uploads
+            yield waited
+        finally:
+            over.set()
+        asking.result(timeout=2 * PATIENCE)
 
 
 def waits(target: Target) -> list[float]:
     """Return the times until the answers to a good client, in ascending order."""
-    with Clients(target) as clients:
+    with good_client(target) as waited:
         time.sleep(2)
-    return sorted(clients.waited)
+    return sorted(waited)
+
+
+def begin_upload(target: Target, body: str) -> socket.socket:
+    """Send a bad token and the beginning of a body, and return the connection."""
+    framing, first, _ = BODIES[body]
+    connection = target.connect()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\n"
+    connection.sendall(head + framing + b"\r\n\r\n" + first)
+    return connection
+
+
+def upload(target: Target, body: str) -> float:
+    """Send a body until the server ends the connection, and return the seconds until then."""
+    began, rest = time.monotonic(), BODIES[body][2]
+    with begin_upload(target, body) as connection, contextlib.suppress(ConnectionError):
+        while rest:
+            connection.sendall(rest)
+        while connection.recv(0x10000):
+            pass
+    return time.monotonic() - began
 
 
 def test_refusal_waits_for_no_body(patient: Target, record: Record) -> None:
     """Two hundred bodies stall at once: each request is refused at once, and good clients wait little longer."""
     crowd = [name for name, (_, _, rest) in BODIES.items() if not rest] * 67
-    before = patient.resident()
-    alone, beside = waits(patient), list[float]()
-    uploads = upload(patient, crowd, PATIENCE, "answered", lambda: beside.extend(waits(patient)))
-    slowest = max(one.answered or 999 for one in uploads)
+    before, alone, began = patient.resident(), waits(patient), time.monotonic()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(begin_upload(patient, body)) for body in crowd]
+        assert {connection.recv(0x10000)[9:12] for connection in connections} == {b"401"}
+        took, beside = time.monotonic() - began, waits(patient)
     grown = patient.resident() - before
     # A loaded machine delays some requests, a loaded server all of them: hence the quartile.
     usual, undisturbed = beside[len(beside) // 4], alone[len(alone) // 4]
-    record(stalled=len(crowd), slowest_refusal=slowest, quartile=usual, quartile_alone=undisturbed, grown=grown)
-    assert {one.received[9:12] for one in uploads} == {b"401"}
+    record(stalled=len(crowd), all_refused_after=took, quartile=usual, quartile_alone=undisturbed, grown=grown)
+    assert took < PATIENCE
     assert usual < 0.05 + 10 * undisturbed
     assert grown < GROWTH + len(crowd) * 0x10000
 
@@ -292,13 +236,13 @@ def test_refusal_waits_for_no_body(patient: Target, record: Record) -> None:
 def test_endless_body_is_cut_off(target: Target, record: Record) -> None:
     """A connection with a bad token is closed after 5 s or 64 MiB of its body, whichever comes first."""
     before = target.resident()
-    uploads = dict(zip(BODIES, upload(target, [*BODIES], BODY_TIMEOUT + PATIENCE, "ended"), strict=True))
+    seconds = dict(zip(BODIES, in_parallel(lambda body: upload(target, body), BODIES), strict=True))
     grown = target.resident() - before
     received = target.received(sum(bool(first) for _, first, _ in BODIES.values()))
     record(received=received, grown=grown)
-    assert [name for name, one in uploads.items() if one.ended is None] == []
+    assert max(seconds.values()) < BODY_TIMEOUT + PATIENCE
+    assert min(seconds[name] for name, (_, _, rest) in BODIES.items() if not rest) > 0.9 * BODY_TIMEOUT
     assert max(received) < BODY_LIMIT + MESSAGE
-    assert min(one.ended or 0 for one in uploads.values() if not one.rest) > 0.9 * BODY_TIMEOUT
     assert grown < BUFFERS
     assert target.server.get(token=target.secret) == 200
 
@@ -311,12 +255,11 @@ def test_overlong_headers_leave_nothing(target: Target, rounds: int, record: Rec
     lines = [carrier % ("x" * length) for carrier in carriers for length in lengths] + [wide]
     before, found = target.resident(), Counter[bytes]()
     for line in lines * (4 * rounds):
+        answer = b""
         with target.connect() as connection, contextlib.suppress(ConnectionError):
-            found[b"gone"] += 1
             connection.sendall(f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{line}\r\n\r\n".encode())
             answer = connection.recv(0x10000)
-            found[answer[9:12] or b"gone"] += 1
-            found[b"gone"] -= bool(answer)
+        found[answer[9:12] or b"gone"] += 1
     record(answers=dict(found), grown=target.resident() - before)
     assert found[b"401"] >= 4 * rounds
     assert set(found) <= {b"401", b"400", b"413", b"431", b"gone"}
@@ -325,28 +268,40 @@ def test_overlong_headers_leave_nothing(target: Target, rounds: int, record: Rec
 
 
 def test_flood_of_wrong_tokens_leaves_nothing(target: Target, rounds: int, record: Record) -> None:
-    """Distinct wrong tokens over real connections: no memory, few log lines, and good clients are served meanwhile."""
-    _flood(target, 2000, "warm-up")
-    before, lines = target.resident(), len(target.refusals())
-    began = time.monotonic()
-    with Clients(target) as clients:
-        found = _flood(target, MANY * rounds, "flood")
+    """Distinct wrong tokens over real connections: no memory, few log lines, and good clients are served."""
+    flood(target, 2000, "warm-up")
+    before, lines, began = target.resident(), len(target.refusals()), time.monotonic()
+    with good_client(target) as waited:
+        found = flood(target, MANY * rounds, "flood")
     took, grown, logged = time.monotonic() - began, target.resident() - before, len(target.refusals()) - lines
-    record(refused=found[401], seconds=took, grown=grown, lines=logged, good_requests=len(clients.waited))
-    record(median=median(clients.waited), worst=max(clients.waited))
+    record(refused=found[401], seconds=took, grown=grown, lines=logged, good_requests=len(waited))
+    record(median=median(waited), worst=max(waited))
     assert found == {401: MANY * rounds}
     assert grown < GROWTH
     assert 0 < logged <= (2 + took / WINDOW) * lines_for(MANY * rounds)
     # A good client waits for the turns of the others at most.
-    assert median(clients.waited) < 10 * took / (MANY * rounds / AT_ONCE)
+    assert median(waited) < 10 * took / (MANY * rounds / AT_ONCE)
 
 
-def _flood(target: Target, count: int, name: str) -> Counter[int]:
+def test_flood_from_everywhere_leaves_nothing(target: Target, record: Record) -> None:
+    """A batch of wrong tokens from each of many clients leaves no more than a server's buffers, and no file."""
+    files, before, began = sorted(Path.cwd().iterdir()), target.resident(), time.monotonic()
+    clients = [f"127.{1 + number // 250}.0.{1 + number % 250}" for number in range(4 * CLIENT_LIMIT)]
+    for client in clients:
+        assert flood(target, AT_ONCE, client, client) == {401: AT_ONCE}
+    took, grown, logged = time.monotonic() - began, target.resident() - before, len(target.refusals())
+    record(clients=len(clients), seconds=took, grown=grown, lines=logged)
+    assert grown < BUFFERS
+    assert sorted(Path.cwd().iterdir()) == files
+    assert 0 < logged <= (2 + took / WINDOW) * (CLIENT_LIMIT * lines_for(AT_ONCE) + lines_for(len(clients) * AT_ONCE))
+
+
+def flood(target: Target, count: int, name: str, client: str = "127.0.0.1") -> Counter[int]:
     """Send *count* distinct wrong tokens, some at a time."""
     found = Counter[int]()
     for first in range(0, count, 400):
-        with target.connect() as connection:
-            for begin in range(first, first + 400, AT_ONCE):
+        with target.connect(client) as connection:
+            for begin in range(first, min(first + 400, count), AT_ONCE):
                 numbers = range(begin, begin + AT_ONCE)
                 connection.sendall(b"".join(get(f"sk-{name}-{number:040d}") for number in numbers))
                 found.update(read_answers(connection, AT_ONCE))
@@ -356,97 +311,3 @@ def _flood(target: Target, count: int, name: str) -> Counter[int]:
 def lines_for(refusals: int) -> int:
     """Return the most lines about one client within a window: the first few refusals, and each power of two."""
     return SHOWN + sum(1 << n <= refusals for n in range(SHOWN.bit_length(), 64))
-
-
-class Lines:
-    """Counts log records and drops them: pytest would keep them all."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, _: logging.LogRecord) -> bool:
-        """Count one."""
-        self.count += 1
-        return False
-
-
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Lines]:
-    """Count the log records of the library."""
-    counted, logger = Lines(), logging.getLogger("freegpt_auth")
-    caplog.set_level(logging.DEBUG, "freegpt_auth")
-    logger.addFilter(counted)
-    yield counted
-    logger.removeFilter(counted)
-
-
-def refuse(app: ASGIApp, secrets: Iterable[bytes], client: str = "192.0.2.7") -> Counter[int]:
-    """Present each secret in process, and count the answers; a ``%d`` in *client* becomes the request's number."""
-    return asyncio.run(_refuse(app, secrets, client))
-
-
-async def _refuse(app: ASGIApp, secrets: Iterable[bytes], client: str) -> Counter[int]:
-    found = Counter[int]()
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            found[message["status"]] += 1
-
-    common = {"type": "http", "method": "GET", "path": "/v1/models"}
-    for number, secret in enumerate(secrets):
-        headers = [(b"authorization", b"Bearer " + secret)]
-        await app({**common, "headers": headers, "client": (client.replace("%d", str(number)), 50000)}, receive, send)
-    return found
-
-
-def wrong(start: int, stop: int) -> Iterator[bytes]:
-    """Make distinct secrets of the right length."""
-    return (b"sk-%049d" % number for number in range(start, stop))
-
-
-async def unreached(_scope: Scope, _receive: Receive, _send: Send) -> None:
-    """Stand for the application, which no request reaches."""
-    raise AssertionError
-
-
-def own_memory() -> int:
-    """Return the resident set of this process."""
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
-
-
-@pytest.mark.parametrize("count", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-def test_wrong_tokens_leave_nothing(lines: Lines, count: int, rounds: int, keep: Keep, record: Record) -> None:
-    """One client tries distinct tokens in process: no memory, no file, and a log line for each power of two."""
-    keep(FileTokenStore("api_tokens.json"))
-    app, last = BearerTokenMiddleware(unreached), 20_000 + count * rounds
-    refuse(app, wrong(0, 20_000))
-    files, before, logged, began = sorted(Path.cwd().iterdir()), own_memory(), lines.count, time.monotonic()
-    assert refuse(app, wrong(20_000, last)) == {401: count * rounds}
-    took, grown, logged = time.monotonic() - began, own_memory() - before, lines.count - logged
-    record(seconds=took, grown=grown, lines=logged)
-    assert grown < 4 * GROWTH
-    assert sorted(Path.cwd().iterdir()) == files
-    assert 0 < logged <= (1 + took / WINDOW) * lines_for(last)
-
-
-def test_wrong_tokens_allocate_nothing(lines: Lines, keep: Keep, record: Record) -> None:
-    """By tracemalloc too, nothing is kept of a wrong token or of its client, even if each comes from another client."""
-    keep(FileTokenStore("api_tokens.json"))
-    app = BearerTokenMiddleware(unreached)
-    tracemalloc.start()
-    try:
-        refuse(app, wrong(0, 5000))
-        gc.collect()
-        before, logged = tracemalloc.get_traced_memory()[0], lines.count
-        refuse(app, wrong(5000, 55_000), "2001:db8::%d")
-        gc.collect()
-        grown, logged = tracemalloc.get_traced_memory()[0] - before, lines.count - logged
-    finally:
-        tracemalloc.stop()
-    record(grown=grown, lines=logged)
-    assert grown < 0x10000
-    assert 0 < logged <= 2 * (CLIENT_LIMIT + lines_for(50_000))

@@ -10,28 +10,30 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import random
 import socket
 import time
+from copy import copy
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import fmean, median, stdev, variance
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import pytest
 
 from freegpt_auth import BearerTokenMiddleware, FileTokenStore, Settings
-from freegpt_auth.tokens import digest_of, generate_secret
+from freegpt_auth.tokens import digest_of, generate_secret, issue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from freegpt_auth import Token
     from freegpt_auth.stores.base import Unresolved
+    from tests.conftest import Keep
     from tests.helpers.servers import Serve
 
 BOUND = 0.03
@@ -46,8 +48,6 @@ PROOF = 10.0
 
 CROPPINGS = (0.5, 0.75, 0.9, 0.99, 1.0)
 ROUNDS, VISITS = 12_000, 2_500
-LONG_AGO = "2020-01-01T00:00:00Z"
-TIMES = {"revoked": "revoked_at", "expired": "expires_at"}
 KEY = "key-" + "0" * 48
 
 APPLICATION = """
@@ -58,30 +58,20 @@ app = BearerTokenMiddleware(None)  # no request reaches an application
 Samples = dict[str, list[int]]
 """The durations of each class, in nanoseconds."""
 
+Request = TypeVar("Request")
+
 _logger = logging.getLogger("figures")  # --log-cli-level=INFO shows them
 
 
-def keep_tokens(near: bytes = b"", count: int = 8) -> dict[str, list[str]]:
-    """Write a token file and return secrets of each class; two classes are unknown, which shows the effect of chance."""
-    records = [_record(near)] if near else []
-    secrets: dict[str, list[str]] = {name: [] for name in ("unknown", "also unknown", "revoked", "expired")}
-    for secret, name in ((generate_secret(), name) for _ in range(count) for name in secrets):
-        secrets[name].append(secret)
-        if name in TIMES:
-            records.append({**_record(digest_of(secret)), TIMES[name]: LONG_AGO})
-    Path("api_tokens.json").write_text(json.dumps({"version": 1, "tokens": records}))
-    Path("api_tokens.json").chmod(0o600)
-    return secrets
-
-
-def _record(digest: bytes) -> dict[str, str]:
-    return {
-        "id": digest.hex()[:12],
-        "name": "x",
-        "prefix": "",
-        "digest": f"sha256${digest.hex()}",
-        "created_at": LONG_AGO,
-    }
+@pytest.fixture
+def secrets(keep: Keep) -> dict[str, list[str]]:
+    """Make a token file and return secrets of each class; two classes are unknown, which shows the effect of chance."""
+    store, now = FileTokenStore("api_tokens.json"), datetime.now(UTC)
+    revoked, expired = ([keep(store, "x", end) for _ in range(8)] for end in (None, now - timedelta(days=1)))
+    for token, _ in revoked:
+        store.revoke(token.id, now)
+    kept = {name: [secret for _, secret in pairs] for name, pairs in (("revoked", revoked), ("expired", expired))}
+    return {**{name: [generate_secret() for _ in range(8)] for name in ("unknown", "also unknown")}, **kept}
 
 
 def as_scopes(secrets: dict[str, list[str]], kind: str = "http") -> dict[str, list[Scope]]:
@@ -94,14 +84,9 @@ def as_scopes(secrets: dict[str, list[str]], kind: str = "http") -> dict[str, li
     }
 
 
-def measure(app: ASGIApp, classes: dict[str, list[Scope]], rounds: int) -> Samples:
-    """Return the time of *rounds* refusals of each class until the body is sent."""
-    return asyncio.run(_measure(app, classes, rounds))
-
-
-async def _measure(app: ASGIApp, classes: dict[str, list[Scope]], rounds: int) -> Samples:
-    clock, sent = time.perf_counter_ns, 0
-    samples: Samples = {name: [] for name in classes}
+def measure_app(app: ASGIApp, classes: dict[str, list[Scope]], rounds: int) -> Samples:
+    """Return the time of *rounds* refusals of each class in process, until the body is sent."""
+    sent = 0
 
     async def receive() -> Message:
         return {"type": "http.request", "body": b"", "more_body": False}
@@ -109,18 +94,28 @@ async def _measure(app: ASGIApp, classes: dict[str, list[Scope]], rounds: int) -
     async def send(message: Message) -> None:
         nonlocal sent
         if message.get("body"):
-            sent = clock()
+            sent = time.perf_counter_ns()
 
+    async def ask(scope: Scope) -> int:
+        await app(scope, receive, send)
+        return sent
+
+    return asyncio.run(measure(ask, classes, rounds))
+
+
+async def measure(ask: Callable[[Request], Awaitable[int]], classes: dict[str, list[Request]], rounds: int) -> Samples:
+    """Return the time of *rounds* requests of each class until the end of the answer, which *ask* returns."""
+    samples: Samples = {name: [] for name in classes}
     order = list(classes)
     gc.disable()
     for number in range(-rounds // 10, rounds):
         random.shuffle(order)
         for name in order:
-            scope = dict(random.choice(classes[name]))
-            began = clock()
-            await app(scope, receive, send)
+            request = copy(random.choice(classes[name]))
+            began = time.perf_counter_ns()
+            ended = await ask(request)
             if number >= 0:  # the first ones warm up
-                samples[name].append(sent - began)
+                samples[name].append(ended - began)
     gc.enable()
     return samples
 
@@ -161,17 +156,10 @@ async def unreached(_scope: Scope, _receive: Receive, _send: Send) -> None:
     raise AssertionError
 
 
-@pytest.fixture
-def times(rounds: int) -> int:
-    """Return the number of measurements of each class."""
-    return ROUNDS * rounds
-
-
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_refusals_take_the_same_time(times: int, kind: str) -> None:
+def test_refusals_take_the_same_time(secrets: dict[str, list[str]], rounds: int, kind: str) -> None:
     """Unknown, revoked and expired secrets take the same time: the time does not reveal a former token."""
-    secrets = keep_tokens()
-    assert_alike(measure(BearerTokenMiddleware(unreached, usage="off"), as_scopes(secrets, kind), times))
+    assert_alike(measure_app(BearerTokenMiddleware(unreached, usage="off"), as_scopes(secrets, kind), ROUNDS * rounds))
 
 
 def near_key(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -194,7 +182,8 @@ def near_digest_of_key(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def near_digest_of_token(_: pytest.MonkeyPatch) -> list[str]:
     """Return a guess whose digest shares 31 of 32 bytes with the digest of a token."""
     guess = generate_secret()
-    keep_tokens(nearly(digest_of(guess)))
+    token = issue("x", now=datetime.now(UTC))[0]
+    FileTokenStore("api_tokens.json").add(nearly(digest_of(guess)), token)
     return [guess]
 
 
@@ -203,14 +192,14 @@ def nearly(digest: bytes) -> bytes:
     return digest[:-1] + bytes([digest[-1] ^ 1])
 
 
+@pytest.mark.usefixtures("secrets")
 @pytest.mark.parametrize("make", [near_key, near_digest_of_key, near_digest_of_token])
 def test_near_guess_takes_the_same_time(
-    monkeypatch: pytest.MonkeyPatch, times: int, make: Callable[[pytest.MonkeyPatch], list[str]]
+    monkeypatch: pytest.MonkeyPatch, rounds: int, make: Callable[[pytest.MonkeyPatch], list[str]]
 ) -> None:
     """A guess that is nearly right takes as long as any other: no key or token is found piece by piece."""
-    keep_tokens()
-    secrets = {"near": make(monkeypatch), "far": ["xyz-" + "9" * 48], "also far": ["zyx-" + "8" * 48]}
-    assert_alike(measure(BearerTokenMiddleware(unreached, usage="off"), as_scopes(secrets), times), "far")
+    guesses = as_scopes({"near": make(monkeypatch), "far": ["xyz-" + "9" * 48], "also far": ["zyx-" + "8" * 48]})
+    assert_alike(measure_app(BearerTokenMiddleware(unreached, usage="off"), guesses, ROUNDS * rounds), "far")
 
 
 class Slower(FileTokenStore):
@@ -228,15 +217,14 @@ class Slower(FileTokenStore):
         return token
 
 
-def test_planted_difference_is_found(times: int) -> None:
+def test_planted_difference_is_found(secrets: dict[str, list[str]], rounds: int) -> None:
     """The control: a planted difference of twice the bound is found, by effect and by t; without it none is found."""
-    secrets = keep_tokens()
     del secrets["expired"]
     store = Slower("api_tokens.json")
     app = BearerTokenMiddleware(unreached, store=store)
-    before = measure(app, as_scopes(secrets), times)
+    before = measure_app(app, as_scopes(secrets), ROUNDS * rounds)
     store.delay = round(2 * BOUND * median(before["unknown"]))
-    after = measure(app, as_scopes(secrets), times)
+    after = measure_app(app, as_scopes(secrets), ROUNDS * rounds)
     _logger.info("planted: %d ns", store.delay)
     chance, planted = differences(before), differences(after)
     assert BOUND < planted["revoked"] - chance["revoked"] < 6 * BOUND
@@ -244,37 +232,27 @@ def test_planted_difference_is_found(times: int) -> None:
     assert abs(chance["also unknown"]) < BOUND / 2
 
 
-def visit(address: tuple[str, int], classes: dict[str, list[bytes]], rounds: int) -> Samples:
-    """Return the time of each answer of a real server, from the request to its last byte."""
-    samples: Samples = {name: [] for name in classes}
-    with socket.create_connection(address, timeout=30) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        order = list(classes)
-        for number in range(-rounds // 10, rounds):
-            random.shuffle(order)
-            for name in order:
-                request = random.choice(classes[name])
-                began = time.perf_counter_ns()
-                connection.sendall(request)
-                answer = b""
-                while not answer.endswith(b"}}"):
-                    answer += connection.recv(65536)
-                if number >= 0:
-                    samples[name].append(time.perf_counter_ns() - began)
-                assert answer.startswith(b"HTTP/1.1 401")
-    return samples
-
-
-def test_network_shows_no_difference(serve: Serve, rounds: int) -> None:
+def test_network_shows_no_difference(secrets: dict[str, list[str]], serve: Serve, rounds: int) -> None:
     """Thousands of requests over loopback show no difference between the classes."""
-    secrets = keep_tokens()
     Path("app.py").write_text(APPLICATION)
     server = serve("app:app", "--no-access-log", "--log-level", "warning", "--lifespan", "off")
     requests = {
         name: [f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {s}\r\n\r\n".encode() for s in group]
         for name, group in secrets.items()
     }
-    samples = visit(server.address, requests, VISITS * rounds)
+    with socket.create_connection(server.address, timeout=30) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        async def ask(request: bytes) -> int:
+            connection.sendall(request)
+            answer = b""
+            while not answer.endswith(b"}}"):
+                answer += connection.recv(65536)
+            ended = time.perf_counter_ns()
+            assert answer.startswith(b"HTTP/1.1 401")
+            return ended
+
+        samples = asyncio.run(measure(ask, requests, VISITS * rounds))
     differences(samples)
     quick = sorted(samples["unknown"])[: int(0.9 * len(samples["unknown"]))]
     _logger.info("scatter of the quickest nine tenths: %.0f ns", stdev(quick))

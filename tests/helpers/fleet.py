@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 
+from freegpt_auth import cli
 from freegpt_auth.stores.postgres import PostgresTokenStore
+from freegpt_auth.stores.postgres.follower import CERTAINTY
 from freegpt_auth.tokens import generate_secret
 from tests.helpers.applications import HELLO
 from tests.helpers.watch import BOUND, CLOSED, USUAL, Watch, wait_until
@@ -36,37 +38,18 @@ SLACK = 1.5
 """Seconds by which a loaded machine may delay an immediate action."""
 
 # The clock of this host is wrong by AHEAD seconds.
-_CLOCK = """
-import os, time
+APPLICATION = f"""
+{HELLO}
+import logging, os, time
+from freegpt_auth import BearerTokenMiddleware
+
 right = time.time
 time.time = lambda: right() + float(os.environ.get("AHEAD", "0"))
-"""
-APPLICATION = f"""
-{_CLOCK}
-{HELLO}
-import logging
-from freegpt_auth import BearerTokenMiddleware
 
 logging.basicConfig(level=logging.INFO, format="%(process)d %(levelname)s %(message)s")
 logging.getLogger("freegpt_auth").addFilter(lambda record: not record.msg.startswith("refused"))
 
 app = BearerTokenMiddleware(hello, usage_interval=float(os.environ.get("INTERVAL", "0.2")))
-"""
-_OPERATOR = f"""
-{_CLOCK}
-import contextlib, io, json, sys
-from freegpt_auth import cli
-
-for line in sys.stdin:
-    out, err = io.StringIO(), io.StringIO()
-    began = time.monotonic()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = cli.main(json.loads(line))
-        except SystemExit as exit:
-            status = exit.code
-    ended = time.monotonic()
-    print(json.dumps([status, out.getvalue(), err.getvalue(), began, ended]), flush=True)
 """
 KEY = "a-key-from-the-environment"
 _LINE = re.compile(r"^(\d+) (WARNING|ERROR) (.*)$", re.MULTILINE)
@@ -87,7 +70,24 @@ class Done(NamedTuple):
         return self.ended - self.began
 
 
-class Operator:
+def _set_up(store: str, ahead: float) -> None:
+    os.environ["FREEGPT_AUTH_STORE"] = store
+    right = time.time
+    time.time = lambda: right() + ahead
+
+
+def _run(arguments: tuple[str, ...]) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    began = time.monotonic()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main([*arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Done(status, out.getvalue(), err.getvalue(), began, time.monotonic())
+
+
+class Operator(ProcessPoolExecutor):
     """Runs commands one after the other, in one process: no interpreter starts for each.
 
     Args:
@@ -96,23 +96,12 @@ class Operator:
     """
 
     def __init__(self, store: str, ahead: float = 0.0) -> None:
-        self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _OPERATOR],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "FREEGPT_AUTH_STORE": store, "AHEAD": str(ahead)},
-        )
+        super().__init__(1, get_context("spawn"), _set_up, (store, ahead))
+        self.submit(time.time)  # starts the process
 
     def run(self, *arguments: str) -> Done:
         """Run ``python -m freegpt_auth`` with these arguments."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._lock:
-            self._process.stdin.write(json.dumps(arguments) + "\n")
-            self._process.stdin.flush()
-            return Done(*json.loads(self._process.stdout.readline()))
+        return self.submit(_run, arguments).result()
 
     def create(self, name: str, *options: str) -> tuple[str, str]:
         """Create a token, and return its id and secret."""
@@ -128,11 +117,6 @@ class Operator:
             if done.status == 0:
                 return done
         raise AssertionError(done)
-
-    def close(self) -> None:
-        """End the operator's process."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.communicate(timeout=30)
 
 
 @dataclass
@@ -189,14 +173,14 @@ class Fleet:
     def isolate(self, cut: Callable[[], None], mend: Callable[[], None], isolated: tuple[int, ...]) -> list[float]:
         """Cut hosts off from the database for longer than the lease, and check every answer.
 
-        Known tokens work until the lease is over, then every token is answered 503. A token that is revoked meanwhile
-        is refused by the other hosts at once, and by all hosts after *mend*; a token that is created meanwhile works
-        then.
+        Until the lease is over known tokens work, and unknown ones soon get 503 instead of 401, because they may be
+        new. Then every token is answered 503. A token that is revoked meanwhile is refused by the other hosts at once,
+        and by all hosts after *mend*; a token that is created meanwhile works then.
 
         Args:
             cut: cuts the hosts off.
             mend: ends that.
-            isolated: the numbers of these hosts.
+            isolated: the numbers of these hosts, first one that caches every token.
 
         Returns:
             the seconds until the hosts were closed, and from *mend* until they were as usual.
@@ -208,6 +192,9 @@ class Fleet:
         done = self.operator.revoke(token_id)
         self.watch.expect(closed, isolated)
         closed_after = time.monotonic() - began
+        closed_at = self.watch.first("valid", 503, isolated[0], began)
+        assert closed_at > began + LEASE - POLL - SLACK
+        self.watch.check({"wrong": 503}, began + CERTAINTY + SLACK, isolated)
         self.watch.check({"valid": 503, "fading": 503, "revoked": 503}, began + LEASE + 0.05, isolated)
         self.watch.check({**USUAL, "fading": 401}, done.ended, others)
         self.watch.hold(closed, POLL, isolated)

@@ -35,27 +35,7 @@ _REPORTED = (
 PGBOUNCER = shutil.which("pgbouncer")
 
 
-@contextlib.contextmanager
-def pgbouncer(cluster: Cluster) -> Iterator[int]:
-    """Run PgBouncer in front of a cluster, and yield its port."""
-    assert PGBOUNCER is not None
-    port, user = free_port(), NOBODY if os.geteuid() == 0 else None  # PgBouncer refuses to run as root
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        _configure(folder, cluster.port, port)
-        for path in (folder, *folder.iterdir()):
-            os.chown(path, os.geteuid() if user is None else user, -1)
-        log = stack.enter_context((folder / "pgbouncer.log").open("wb"))
-        process = subprocess.Popen([PGBOUNCER, str(folder / "pgbouncer.ini")], stdout=log, stderr=log, user=user)
-        stack.callback(process.wait, 20)
-        stack.callback(process.kill)
-        cluster.wait(cluster.url("postgres", port=port))
-        yield port
-
-
-def _configure(folder: Path, server: int, port: int) -> None:
-    (folder / "users.txt").write_text(f'"postgres" "{PASSWORD}"\n')
-    (folder / "pgbouncer.ini").write_text(f"""
+SETTINGS = """
 [databases]
 * = host=127.0.0.1 port={server}
 [pgbouncer]
@@ -65,7 +45,26 @@ unix_socket_dir =
 auth_type = scram-sha-256
 auth_file = {folder}/users.txt
 pool_mode = transaction
-""")
+"""
+
+
+@contextlib.contextmanager
+def pgbouncer(cluster: Cluster) -> Iterator[int]:
+    """Run PgBouncer in front of a cluster, and yield its port."""
+    assert PGBOUNCER is not None
+    port, user = free_port(), NOBODY if os.geteuid() == 0 else None  # PgBouncer refuses to run as root
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        (folder / "users.txt").write_text(f'"postgres" "{PASSWORD}"\n')
+        (folder / "pgbouncer.ini").write_text(SETTINGS.format(server=cluster.port, port=port, folder=folder))
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, os.geteuid() if user is None else user, -1)
+        log = stack.enter_context((folder / "pgbouncer.log").open("wb"))
+        process = subprocess.Popen([PGBOUNCER, str(folder / "pgbouncer.ini")], stdout=log, stderr=log, user=user)
+        stack.callback(process.wait, 20)
+        stack.callback(process.kill)
+        cluster.wait(cluster.url("postgres", port=port))
+        yield port
 
 
 class Pooler:
@@ -150,11 +149,9 @@ def _read(source: socket.socket) -> bytes:
 
 
 def _exactly(source: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        if not (more := source.recv(size - len(data))):
-            raise ConnectionResetError
-        data += more
+    data = source.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise ConnectionResetError
     return data
 
 
@@ -165,8 +162,5 @@ def _message(kind: bytes, content: bytes) -> bytes:
 @contextlib.contextmanager
 def smallest(cluster: Cluster, tables: str, user: str = "postgres") -> Iterator[int]:
     """Run the minimal pooler in front of a database, and yield its port."""
-    pooler = Pooler(cluster.url(tables, user), 4)
-    try:
+    with contextlib.closing(Pooler(cluster.url(tables, user), 4)) as pooler:
         yield pooler.port
-    finally:
-        pooler.close()

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from tests.helpers.ports import free_port
+from tests.helpers.watch import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,18 +52,10 @@ def _installed() -> Path:
 
 BINARIES = _installed()
 
-_QUICK = {
-    "listen_addresses": "127.0.0.1",
-    "unix_socket_directories": "",
-    "max_connections": "300",
-    "shared_buffers": "32MB",
-    "logging_collector": "off",
-    "log_statement": "none",
-    "wal_level": "replica",
-    "max_wal_senders": "4",
-    "hot_standby": "on",
-    "wal_receiver_status_interval": "1s",
-}
+_QUICK = """
+listen_addresses=127.0.0.1 unix_socket_directories= max_connections=300 shared_buffers=32MB logging_collector=off
+log_statement=none wal_level=replica max_wal_senders=4 hot_standby=on wal_receiver_status_interval=1s
+"""
 
 
 @dataclass
@@ -72,7 +64,7 @@ class Cluster:
 
     Attributes:
         folder: the data folder, made by :meth:`create` or :meth:`standby`.
-        settings: server settings that differ from ``_QUICK``.
+        settings: server settings beside ``_QUICK``, which they override.
         port: the loopback port, which another server may take over.
         process: the server, while it runs.
     """
@@ -88,9 +80,8 @@ class Cluster:
         secret = self.folder.with_suffix(".password")
         secret.write_text(PASSWORD)
         _hand_over(secret)
-        self._run(
-            "initdb", "-D", str(self.folder), "-U", "postgres", f"--pwfile={secret}", "--auth=scram-sha-256", "-N"
-        )
+        options = ("-U", "postgres", f"--pwfile={secret}", "--auth=scram-sha-256", "-N")
+        self._run("initdb", "-D", str(self.folder), *options)
         secret.unlink()
 
     def standby(self, folder: Path, **settings: str) -> Cluster:
@@ -102,30 +93,24 @@ class Cluster:
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
-        settings = {**_QUICK, **self.settings, "port": str(self.port)}
+        settings = [*_QUICK.split(), *(f"{name}={value}" for name, value in self.settings.items()), f"port={self.port}"]
+        command = _as_nobody(BINARIES / "postgres", "-D", self.folder, *(f"--{setting}" for setting in settings))
         with self.folder.with_suffix(".log").open("ab") as log:
-            self.process = subprocess.Popen(
-                _as_nobody(BINARIES / "postgres", "-D", self.folder, *(f"--{k}={v}" for k, v in settings.items())),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder,
-                start_new_session=True,
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
         self.wait()
 
     def wait(self, url: str = "") -> None:
         """Wait until the server accepts connections, here or at *url*."""
-        deadline = time.monotonic() + 30
-        while True:
-            try:
+
+        def accepts() -> bool:
+            assert self.process is not None, "not started"
+            assert self.process.poll() is None, self.log()
+            with contextlib.suppress(psycopg.OperationalError):
                 psycopg.connect(url or self.url("postgres"), connect_timeout=2).close()
-            except psycopg.OperationalError:
-                assert time.monotonic() < deadline, self.log()
-                assert self.process is not None, "not started"
-                assert self.process.poll() is None, self.log()
-                time.sleep(0.02)
-            else:
-                return
+                return True
+            return False
+
+        wait_until(accepts, self.log, 30)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """Stop the server: SIGINT closes its connections, SIGQUIT skips the checkpoint."""
@@ -142,10 +127,8 @@ class Cluster:
         for number in numbers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while any(map(_lives, numbers)):  # a new server does not start beside a process of the old one
-            assert time.monotonic() < deadline, numbers
-            time.sleep(0.002)
+        # A new server does not start beside a process of the old one.
+        wait_until(lambda: not any(map(_lives, numbers)), lambda: numbers, 30)
         self.process.wait(timeout=30)
         self.process = None
         (self.folder / "postmaster.pid").unlink(missing_ok=True)
@@ -184,14 +167,8 @@ class Cluster:
         _hand_over(self.folder)
 
     def _run(self, program: str, *arguments: str) -> None:
-        done = subprocess.run(
-            _as_nobody(BINARIES / program, *arguments),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            cwd=self.folder,
-        )
+        command = _as_nobody(BINARIES / program, *arguments)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=self.folder)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+
+from anyio.from_thread import start_blocking_portal
 
 from tests.helpers.ports import free_port
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
 
 PLAIN = "?sslmode=disable&gssencmode=disable"
 """The end of a URL that leads through a proxy."""
@@ -78,75 +76,63 @@ class Proxy:
         self.lost_replies = 0
         self._is_lost = self._is_held = False
         self._links: dict[_Link, None] = {}  # oldest first
-        self._loop = asyncio.new_event_loop()
         self._released = asyncio.Event()
         self._server: asyncio.Server | None = None
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
+        self._thread = contextlib.ExitStack()
+        self._do = self._thread.enter_context(start_blocking_portal("asyncio")).call
         self.accept()
 
     def refuse(self) -> None:
         """Refuse new connections, and cut the existing ones."""
-        self._do(self._close_server())
+        self._do(self._close_server)
         self.cut()
 
     def accept(self) -> None:
         """Accept connections again."""
-        self._do(self._open_server())
+        self._do(self._open_server)
 
     def cut(self) -> None:
         """Reset every connection."""
-        self._do(self._abort())
+        self._do(self._abort)
 
     def lose(self) -> None:
         """Drop everything sent: in existing connections for good, in new ones until :meth:`mend`."""
-        self._do(self._mark(lost=True))
+        self._do(partial(self._mark, lost=True))
 
     def hold(self, keep: int = 0) -> None:
         """Deliver nothing until :meth:`mend`, except in the *keep* oldest connections."""
-        self._do(self._mark(held=True, keep=keep))
+        self._do(partial(self._mark, held=True, keep=keep))
 
     def mend(self) -> None:
         """Deliver everything again; dropped traffic stays lost."""
         self.delay, self.drops_notifications, self.lose_reply_to = 0.0, False, None
-        self._do(self._mark())
+        self._do(self._mark)
 
     def close(self) -> None:
         """Cut all connections and end the event loop."""
         self.refuse()
-        self._do(self._finish())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def _do(self, act: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(act, self._loop).result(10)
+        self._do(asyncio.sleep, 0.05)  # connections just accepted, or cut, end by themselves
+        self._thread.close()
 
     async def _open_server(self) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
 
-    async def _close_server(self) -> None:
+    def _close_server(self) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None
 
-    async def _abort(self) -> None:
+    def _abort(self) -> None:
         for link in list(self._links):
             link.abort()
 
-    async def _mark(self, *, lost: bool = False, held: bool = False, keep: int = 0) -> None:
+    def _mark(self, *, lost: bool = False, held: bool = False, keep: int = 0) -> None:
         self._is_lost, self._is_held = lost, held
         for number, link in enumerate(self._links):
             link.is_lost |= lost
             link.is_held = held and number >= keep
         self._released.set()
         self._released = asyncio.Event()
-
-    async def _finish(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, queries: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         try:
@@ -168,7 +154,7 @@ class Proxy:
 
     async def _pass(self, link: _Link, source: asyncio.StreamReader, sink: asyncio.StreamWriter, edit: _Edit) -> None:
         under_way: asyncio.Queue[tuple[float, bytes | None]] = asyncio.Queue()
-        delivery = self._loop.create_task(self._deliver(link, under_way, sink))
+        delivery = asyncio.create_task(self._deliver(link, under_way, sink))
         with contextlib.suppress(OSError):
             while data := await source.read(65536):
                 under_way.put_nowait((time.monotonic() + self.delay, edit(link, data)))
@@ -206,6 +192,14 @@ class Proxy:
         return b"".join(
             message for message in messages if not (self.drops_notifications and message[0] == _NOTIFICATION)
         )
+
+
+FAULTS = {
+    "refused": (Proxy.refuse, Proxy.accept),
+    "vanishing": (Proxy.lose, Proxy.mend),
+    "held": (Proxy.hold, Proxy.mend),
+}
+"""Faults of a link, by their begin and end."""
 
 
 def _split(data: bytes) -> tuple[list[bytes], bytes]:

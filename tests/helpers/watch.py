@@ -26,7 +26,7 @@ ALLOWED = {
     "valid": {200, 503},
     "fading": {200, 401, 503},
 }
-"""The statuses that are correct during any fault. The token ``fading`` is revoked in the course of a test."""
+"""The statuses that are correct during any fault; a number may follow: ``wrong-2``. ``fading`` is revoked in a test."""
 
 USUAL = {"key": 200, "nothing": 401, "wrong": 401, "revoked": 401, "valid": 200}
 """The statuses without a fault."""
@@ -102,12 +102,14 @@ class Watch:
         hosts: the servers.
         secrets: the secrets by the names in ``ALLOWED``; None for a request without a credential.
         may_break: whether a connection to a server may break.
+        pause: the pause of a client between two requests, in seconds, which leaves the servers some of the machine.
         answers: all answers.
     """
 
     hosts: list[Host]
     secrets: dict[str, str | None]
     may_break: bool = False
+    pause: float = 0.001
     answers: list[Answer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -134,7 +136,7 @@ class Watch:
             thread.join()
 
     def _ask(self, client: Client, number: int, name: str, gone: threading.Event) -> None:
-        allowed = ALLOWED[name] | ({0} if self.may_break else set())
+        allowed = ALLOWED[name.partition("-")[0]] | ({0} if self.may_break else set())
         while not gone.is_set():
             began = time.monotonic()
             status = client.ask()
@@ -143,7 +145,7 @@ class Watch:
             self._latest[number, name] = answer
             if status not in allowed:
                 self._wrong.append(answer)
-            gone.wait(0.001 if status else 0.02)  # leave the servers some of the machine
+            gone.wait(self.pause if status else 0.02)
         client.close()
 
     def expect(self, expected: Mapping[str, int], at: Iterable[int] | None = None, within: float = 60.0) -> float:
@@ -154,15 +156,11 @@ class Watch:
         since = time.monotonic()
         places = [(number, name) for number in (range(len(self.hosts)) if at is None else at) for name in expected]
 
-        def different() -> list[object]:
-            latest = [(place, self._latest.get(place)) for place in places]
-            return [
-                (place, answer)
-                for place, answer in latest
-                if answer is None or answer.began < since or answer.status != expected[place[1]]
-            ]
+        def is_right(place: tuple[int, str]) -> bool:
+            answer = self._latest.get(place)
+            return answer is not None and answer.began >= since and answer.status == expected[place[1]]
 
-        wait_until(lambda: not different(), lambda: (expected, different(), self._state()), within)
+        wait_until(lambda: all(map(is_right, places)), lambda: (expected, self._latest, self._state()), within)
         return time.monotonic() - since
 
     def hold(self, expected: Mapping[str, int], seconds: float, at: Iterable[int] | None = None) -> None:
@@ -173,14 +171,9 @@ class Watch:
 
     def check(self, expected: Mapping[str, int], since: float, at: Iterable[int]) -> None:
         """Check that every request that began after *since* at the hosts *at* was answered as *expected*."""
-        numbers = set(at)
-        other = [
-            answer
-            for answer in list(self.answers)
-            if answer.began >= since
-            and answer.host in numbers
-            and answer.status not in {0, expected.get(answer.token, answer.status)}
-        ]
+        numbers, given = set(at), list(self.answers)
+        later = [one for one in given if one.began >= since and one.host in numbers and one.token in expected]
+        other = [one for one in later if one.status not in {0, expected[one.token]}]
         assert not other, (len(other), other[0], other[-1], since, self._state())
 
     def accepted(self, name: str) -> list[Answer]:
@@ -190,6 +183,11 @@ class Watch:
     def last(self, name: str, number: int) -> float:
         """Return the begin of the last accepted request of a token at one host."""
         return max(answer.began for answer in self.accepted(name) if answer.host == number)
+
+    def first(self, name: str, status: int, number: int, since: float) -> float:
+        """Return the end of the first request of a token after *since* that one host answered with *status*."""
+        wanted = (number, name, status)
+        return min(one.ended for one in list(self.answers) if one[2:] == wanted and one.began > since)
 
     def counts(self) -> dict[str, int]:
         """Return the number of answers of each status."""
@@ -229,8 +227,8 @@ def wait_until(reached: Callable[[], object], state: Callable[[], object] = tupl
 
 
 def in_parallel(act: Callable[[_In], _Out], arguments: Iterable[_In]) -> list[_Out]:
-    """Call *act* with each argument at the same time, and return the results in order."""
-    with ThreadPoolExecutor() as pool:
+    """Call *act* with each argument, up to 32 at the same time, and return the results in order."""
+    with ThreadPoolExecutor(32) as pool:
         return [*pool.map(act, arguments)]
 
 
