@@ -69,7 +69,8 @@ for line in sys.stdin:
     while batch["at_sight"] and not any(name.endswith(".tmp") for name in os.listdir("tokens")) and lives(children):
         pass
     now = time.perf_counter()
-    kills = sorted((now + after, child) for (child, _), (_, after) in zip(children, batch["commands"]) if after is not None)
+    pairs = zip(children, batch["commands"])
+    kills = sorted((now + after, child) for (child, _), (_, after) in pairs if after is not None)
     for moment, child in kills:
         time.sleep(max(0, moment - time.perf_counter()))
         os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own

@@ -188,7 +188,7 @@ in_all_variants = pytest.mark.parametrize(
 
 @in_all_variants
 def test_faulty_token_file_opens_nothing(start: Start, command: Command) -> None:
-    """After each fault of the token file and its lock, tokens are accepted or refused as documented, and a line is logged."""
+    """At each fault of the token file and its lock, tokens are accepted or refused as documented, with a line logged."""
     watch, good = start(answers()), TOKENS.read_bytes()
     with TOKENS.with_name(f"{TOKENS}.lock").open("r+") as lock, ThreadPoolExecutor(1) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -429,7 +429,7 @@ def test_gunicorn_ends_on_unusable_settings(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_cleared_notes_open_no_worker(start: Start) -> None:
-    """Neither a cleaned /dev/shm, as at a logout, nor a container that shares it, nor the loss of all notes opens a worker."""
+    """Neither a cleaned /dev/shm, as at a logout, nor a container that shares it, nor lost notes open a worker."""
     for folder in NOTES:
         folder.parent.mkdir()
     temporary = str(Path("temporary").absolute())

@@ -29,8 +29,8 @@ import os, socket, sys
 *_, host, _, port = sys.argv
 server = socket.create_server((host, int(port)), backlog=100)
 server.set_inheritable(True)
-command = ["ip", "netns", "exec", os.environ["NAMESPACE"], sys.executable, "-m", "uvicorn", "app:app", "--no-access-log"]
-os.execvp("ip", [*command, "--fd", str(server.fileno())])
+command = ["ip", "netns", "exec", os.environ["NAMESPACE"], sys.executable, "-m", "uvicorn", "app:app"]
+os.execvp("ip", [*command, "--no-access-log", "--fd", str(server.fileno())])
 """
 
 

@@ -23,7 +23,7 @@ PGBOUNCER_ONLY = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not 
 def test_pooled_servers_poll(
     durable: Cluster, tables: str, operator_at: StartOperator, fleet: StartFleet, kind: str, record: Record
 ) -> None:
-    """Servers that get no notifications see a revocation before its command returns; behind a pooler they log that once.
+    """Servers without notifications see a revocation before its command returns; behind a pooler they log that once.
 
     A third server gets none from a certain moment on.
     """

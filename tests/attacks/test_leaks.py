@@ -1,4 +1,4 @@
-"""After its creation a secret appears nowhere: in no output, log, file, error or object of the library, not even in part.
+"""After its creation no part of a secret appears in any output, log, file, error or object of the library.
 
 The tests search for each secret beyond its visible prefix: whole, each half, in hexadecimal and in base64. They search
 for the environment key too, which may be only where the operator put it.
@@ -53,7 +53,8 @@ def live():
     with open("traces") as file:
         traces = file.read().split()
     put = {id(value) for value in (*os.environ._data.values(), *os.environ._data)} | {id(trace) for trace in traces}
-    values = {id(value): value for found in gc.get_objects() for value in gc.get_referents(found) if id(value) not in put}
+    found = (value for tracked in gc.get_objects() for value in gc.get_referents(tracked))
+    values = {id(value): value for value in found if id(value) not in put}
     for value in [value for value in values.values() if not gc.is_tracked(value)]:  # such as a dict of strings
         values.update((id(part), part) for part in gc.get_referents(value) if id(part) not in put)
     texts = [value for value in values.values() if isinstance(value, str)]
@@ -313,7 +314,7 @@ class Failing(FileTokenStore):
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 @pytest.mark.parametrize("store", [FileTokenStore, Failing])
 async def test_traceback_shows_no_verified_secret(store: type[FileTokenStore], kind: str, keep: Keep) -> None:
-    """If an application fails, no frame holds the secret; if a store fails, before verification, only the scope does."""
+    """If an application fails, no frame holds the secret; if a store fails before verification, only the scope does."""
     _, secret = keep(FileTokenStore("api_tokens.json"))
     middleware, value = BearerTokenMiddleware(fails, store=store("api_tokens.json")), secret.encode()
     headers = [(b"authorization", b"Bearer " + value), (b"x-api-key", value), (b"api-key", value)]
