@@ -188,7 +188,7 @@ in_all_variants = pytest.mark.parametrize(
 
 @in_all_variants
 def test_faulty_token_file_opens_nothing(start: Start, command: Command) -> None:
-    """At each fault of the token file and its lock, tokens are accepted or refused as documented, with a line logged."""
+    """At each fault of the token file and its lock, tokens are accepted or refused as documented, and it is logged."""
     watch, good = start(answers()), TOKENS.read_bytes()
     with TOKENS.with_name(f"{TOKENS}.lock").open("r+") as lock, ThreadPoolExecutor(1) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
