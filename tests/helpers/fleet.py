@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import re
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 
-from freegpt_auth import cli
 from freegpt_auth.stores.postgres import PostgresTokenStore
 from freegpt_auth.stores.postgres.follower import CERTAINTY
 from freegpt_auth.tokens import generate_secret
 from tests.helpers.applications import HELLO
+from tests.helpers.programs import Program
 from tests.helpers.watch import BOUND, CLOSED, USUAL, Watch, wait_until
 
 if TYPE_CHECKING:
@@ -70,24 +66,27 @@ class Done(NamedTuple):
         return self.ended - self.began
 
 
-def _set_up(store: str, ahead: float) -> None:
-    os.environ["FREEGPT_AUTH_STORE"] = store
-    right = time.time
-    time.time = lambda: right() + ahead
+# Not multiprocessing: its child would have to import this module, which only pytest finds.
+_OPERATOR = """
+import contextlib, io, json, os, sys, time
+from freegpt_auth import cli
 
-
-def _run(arguments: tuple[str, ...]) -> Done:
+right = time.time
+os.environ["FREEGPT_AUTH_STORE"], ahead = json.loads(sys.stdin.readline())
+time.time = lambda: right() + ahead
+for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     began = time.monotonic()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = cli.main([*arguments])
+            status = cli.main(json.loads(line))
         except SystemExit as end:
-            status = int(end.code or 0)
-    return Done(status, out.getvalue(), err.getvalue(), began, time.monotonic())
+            status = end.code or 0
+    print(json.dumps([status, out.getvalue(), err.getvalue(), began, time.monotonic()]), flush=True)
+"""
 
 
-class Operator(ProcessPoolExecutor):
+class Operator(Program):
     """Runs commands one after the other, in one process: no interpreter starts for each.
 
     Args:
@@ -96,12 +95,15 @@ class Operator(ProcessPoolExecutor):
     """
 
     def __init__(self, store: str, ahead: float = 0.0) -> None:
-        super().__init__(1, get_context("spawn"), _set_up, (store, ahead))
-        self.submit(time.time)  # starts the process
+        super().__init__(_OPERATOR)
+        self._turn = threading.Lock()
+        self.send([store, ahead])
 
     def run(self, *arguments: str) -> Done:
         """Run ``python -m freegpt_auth`` with these arguments."""
-        return self.submit(_run, arguments).result()
+        with self._turn:
+            self.send(arguments)
+            return Done(*self.receive())
 
     def create(self, name: str, *options: str) -> tuple[str, str]:
         """Create a token, and return its id and secret."""
