@@ -3,7 +3,7 @@
 In a folder of their own, users can replace a lock, a temporary file or a journal by a link to a file of root. With the
 user's rights, a command of root can do no more there than the user, and its new files belong to the user's server.
 
-In a folder of root it stays root, unless others may write there: then it acts as the owner of the file, or refuses.
+In a folder of root, root stays root unless others may write there: then it acts as the owner of the file, or fails.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _root: ContextVar[_Identity | None] = ContextVar("root", default=None)
 
 @contextlib.contextmanager
 def as_owner_of(location: Location | str) -> Generator[None]:
-    """Run the block as the owner of the folder of *location*, if the process is root; no other user changes.
+    """Run the block as the owner of the folder of *location*, if the process is root; else run it unchanged.
 
     The effective user and groups of the whole process change, in all threads: for commands, not for servers. Blocks may
     be nested. In a block for the URL of a database, root stays root.

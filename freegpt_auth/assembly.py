@@ -50,7 +50,7 @@ def assemble(settings: Settings, source: TokenSource | None) -> Parts:
     Raises:
         ConfigurationError: *settings* or *source* cannot be used.
     """
-    # Python uses an id again only after its object has ended: the parts keep the source.
+    # Python may reuse the id of a freed object: the parts keep the source alive.
     used = _store(settings) if source is None else shared(lambda: completed(source), completed, id(source))
     one, named = id(used), settings.store_named or source is not None
     look_ups = shared(lambda: LookUps(used), LookUps, one)

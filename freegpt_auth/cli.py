@@ -1,6 +1,6 @@
 """The command line: run a command, mask secrets in messages, turn errors into exit statuses.
 
-Exit status: 0 done, 1 could not, 2 wrong usage. A failure is one line that names the way out.
+Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted. Messages name the remedy.
 """
 
 from __future__ import annotations

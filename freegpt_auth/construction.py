@@ -47,8 +47,8 @@ class Unusable:
         """Fail the startup of the lifespan: the server shows the message and ends.
 
         Raises:
-            ConfigurationError: *scope* names no version of ASGI, as every server's does. Starlette's ``TestClient``
-                gives none, and waits for ever for an application that returns after a failed startup.
+            ConfigurationError: *scope* has no ``asgi`` entry: it comes from Starlette's ``TestClient``, not a server.
+                That client waits for ever for an application that returns after a failed startup.
         """
         await receive()
         await send({"type": "lifespan.startup.failed", "message": self.message})
@@ -83,8 +83,7 @@ def _scope_type() -> str | None:
     """Return the type of the ASGI scope that is being handled, by the innermost ``scope`` on the stack.
 
     Starlette constructs its middleware within the application's first call. The first scope that the middleware
-    receives does not show this: without a lifespan, a middleware constructed at the start receives a request first,
-    too.
+    receives does not show when that was: on a server without lifespans it is always a request.
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     while frame is not None:

@@ -23,7 +23,7 @@ class Copyable:
     """Copies and pickles the middleware that inherits from it.
 
     A pickle holds settings and no token: the other process reads the environment key and the store itself. Unless the
-    pickled middleware is open, the other process refuses to be. The URL of a database is pickled with its password.
+    pickled one is open, the other process refuses open mode. The URL of a database is pickled with its password.
 
     Raises:
         TypeError: on pickling, if the token source is an object of this process, or the settings cannot be used.

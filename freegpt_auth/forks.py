@@ -77,8 +77,8 @@ def _after_in_child() -> None:
 
 @functools.cache
 def _hold_forks() -> None:
-    # Registered late because the last hook runs first: filelock's must run after ours. From then until the fork,
-    # it keeps every other thread from releasing a file lock, and so from ending the write that ours waits for.
+    # Registered late because the last hook runs first: filelock's must run after ours. That hook blocks the release
+    # of file locks in other threads until the fork: run first, it would stop the write that ours awaits.
     os.register_at_fork(before=_before)
 
 

@@ -1,4 +1,4 @@
-"""A location of tokens or usage: the path of a file, or the URL of a database. Only ``absolute`` is not pure."""
+"""A location of tokens or usage: a file path or a database URL. Impure: ``absolute`` and ``is_same_file``."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .guard.lifespan import Lifespan
 from .guard.modes import AuthMode
 from .guard.refusal import UNAVAILABLE, Refusal
 from .guard.refusal_log import RefusalLog
-from .settings import FLUSH_INTERVAL, Settings
+from .settings import USAGE_INTERVAL, Settings
 from .stores.base import UNRESOLVED
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class BearerTokenMiddleware(Copyable):
         public_paths: Iterable[str] | None = None,
         required: bool | None = None,
         usage: str | PathLike[str] | None = None,
-        usage_interval: float = FLUSH_INTERVAL,
+        usage_interval: float = USAGE_INTERVAL,
         keep_credentials: bool | None = None,
         cors_origins: Iterable[str] | None = None,
     ) -> None:
@@ -157,8 +157,8 @@ class BearerTokenMiddleware(Copyable):
     def _read(self, scope: Scope, digest: bytes, place: int) -> Presented:
         """Return the credentials of a request, read once.
 
-        A guard outside over the same source may have verified and removed one: it is verified again by its digest,
-        after those still presented. An application may have replaced them in a copy of the scope.
+        An outer guard over the same source may have verified and removed one: its digest is verified again, after the
+        credentials still sent. An application may have put new ones into a copy of the scope.
         """
         credentials = presented(scope, digest, place)
         outer = scope.get(MARK)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .environment_key import EnvironmentKey
 
-FLUSH_INTERVAL = 2.0
+USAGE_INTERVAL = 2.0
 """Interval between two writes of usage, in seconds."""
 
 DEFAULT_STORE = Location("api_tokens.json")
@@ -50,7 +50,7 @@ class Settings:
     required: bool = False
     store_named: bool = False
     usage: Location | None = None
-    usage_interval: float = FLUSH_INTERVAL
+    usage_interval: float = USAGE_INTERVAL
     lease: float = LEASE
     cache_limit: int = CACHE_LIMIT
     keep_credentials: bool = False
@@ -64,7 +64,7 @@ class Settings:
         public_paths: Iterable[str] | None = None,
         required: bool | None = None,
         usage: str | os.PathLike[str] | None = None,
-        usage_interval: float = FLUSH_INTERVAL,
+        usage_interval: float = USAGE_INTERVAL,
         keep_credentials: bool | None = None,
         cors_origins: Iterable[str] | None = None,
         environ: Mapping[str, str] | None = None,

@@ -71,7 +71,7 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def status(self, now: float) -> Status:
         """Return the state at *now*, in seconds since the epoch. It is derived from the instants, never stored.
 
-        No other code decides whether a token is in force, except the same rule in SQL in ``stores.postgres.reads``.
+        The rule is repeated in SQL in ``stores.postgres.reads`` and, for expiry, in ``Authenticator.recognise``.
         Each status takes the same time: refusals must not differ in time.
         """
         is_expired = (self.expires_at or _NEVER).timestamp() <= now

@@ -60,7 +60,7 @@ VARIABLES: Final[Mapping[str, Variable]] = {
     "FREEGPT_AUTH_LEASE": _number(SHORTEST_LEASE),
     "FREEGPT_AUTH_CACHE": _number(1),
 }
-"""Every variable that is read. Any other name that begins with ``FREEGPT_AUTH_`` is a ``ConfigurationError``."""
+"""Every variable read. Other ``FREEGPT_AUTH_`` names are a ``ConfigurationError``, except service links."""
 
 _PREFIX = "FREEGPT_"
 _OWN_PREFIX = "FREEGPT_AUTH_"
@@ -176,7 +176,7 @@ def is_off(value: str) -> bool:
 
 
 def _check_unknown(name: str) -> None:
-    """Raise a ``ConfigurationError`` if *name* resembles one of :data:`VARIABLES`. The value is not shown."""
+    """Raise ``ConfigurationError`` for a misspelt or unknown ``FREEGPT_AUTH_`` name. The value is hidden."""
     bare = name.strip(_STRIPPED + _QUOTES)
     if bare in VARIABLES:
         raise ConfigurationError(

@@ -60,7 +60,7 @@ def add_store_option(parser: argparse.ArgumentParser, default: str | None) -> No
         metavar="PATH|URL",
         default=default,
         help="the token file or database; else FREEGPT_AUTH_STORE, else api_tokens.json in the working directory; "
-        "every user of this host sees a password given here, and none in the variable",
+        "other users of this host can read a password given here, but not one in the variable",
     )
 
 
@@ -80,7 +80,7 @@ def as_owner(location: Location) -> Generator[None]:
     try:
         with as_owner_of(location):
             yield
-    except FileNotFoundError:  # of a relative path: stores explain their own errors, and no write to stdout fails so
+    except FileNotFoundError:  # of a relative path: neither a store nor stdout raises this error
         raise StoreError("the working directory was deleted; change to another, or give absolute paths") from None
 
 

@@ -30,14 +30,14 @@ def add_arguments(group: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         group,
         copy,
         "copy",
-        summary="put the tokens of one store, and their usage, into another; to do it twice changes nothing more",
+        summary="put the tokens of one store, and their usage, into another; a second run changes nothing more",
         example="copy api_tokens.json -",
         in_store=False,
     )
     command.add_argument(
         "origin", metavar="FROM", help="a token file or the URL of a database; - for the one in FREEGPT_AUTH_STORE"
     )
-    command.add_argument("target", metavar="TO", help="the same; what it holds stays")
+    command.add_argument("target", metavar="TO", help="the same; its own tokens stay")
     command.add_argument("--delete", action="store_true", help="also delete the tokens of TO that FROM does not hold")
 
     add_command(

@@ -45,7 +45,7 @@ def add_arguments(group: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         example="create my-application --expires-in 90d",
     )
     command.add_argument(
-        "name", metavar="NAME", type=token_name, help="what to call it: the person, app or job that gets it"
+        "name", metavar="NAME", type=token_name, help="name of the token: the person, app or job that receives it"
     )
     command.add_argument(
         "--expires-in", metavar="TIME", type=duration, help="90d, 12h, 30m, 2w or seconds; by default it never expires"

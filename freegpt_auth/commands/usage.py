@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_usage(store: Location) -> Mapping[str, Usage]:
-    """Return the usage of the tokens at *store* by token id. A fault is one line and no failure: the list goes on."""
+    """Return the usage of the tokens at *store* by token id. If it cannot be read, print a note: the list goes on."""
     location = usage_location(store)
     if location is None:
         return {}

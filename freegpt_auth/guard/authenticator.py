@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     _LookUp = Callable[[bytes], Token | Literal[Unresolved.UNRESOLVED] | None]
 
 CALLER_LIMIT = 262_144
-"""Number of callers kept ready. Beyond it all are released, and made again at their next request."""
+"""Largest number of cached callers. The next evicts all: each is made again at its next request."""
 
 _OPEN = AuthMode.OPEN  # a member of an enumeration is read 80 ns slower from its class
 _NO_DIGEST = b""  # asks a source for news without a look-up
@@ -81,7 +81,7 @@ class Authenticator:
         announce(self.mode, survey, key)
 
     def restrict(self, *, required: bool, named: bool) -> None:
-        """Apply the settings of one more guard, which close an open server for every guard. May block.
+        """Apply the settings of one more guard: *named* ends open mode for every guard. May block.
 
         Raises:
             ConfigurationError: *required*, and nothing is configured.
@@ -195,7 +195,7 @@ class Authenticator:
     def _key_verdict(self, digest: bytes, token: Token | None, verdict: Caller | Refusal) -> Caller | Refusal:
         """Return the verdict about the environment key. Once its *token* is revoked, the key is refused for good.
 
-        The key of an active token is that token: its uses are counted.
+        If the key is an active token's secret, its uses are counted.
         """
         with self._lock:  # no other thread may cache a caller after the refusal
             if token is not None and token.revoked_at is not None:

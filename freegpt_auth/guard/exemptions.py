@@ -26,7 +26,7 @@ def is_public(scope: Any, paths: Container[str]) -> bool:
 
     No path is public below a root path that the client may have chosen. daphne reads the root path from the request
     header ``Daphne-Root-Path`` and hides that header: behind daphne no path is public below a root path of the server.
-    Below a mount point it is: Starlette keeps the server's own root path in ``app_root_path``.
+    A mount point is not one: Starlette keeps the server's root path in ``app_root_path``.
     """
     if route_path(scope) not in paths:
         return False

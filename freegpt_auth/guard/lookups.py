@@ -30,8 +30,8 @@ class Lane(NamedTuple):
     """The look-ups of one event loop.
 
     Attributes:
-        gate: admits them.
-        threads: theirs alone. An application may occupy all of anyio's default threads.
+        gate: limits look-ups.
+        threads: limits their threads: applications may exhaust anyio's own limiter.
     """
 
     gate: anyio.Semaphore

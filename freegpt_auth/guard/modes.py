@@ -15,7 +15,7 @@ _logger = logging.getLogger("freegpt_auth")
 
 
 class AuthMode(StrEnum):
-    """The credentials that a server accepts, decided when it starts."""
+    """The credentials that a server accepts. Open mode may end."""
 
     OPEN = "open"
     """Nothing is configured: every request passes."""
@@ -28,7 +28,7 @@ class AuthMode(StrEnum):
 
 
 def announce(mode: AuthMode, survey: Survey, key: EnvironmentKey | None) -> None:
-    """Log the mode, once. Never the key."""
+    """Log the mode, never the key."""
     if mode is AuthMode.OPEN:
         _logger.warning(
             "open mode: every request is let through, since no environment key is set and %s holds no tokens. "

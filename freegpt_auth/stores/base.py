@@ -32,7 +32,7 @@ class Unresolved(Enum):
 
 
 UNRESOLVED: Final = Unresolved.UNRESOLVED
-"""The answer of ``peek`` if memory cannot decide: the store may have changed."""
+"""The answer of ``peek`` if memory cannot decide: ``resolve`` must be called."""
 
 
 class Survey(NamedTuple):
@@ -68,7 +68,7 @@ class Unseen(NamedTuple):
 
     Attributes:
         processes: their number.
-        seconds: time until the last of them refuses every revoked or deleted token, at most.
+        seconds: longest time until all of them refuse every revoked or deleted token.
     """
 
     processes: int
@@ -78,8 +78,8 @@ class Unseen(NamedTuple):
 class TokenSource(Protocol):
     """The methods that a token source must have. The optional ones of :class:`CompleteSource` are used if it has them.
 
-    The answer is the token itself, also if it is revoked or expired: the caller decides. While a token does not change,
-    a source should answer the same object: user and credentials of the application are made once per object.
+    The methods return revoked and expired tokens too: the caller decides. While a token does not change, a source
+    should return the same object: the application's user and credentials are made once per object.
     """
 
     @abstractmethod
@@ -118,7 +118,7 @@ class CompleteSource(TokenSource, Protocol):
 
     Attributes:
         look_up_limit: number of requests that may wait for ``resolve``; others are answered 503. Default: no limit.
-        cache_limit: number of tokens in its memory, the limit of the callers kept ready too. Default: no limit.
+        cache_limit: largest number of tokens in memory, and of callers kept ready. Default: no limit.
     """
 
     look_up_limit: float = math.inf
@@ -139,8 +139,8 @@ class CompleteSource(TokenSource, Protocol):
     def state(self) -> object | None:
         """Return an object that is replaced after ``peek`` changes its answer for a digest.
 
-        While it stays the same object, a request with an accepted token needs no call of ``peek``. It runs on the event
-        loop and must neither block nor raise. Default: ``None``, only ``peek`` can decide.
+        While it is the same object, a request with an accepted token needs no call of ``peek``. ``state`` runs on the
+        event loop and must neither block nor raise. Default: ``None``: only ``peek`` can decide.
         """
         return None
 
@@ -240,9 +240,9 @@ class Migrating(Protocol):
     """A store whose tables change from release to release."""
 
     def migrate(self) -> tuple[int, int]:
-        """Bring it to this release's version; return its versions before and after. Several may do so at once.
+        """Bring the tables to this release's version; return the versions before and after. Safe to run concurrently.
 
         Raises:
-            StoreError: it cannot be done, or its version is later.
+            StoreError: the migration failed, or the version is later.
         """
         ...

@@ -81,9 +81,9 @@ class UsageStore(Protocol):
         ...
 
     def forget(self, token_ids: Collection[str]) -> None:
-        """Remove the usage of deleted tokens, also their uses until now that servers have not written yet.
+        """Remove the usage of deleted tokens, including earlier uses that servers have not written yet.
 
-        Without any usage so far this does nothing.
+        Does nothing if no usage was ever written.
 
         Raises:
             UsageError: nothing was changed.

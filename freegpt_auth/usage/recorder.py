@@ -1,7 +1,7 @@
 """Counts uses in memory and writes them to a usage store, without slowing a request.
 
-Recording a use is one append. One daemon thread per process writes the accumulated uses every 2 seconds, at shutdown
-and at exit.
+Recording a use is one append. One daemon thread per recorder writes the uses at each interval; shutdown and exit write
+the rest.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ FORK_TIMEOUT = 1.0
 """Default limit of a fork's wait for a running write, in seconds."""
 
 LONGEST_SLEEP = 2.0
-"""Default limit of the writer's sleep, in seconds. It counts pending uses this often: the queue has no limit then."""
+"""Default limit of the writer's sleep, in seconds. The queue has no limit during a sleep, and is counted after it."""
 
 PENDING_LIMIT = 1_000_000
 """Default limit of pending uses, and of tokens with unwritten uses, while the store cannot be written."""
 
 PIECE_SIZE = 10_000
-"""Number of uses counted at once, in C: half the time of a loop, and 1 ms under the interpreter lock."""
+"""Number of uses per call of C code: half the time of a loop; the interpreter lock is held for 1 ms."""
 
 Use = tuple[str, float]
 """Id of a token, and instant of its use in seconds since the epoch."""
@@ -78,8 +78,8 @@ class UsageRecorder(Watched):
         longest_sleep: float = LONGEST_SLEEP,
         pending_limit: int = PENDING_LIMIT,
     ) -> None:
-        # For the last write at exit, when nothing can be imported any more, and before watch_forks: the fork hook of
-        # filelock must run after ours. Not at the import of this module: filelock 3.30 then probes the file system.
+        # Before the exit: nothing can be imported then, and the last write needs both. Before watch_forks: filelock's
+        # fork hook must run after ours. Not at the top of this module: filelock 3.30 then probes the file system.
         import ctypes  # noqa: F401, PLC0415
 
         import filelock  # noqa: F401, PLC0415
@@ -97,7 +97,7 @@ class UsageRecorder(Watched):
         _recorders.add(self)
 
     def before_fork(self) -> None:
-        """Never fork during a write: the child would inherit SQLite's lock table and keep those locks."""
+        """Wait for a write, within the timeout: the child would inherit and keep the locks of SQLite."""
         self._is_held = self._writing.acquire(timeout=self._fork_timeout)
 
     def after_fork_in_parent(self) -> None:

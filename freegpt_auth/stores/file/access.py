@@ -132,7 +132,7 @@ def _own(fd: int, path: str, access: Access) -> None:
     try:
         os.fchown(fd, access.owner, access.group)
     except PermissionError:
-        # A group without permissions need not be kept: Docker's -u 1000 makes files of group 0, and user 1000 cannot.
+        # A group without permissions may change: Docker's -u 1000 makes files of group 0, which user 1000 cannot set.
         if status.st_uid != access.owner or access.mode & stat.S_IRWXG or access.acl is not None:
             kept = f"user {status.st_uid} cannot keep its owner and group ({access.owner}:{access.group})"
             raise FileError(path, f"{kept}; change them, or add the user to the group") from None

@@ -7,9 +7,8 @@
     {…}
     ]}
 
-Commands call :func:`decode` with the whole content. Servers load a large file in steps, by :func:`decode_batches`: they
-release the interpreter lock between two batches of lines, while decoding 100,000 tokens at once blocks the event loop
-for 80 ms. :mod:`.table` does that.
+Commands call :func:`decode` with the whole content. Servers call :func:`decode_batches` (in :mod:`.table`), and release
+the interpreter lock between two batches of lines: decoding 100,000 tokens at once blocks the event loop for 80 ms.
 
 One token per line also makes differences easy to read. Any other layout of the same JSON is read too, with or without a
 byte order mark, and so is the format of this project's ancestor: ``{"<plain token>": {"name", "created_at",

@@ -69,7 +69,7 @@ def shape_fault(content: bytes, kind: type[msgspec.Struct]) -> str:
 
 
 def record_fault(record: dict[str, Any], kind: type[msgspec.Struct], place: str) -> str | None:
-    """Return the first field of a decoded object that prevents its conversion to *kind*; *place* precedes its name."""
+    """Return the fault of the first field that cannot be converted for *kind*; *place* precedes the field's name."""
     for field in msgspec.structs.fields(kind):
         if field.name in record:
             try:

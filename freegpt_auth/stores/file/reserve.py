@@ -16,8 +16,8 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 class Reserve:
     """Two reserved descriptors, the ends of one pipe. Until :meth:`fill` it opens and closes like the system.
 
-    A thread that accepts connections may take the number between its release and the opening of the file: then the
-    second descriptor is released. Not safe for several threads at once; a fork duplicates the reserve.
+    A thread that accepts connections may take the released descriptor before the file is opened: then the second one
+    is released. Not safe for several threads at once; a fork duplicates the reserve.
     """
 
     def __init__(self) -> None:

@@ -26,8 +26,7 @@ class Snapshot:
         signature: of the state that was read; ``None`` before the first reading.
         problem: the reason why that state could not be read.
         retry_at: instant of the next reading even if the signature is the same, by the store's clock.
-        lease_ends: instant at which *tokens* are no longer accepted, because the file may hide a change; :data:`NEVER`
-            while it cannot.
+        lease_ends: instant from which *tokens* are refused, if the file may have changed unseen; else :data:`NEVER`.
         fingerprint: hash of the bytes that were read.
         state: another object for each reading of other bytes.
     """

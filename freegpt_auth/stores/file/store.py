@@ -244,6 +244,6 @@ class FileTokenStore(TokenStore, Watched):
 
     def _change(self, edit: Callable[[Document], _T]) -> _T:
         result = editing.change(self.path, edit, self._lock_timeout)
-        # A server may rely on a check just before the change, also if another command has made the change just now.
+        # Even if another command made the change a moment ago: a server may still rely on a check from before it.
         self._sleep(2 * self._freshness)
         return result

@@ -106,7 +106,7 @@ class UsageDatabase:
     def forget(self, token_ids: Collection[str]) -> None:
         """Remove the usage of deleted tokens, and keep their ids for 30 days to drop uses that are written late."""
         with explained():
-            if _is_missing(real_path(self.source)):  # the server might be another user, and could not write a new one
+            if _is_missing(real_path(self.source)):  # make none: the server may run as a user who cannot write it
                 return
         now = self._clock()
 

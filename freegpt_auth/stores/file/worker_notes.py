@@ -1,8 +1,8 @@
 """A note to restarted workers of the same server: authentication was on.
 
-A worker that replaces another must not open a server whose token file was moved away meanwhile. A server that an
-operator stops and starts again must open. A note therefore belongs to the process that starts the workers, and has no
-meaning for any other: it is an empty file, named after that process and the path of the token file.
+A worker that replaces another must require authentication even if the token file was moved away meanwhile. A server
+that an operator restarts without the file must not. A note therefore belongs to the process that starts the workers. It
+is an empty file, named after that process and the path of the token file.
 
 Each note is kept in two folders, because either may be cleared: systemd removes a user's files from ``/dev/shm`` at the
 last logout (logind.conf(5), RemoveIPC), and old files from the folder for temporary files. Each namespace of process
@@ -47,15 +47,15 @@ def leave(path: str) -> None:
     """Leave a note that the token file at *path* required authentication. A server without workers leaves none."""
     for server in _servers(os.getpid())[:1]:
         for folder in _folders():
-            with contextlib.suppress(OSError):  # without any note a new worker is closed, too
+            with contextlib.suppress(OSError):  # without notes, new workers require authentication
                 _prepare(folder)
                 _note(folder, server, path).touch(mode=0o600)
 
 
 def found(path: str) -> bool:
-    """Return whether a worker of this server left a note for *path*, or whether none could have been left.
+    """Return whether a worker of this server left a note for *path*, or whether notes cannot be relied on.
 
-    The latter is logged: no folder can hold a note, or one of them is open to another user, and might have lost notes.
+    The second case is logged: no folder can hold notes, or another user has access to one and may have deleted notes.
     """
     servers = _servers(os.getpid())
     if not servers:
@@ -87,9 +87,9 @@ def _note(folder: Path, server: _Server, path: str) -> Path:
 
 @functools.cache
 def _servers(_process: int) -> tuple[_Server, ...]:
-    """Return the server of this process, then the server that it takes over from; none if this process is no worker.
+    """Return the server of this process, then that server's predecessor; none if this process is no worker.
 
-    Found once per process, while its parent is alive: afterwards it has another parent.
+    Cached per process: a process whose parent has ended gets another parent.
     """
     import multiprocessing  # noqa: PLC0415  commands do not need it
 
@@ -100,7 +100,7 @@ def _servers(_process: int) -> tuple[_Server, ...]:
     if arbiter is None:
         return ()
     start, parent = _start_and_parent(arbiter)
-    # At SIGUSR2 an arbiter starts its successor, and stays its parent until it quits.
+    # After SIGUSR2 the old arbiter is the new one's parent until the old one quits.
     return _Server(arbiter, start), _Server(parent, _start_and_parent(parent)[0])
 
 
@@ -115,7 +115,7 @@ def _start_and_parent(process: int) -> tuple[bytes, int]:
 
 
 def _arbiter() -> int | None:
-    """Return the process id of gunicorn's arbiter if this process is its worker, or the arbiter itself, which preloads.
+    """Return the process id of gunicorn's arbiter if this process is its worker, or is itself a preloading arbiter.
 
     Only the call stack shows that: a server of another kind may import gunicorn, and the parent process may be
     anything, such as a shell that starts one server after another.

@@ -49,7 +49,7 @@ class Address:
         except (psycopg.ProgrammingError, ValueError):
             given, location = {}, urlsplit("")
         userinfo, at, hosts = location.netloc.rpartition("@")
-        # For libpq the password ends at an @ after any ? or #; without an @ it is the port. Here it would be shown.
+        # libpq's password extends past ? and # to an @; without an @ it is the port. ``shown`` would reveal it.
         rest = userinfo + location.path + location.fragment + ("" if location.path else location.query)
         ports = f"0{given.get('port', '')}".replace(",", "")
         if not given or location.scheme not in ("postgresql", "postgres") or "@" in rest or not ports.isdecimal():

@@ -66,7 +66,7 @@ class TokenCache:
 
     @property
     def pinned(self) -> int:
-        """Number of tokens that stay revoked here in any case: the database may have lost their revocation."""
+        """Number of tokens kept revoked until their next change: the database may have lost their revocation."""
         return len(self._pinned_revocations)
 
     def interned(self, digest: bytes, token: Token) -> Token:
@@ -116,7 +116,7 @@ class TokenCache:
                 self._floor, digest = self._log.popleft()
                 if self._changed[digest] == self._floor:
                     del self._changed[digest]
-            self.state = object()  # after the change: a request may read both at this moment
+            self.state = object()  # after the changes: readers of the new state see them
             self.revision = revision
             evicted = self._rotate()
         _release(evicted)

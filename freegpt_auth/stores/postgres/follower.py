@@ -36,7 +36,7 @@ HEARTBEAT = 1.0
 """Default interval of reading the revision without a notification, in seconds."""
 
 CERTAINTY = HEARTBEAT + TIME_LIMIT
-"""Seconds after a query for which a token missing from the cache counts as unknown. Later it is looked up."""
+"""Seconds after a query in which a token missing from a complete cache is unknown. Later it is looked up."""
 
 RETRY = (0.1, 1.0)
 """Default pauses between two attempts to connect, in seconds: the first and the longest. A random part is added."""
@@ -72,7 +72,7 @@ class Follower:
         address: the database.
         cache: the cache to keep current.
         lease: seconds after the last query for which cached tokens are accepted.
-        renew: called with each new connection of the thread: connections made earlier may lead to another server.
+        renew: called after each new connection of the thread: earlier connections may lead to another server.
         clock: local clock of leases, in seconds. The database's time advances by it between two queries.
         heartbeat: seconds between two queries without a notification.
         time_limit: seconds to wait for the first query, for the end of the thread, and for a test notification.
@@ -178,7 +178,7 @@ class Follower:
     def _follow(self, connection: Connection, presence: Presence, stopping: threading.Event) -> None:
         schema.check(schema.version_of(connection), self._address.shown)
         self._renew()
-        # After that: a reader of the new generation gets connections that are as new.
+        # After the renewal: a reader of the new generation must get new connections.
         self._publish(generation=self.state.generation + 1)
         if listen(connection, self._address, self._time_limit):
             reads.end_if_idle(connection, self._lease)  # only here: the session of a pooler serves other clients too
@@ -226,7 +226,7 @@ class Follower:
         self._has_read.set()
 
     def _fail(self, error: Exception) -> None:
-        """Publish the trouble, and log it once for the lease and once for its end."""
+        """Publish the trouble; log it once during the lease and once after it."""
         before, reason = self.state, reason_of(error)
         trouble = reason if isinstance(error, StoreError) else f"{self._address.shown} does not answer: {reason}"
         self._publish(certain_until=_NEVER, trouble=trouble)

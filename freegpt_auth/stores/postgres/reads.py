@@ -106,7 +106,8 @@ def changes_since(connection: Connection, known: int) -> Iterator[list[Change]]:
     """Yield the changes after the revision *known* in batches, oldest first. At least one batch is yielded.
 
     Each batch is the result of one statement and begins with a row of the known revision. If it begins with a later
-    revision, the log was trimmed. If it is empty, the database has lost the known revision.
+    revision, the log was trimmed. If it is empty, or begins with another mark of the known revision, the database has
+    lost that revision.
     """
     revision, digest, is_full = known, None, True
     while is_full:

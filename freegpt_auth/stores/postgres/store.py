@@ -54,7 +54,7 @@ class PostgresTokenStore(TokenStore, Watched):
         url: ``postgresql://user:password@host:port/database``. ``python -m freegpt_auth migrate`` makes the schema.
         lease: seconds for which cached tokens are accepted while the database cannot be reached.
         cache_limit: largest number of tokens that a process caches. While the database holds no more, an unknown token
-            needs no query; of a larger table the recently used tokens are cached.
+            needs no query; otherwise, only recently used tokens are cached.
         clock: local clock of the lease, in seconds.
         heartbeat: seconds between two queries of the revision.
         confirmation: longest wait of a change for server processes to confirm it, in seconds.

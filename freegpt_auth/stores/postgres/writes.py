@@ -25,9 +25,8 @@ DURABLE = """
 """
 """Forces synchronous commit for this transaction, whatever the defaults of the database are.
 
-Emits a WAL message, so that even a no-op commit waits for the standbys, and with it any earlier change whose own wait
-was interrupted. Enables the triggers: with ``session_replication_role`` set to ``replica``, a change would
-reach no server.
+Emits a WAL message: even a no-op commit then waits for the standbys, and so for any earlier change whose own wait was
+interrupted. Enables the triggers: with ``session_replication_role`` set to ``replica``, a change would reach no server.
 """
 
 _NAMES = ", ".join(COLUMNS)
