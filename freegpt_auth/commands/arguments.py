@@ -92,6 +92,23 @@ def token_name(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def instant(text: str) -> datetime:
+    """Return the instant of an ISO 8601 date, or date and time; for ``type=`` of an argument.
+
+    Without an offset it is local time: of two instants with the same local time, the earlier one. A date is its
+    midnight.
+    """
+    try:
+        moment = datetime.fromisoformat(text).replace(microsecond=0)
+    except ValueError:
+        problem = f"{printable(text)!r} is not a date; write 2027-01-31, 2027-01-31T18:00, or 2027-01-31T18:00+01:00"
+        raise argparse.ArgumentTypeError(problem) from None
+    try:
+        return moment.astimezone(UTC)
+    except (OverflowError, ValueError, OSError):  # at either end of the calendar
+        raise argparse.ArgumentTypeError(f"{printable(text)} is too far away; give a nearer date") from None
+
+
 def duration(text: str) -> int:
     """Return the seconds of ``90d``, ``12h``, ``30m``, ``2w`` or a plain number; for ``type=`` of an argument."""
     match = re.fullmatch(r"([0-9]{1,12})([smhdw]?)", text)
@@ -99,7 +116,7 @@ def duration(text: str) -> int:
     try:
         datetime.now(UTC) + timedelta(seconds=seconds)
     except OverflowError:
-        raise argparse.ArgumentTypeError(f"{text} is too far away; leave --expires-in out for never") from None
+        raise argparse.ArgumentTypeError(f"{text} is too far away; give a shorter time") from None
     if not seconds:
         raise argparse.ArgumentTypeError(f"{printable(text)!r} is not a time; write 90d, 12h, 30m, 2w or seconds")
     return seconds

@@ -15,7 +15,7 @@ from ..settings import usage_location
 from ..stores import open_store
 from ..stores.base import AtOnce
 from ..tokens import digest_of, issue
-from .arguments import add_command, duration, token_name
+from .arguments import add_command, duration, instant, token_name
 from .changes import delete_tokens, in_force, now
 from .listing import as_json, as_text, local_time, title
 from .lookup import resolve
@@ -47,13 +47,24 @@ def add_arguments(group: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument(
         "name", metavar="NAME", type=token_name, help="name of the token: the person, app or job that receives it"
     )
-    command.add_argument(
+    expiry = command.add_mutually_exclusive_group()
+    expiry.add_argument(
         "--expires-in", metavar="TIME", type=duration, help="90d, 12h, 30m, 2w or seconds; by default it never expires"
+    )
+    expiry.add_argument(
+        "--expires-at",
+        metavar="DATE",
+        type=instant,
+        help="2027-01-31 (midnight, as the day begins) or 2027-01-31T18:00: times here, unless Z or +01:00 follows",
     )
     command.add_argument("--json", action="store_true", help="print the secret and the record as JSON")
 
     command = add_command(
-        group, list_tokens, "list", summary="show every token and when it was last used", example="list --json"
+        group, list_tokens, "list", summary="show every token and when it was last used", example="list --expiring 7d"
+    )
+    command.add_argument("--active", action="store_true", help="only tokens that are in force")
+    command.add_argument(
+        "--expiring", metavar="TIME", type=duration, help="only tokens that are in force and expire within this time"
     )
     command.add_argument("--json", action="store_true", help="print records as JSON, with ids and use counts")
 
@@ -69,7 +80,9 @@ def create(options: argparse.Namespace) -> int:
     """Issue a token and print its secret, which is never shown again."""
     store = open_store(options.store)
     present = now(store)
-    expires_at = present + timedelta(seconds=options.expires_in) if options.expires_in else None
+    expires_at = present + timedelta(seconds=options.expires_in) if options.expires_in else options.expires_at
+    if expires_at is not None and expires_at <= present:
+        raise StoreError(f"{local_time(expires_at)} is over, so the token would have expired; give a later time")
     token, secret = issue(options.name, now=present, expires_at=expires_at)
     store.add(digest_of(secret), token)
     record = {"token": secret, **as_json(token, None, present.timestamp())}
@@ -85,21 +98,33 @@ def create(options: argparse.Namespace) -> int:
 
 
 def list_tokens(options: argparse.Namespace) -> int:
-    """Print every token, oldest first."""
+    """Print the tokens, oldest first: all of them, or the chosen ones."""
     store = open_store(options.store)
-    tokens = list(store.tokens().values())
+    every = list(store.tokens().values())
     present, usage = now(store).timestamp(), read_usage(options.store)
+    tokens = _chosen(every, present, active=options.active, expiring=options.expiring)
     if options.json:
         compact = json.dumps([as_json(token, usage.get(token.id), present) for token in tokens])
         print(msgspec.json.format(compact, indent=2))  # json itself takes 1 s longer at 100,000 tokens
     elif not tokens:
         print("No tokens found.")
+        if every:
+            return 0
         note(f"Is {store.source} where your server's tokens are? If not, give --store. To add a token: create NAME")
     else:
         print(f"Found {len(tokens)} token(s):")
         for number, token in enumerate(tokens, start=1):
             print(f"\n{as_text(number, token, usage.get(token.id), present)}")
     return 0
+
+
+def _chosen(tokens: Sequence[Token], now: float, *, active: bool, expiring: int | None) -> Sequence[Token]:
+    """Return the *tokens* in force if *active*, those of them that expire within *expiring* seconds if it is given."""
+    if active or expiring is not None:
+        tokens = [token for token in tokens if token.status(now) == "active"]
+    if expiring is not None:
+        tokens = [token for token in tokens if token.expires_at and token.expires_at.timestamp() - now <= expiring]
+    return tokens
 
 
 def revoke(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sqlite3
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,65 @@ def test_expiring_token_as_json(run: Run, text: str, seconds: int) -> None:
     assert "." not in kept()[0]["created_at"]  # whole seconds
 
 
+@pytest.mark.parametrize(
+    ("text", "expires_at"),
+    [
+        ("2999-01-31", "2999-01-30T23:00:00+00:00"),
+        ("2999-01-31T18:00", "2999-01-31T17:00:00+00:00"),
+        ("2999-01-31T18:00:30Z", "2999-01-31T18:00:30+00:00"),
+        ("2999-01-31T18:00-05:00", "2999-01-31T23:00:00+00:00"),
+        ("2996-02-29", "2996-02-28T23:00:00+00:00"),
+        ("2027-10-31T02:30", "2027-10-31T00:30:00+00:00"),  # twice that night: the first
+        ("9999-12-31T23:59:59Z", "9999-12-31T23:59:59+00:00"),
+    ],
+)
+def test_expiry_at_a_date(run: Run, monkeypatch: pytest.MonkeyPatch, text: str, expires_at: str) -> None:
+    """A date is its local midnight; a time is local unless it has an offset."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert json.loads(run("create", "ci", "--expires-at", text, "--json").out)["expires_at"] == expires_at
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "problem"),
+    [
+        (["--expires-at", "2027-02-29"], 2, "'2027-02-29' is not a date; write 2027-01-31"),
+        (["--expires-at", "tomorrow"], 2, "'tomorrow' is not a date"),
+        (["--expires-at", "9999-12-31T23:59-12:00"], 2, "too far away; give a nearer date"),
+        (["--expires-at", "2020-01-31T00:00Z"], 1, "is over, so the token would have expired; give a later time"),
+        (["--expires-at", "2999-01-31", "--expires-in", "1d"], 2, "not allowed with argument"),
+    ],
+)
+def test_unusable_expiry_creates_no_token(run: Run, arguments: list[str], status: int, problem: str) -> None:
+    """A date that does not exist, is over or out of range is named in one line, and no token is created."""
+    done = run("create", "ci", *arguments)
+    assert (done.status, done.out, done.err.count("\n")) == (status, "", 1)
+    assert problem in done.err
+    assert not TOKEN_FILE.exists()
+
+
 # --- list
+
+
+def test_list_chooses_tokens(run: Run) -> None:
+    """``--active`` leaves out revoked and expired tokens, ``--expiring`` those that outlive the time, too."""
+    days = {"soon": 6, "later": 8, "expired": -1, "gone": 6}
+    expiries = {name: (datetime.now(UTC) + timedelta(days=number)).isoformat() for name, number in days.items()}
+    rows = {name: row(name, name=name, expires_at=expiry) for name, expiry in expiries.items()}
+    rows["gone"]["revoked_at"] = REVOKED_AT
+    put(*rows.values(), row("ever", name="ever"))
+
+    def names(*arguments: str) -> list[str]:
+        return re.findall("Name: (.*)", run("list", *arguments).out)
+
+    assert names("--active") == ["soon", "later", "ever"]
+    assert names("--expiring", "7d") == names("--expiring", "7d", "--active") == ["soon"]
+    assert run("list", "--expiring", "1d") == Done(0, "No tokens found.\n", "")
+    assert json.loads(run("list", "--expiring", "1d", "--json").out) == []
 
 
 def test_list_has_status_and_usage(run: Run) -> None:
