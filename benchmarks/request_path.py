@@ -136,7 +136,8 @@ def _measured(size: int, rounds: int) -> Iterator[results.Row]:
     added = {name: over(values, bare) for name, values in figures.items()}
     for name, values in added.items():
         bases = {"starlette": "starlette", "floor": "floor, refused" if name in _REFUSED else "floor"}
-        bases |= {"floor, one carrier": "floor, one carrier"} if name == "valid" else {}
+        if name == "valid":
+            bases["floor, one carrier"] = "floor, one carrier"
         compared = {title: ratios(values, added[base]) for title, base in bases.items() if name not in bases}
         compared[BARE] = ratios(figures[name], bare)
         yield {

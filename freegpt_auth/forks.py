@@ -77,8 +77,10 @@ def _after_in_child() -> None:
 
 @functools.cache
 def _hold_forks() -> None:
-    # Registered late because the last hook runs first: filelock's must run after ours. That hook blocks the release
-    # of file locks in other threads until the fork: run first, it would stop the write that ours awaits.
+    # The hook that is registered last runs first, and ours must run before filelock's. That one blocks the release of
+    # file locks in other threads until the fork: run first, it would stop the write that ours awaits.
+    import filelock  # noqa: F401, PLC0415  it registers its hook, and may probe the file system
+
     os.register_at_fork(before=_before)
 
 

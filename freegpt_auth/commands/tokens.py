@@ -108,9 +108,8 @@ def list_tokens(options: argparse.Namespace) -> int:
         print(msgspec.json.format(compact, indent=2))  # json itself takes 1 s longer at 100,000 tokens
     elif not tokens:
         print("No tokens found.")
-        if every:
-            return 0
-        note(f"Is {store.source} where your server's tokens are? If not, give --store. To add a token: create NAME")
+        if not every:
+            note(f"Is {store.source} where your server's tokens are? If not, give --store. To add a token: create NAME")
     else:
         print(f"Found {len(tokens)} token(s):")
         for number, token in enumerate(tokens, start=1):

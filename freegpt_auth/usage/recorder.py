@@ -78,8 +78,8 @@ class UsageRecorder(Watched):
         longest_sleep: float = LONGEST_SLEEP,
         pending_limit: int = PENDING_LIMIT,
     ) -> None:
-        # Before the exit: nothing can be imported then, and the last write needs both. Before watch_forks: filelock's
-        # fork hook must run after ours. Not at the top of this module: filelock 3.30 then probes the file system.
+        # For the last write at exit, when nothing can be imported any more. Not at the import of this module: filelock
+        # 3.30 probes the file system then.
         import ctypes  # noqa: F401, PLC0415
 
         import filelock  # noqa: F401, PLC0415

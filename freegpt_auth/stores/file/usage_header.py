@@ -43,7 +43,7 @@ _ADVICE = "move it away, or name another file in FREEGPT_AUTH_USAGE"
 def obstacle(path: str) -> str | None:
     """Return the reason why usage must not be written to *path*; ``None`` if it may be.
 
-    Allowed are a missing file, an empty file, and our own database, which its header identifies even if damaged. The
+    A missing file, an empty file and our own database are allowed; its header identifies it even if damaged. The
     header is read without SQLite, which could change another application's file: it rolls back journals and checkpoints
     write-ahead logs. A FIFO that replaces the file between this check and SQLite's ``open`` can block the caller, but
     no request.
